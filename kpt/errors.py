@@ -1,0 +1,49 @@
+"""Every error that kpt raises. Each says what was asked, what is possible here, and what to do."""
+
+from __future__ import annotations
+
+
+class KptError(Exception):
+    """Base of every error that kpt raises.
+
+    Args:
+      asked: what the caller wanted, in one clause.
+      possible: what can be had instead, or why not.
+      advice: what to do next.
+    """
+
+    def __init__(self, asked: str, possible: str = "", advice: str = ""):
+        self.asked, self.possible, self.advice = asked, possible, advice
+        super().__init__(". ".join(p.rstrip(".") for p in (asked, possible, advice) if p) + ".")
+
+
+class OpError(KptError):
+    """The arrays or parameters handed to an op break its shape, dtype or value rules."""
+
+
+class GraphError(KptError):
+    """A program cannot be expressed as a neutral graph, or a graph is malformed."""
+
+
+class KernelError(KptError):
+    """A kernel is unknown, cannot be loaded, or refuses what was asked of it."""
+
+
+class HardwareError(KptError):
+    """An unknown hardware profile was named."""
+
+
+class PlanError(KptError):
+    """A plan cannot be read, or does not fit the program it is applied to."""
+
+
+class ValidationError(KptError):
+    """A swapped kernel disagrees with the code it replaces by more than the tolerance."""
+
+
+class ConfigError(KptError):
+    """A setting has a value that is not allowed."""
+
+
+class MissingDependencyError(KptError, ImportError):
+    """An optional package is needed and not installed. `advice` carries the install line."""
