@@ -1,0 +1,266 @@
+"""From a graph to normalised expressions: rewriting as data, run by one engine.
+
+A rule is a function from an expression to an equal, simpler one (same shape, same dtype), or None.
+`RULES` lists them by the op they look at. Arguments are already normal when a rule sees their user,
+so one pass in program order reaches the normal form; a result is looked at again until no rule fires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kpt.graph.evaluate import evaluate
+from kpt.graph.expr import ELEMENTWISE, Expr, Exprs, is_full
+from kpt.graph.graph import Graph
+
+Rule = Callable[[Expr, Exprs], Expr | None]
+RULES: dict[str, list[Rule]] = {}
+
+
+def rule(*ops: str) -> Callable[[Rule], Rule]:
+    def register(fn: Rule) -> Rule:
+        for op in ops:
+            RULES.setdefault(op, []).append(fn)
+        return fn
+
+    return register
+
+
+def simplify(e: Expr, exprs: Exprs) -> Expr:
+    """`e` after every rule that applies to it."""
+    for _ in range(32):  # a bound on rule ping-pong; no chain of ours is longer than three
+        for fn in RULES.get(e.op, ()):
+            new = fn(e, exprs)
+            if new is not None and new is not e:
+                e = new
+                break
+        else:
+            return e
+    return e
+
+
+def normalize(graph: Graph) -> tuple[Exprs, dict[int, Expr]]:
+    """Expressions of every value of `graph`: the table, and value id -> normal form."""
+    exprs = Exprs()
+    env: dict[int, Expr] = {}
+    for v in graph.inputs:
+        env[v] = exprs.value(v, graph.specs[v])
+    for v, data in graph.consts.items():
+        spec = graph.specs[v]
+        if spec.shape == () and np.ndim(data) == 0 and spec.dtype != "key":
+            env[v] = exprs.full(np.asarray(data).item(), (), spec.dtype)
+        else:
+            env[v] = exprs.const(v, spec, data)
+            env[v].origins.append(v)
+    for n in graph.nodes:
+        args = tuple(env[v] for v in n.inputs)
+        if n.op == "split":
+            axis, start = n.attrs["axis"], 0
+            for v, size in zip(n.outputs, n.attrs["sizes"], strict=True):
+                begin = [0] * len(args[0].shape)
+                end = list(args[0].shape)
+                begin[axis], end[axis] = start, start + size
+                env[v] = exprs.slice(args[0], tuple(begin), tuple(end), (1,) * len(begin))
+                env[v].origins.append(v)
+                start += size
+            continue
+        if len(n.outputs) != 1 or n.op.startswith("opaque:") or n.bodies or n.effect:
+            for v in n.outputs:
+                env[v] = exprs.value(v, graph.specs[v])
+            continue
+        (v,) = n.outputs
+        spec = graph.specs[v]
+        e = exprs.make(n.op, args, tuple(sorted(n.attrs.items())), spec.shape, spec.dtype)
+        e = simplify(e, exprs)
+        if e.op != "full":
+            e.origins.append(v)
+        env[v] = e
+    return exprs, env
+
+
+@rule(*ELEMENTWISE)
+def fold_scalars(e: Expr, x: Exprs) -> Expr | None:
+    """f(c, ...) of scalars known everywhere is a scalar."""
+    if not all(a.op == "full" for a in e.args):
+        return None
+    got = evaluate(x.make(e.op, tuple(x.full(a["value"], (), a.dtype) for a in e.args), e.attrs, (), e.dtype), x, floats=None)
+    return None if got is None else x.full(np.asarray(got).item(), e.shape, e.dtype)
+
+
+@rule("identity")
+def drop_copy(e: Expr, x: Exprs) -> Expr | None:
+    return e.args[0]
+
+
+@rule("convert", "transpose", "broadcast", "reshape")
+def drop_identity(e: Expr, x: Exprs) -> Expr | None:
+    """A view or cast that changes nothing."""
+    (a,) = e.args
+    if a.op == "full":
+        return x.full(_cast(a["value"], e.dtype), e.shape, e.dtype) if e.op != "convert" else None
+    if e.op == "transpose" and e["perm"] != tuple(range(len(e.shape))):
+        return None
+    return a if a.shape == e.shape and a.dtype == e.dtype else None
+
+
+def _cast(value: float, dtype: str) -> float | int | bool:
+    return bool(value) if dtype == "bool" else value
+
+
+@rule("reshape")
+def merge_reshapes(e: Expr, x: Exprs) -> Expr | None:
+    """reshape(reshape(a)) = reshape(a)."""
+    (a,) = e.args
+    return x.reshape(a.args[0], e.shape) if a.op == "reshape" else None
+
+
+@rule("transpose")
+def merge_transposes(e: Expr, x: Exprs) -> Expr | None:
+    (a,) = e.args
+    return x.transpose(a.args[0], tuple(a["perm"][p] for p in e["perm"])) if a.op == "transpose" else None
+
+
+@rule("slice")
+def drop_full_slice(e: Expr, x: Exprs) -> Expr | None:
+    (a,) = e.args
+    if a.op == "full":
+        return x.full(a["value"], e.shape, e.dtype)
+    return a if a.shape == e.shape and all(s == 1 for s in e["stride"]) else None
+
+
+@rule("dynamic_slice")
+def static_slice(e: Expr, x: Exprs) -> Expr | None:
+    """dynamic_slice at known starts is a slice, clamped as XLA clamps."""
+    if not all(a.op == "full" for a in e.args[1:]):
+        return None
+    src = e.args[0]
+    start = tuple(
+        min(max(int(a["value"]), 0), n - m) for a, n, m in zip(e.args[1:], src.shape, e.shape, strict=True)
+    )
+    limit = tuple(s + m for s, m in zip(start, e.shape, strict=True))
+    return simplify(x.slice(src, start, limit, (1,) * len(start)), x)
+
+
+@rule("mul")
+def mul_one(e: Expr, x: Exprs) -> Expr | None:
+    a, b = e.args
+    if a is b:
+        return x.make("square", (a,), (), e.shape, e.dtype)
+    if is_full(b, 1) and a.shape == e.shape:
+        return a
+    return b if is_full(a, 1) and b.shape == e.shape else None
+
+
+@rule("add")
+def add_zero(e: Expr, x: Exprs) -> Expr | None:
+    a, b = e.args
+    if is_full(b, 0) and a.shape == e.shape:
+        return a
+    return b if is_full(a, 0) and b.shape == e.shape else None
+
+
+@rule("sub", "div", "power")
+def right_identity(e: Expr, x: Exprs) -> Expr | None:
+    a, b = e.args
+    if e.op == "power" and b.op == "full":
+        return simplify(x.make("pow", (a,), (("y", b["value"]),), e.shape, e.dtype), x)
+    return a if is_full(b, 0 if e.op == "sub" else 1) else None
+
+
+@rule("pow")
+def square(e: Expr, x: Exprs) -> Expr | None:
+    if e["y"] == 1:
+        return e.args[0]
+    return x.make("square", e.args, (), e.shape, e.dtype) if e["y"] == 2 else None
+
+
+@rule("max", "min")
+def bound_at_infinity(e: Expr, x: Exprs) -> Expr | None:
+    """max(x, -inf) = x, min(x, inf) = x."""
+    a, b = e.args
+    limit = -np.inf if e.op == "max" else np.inf
+    if is_full(a, limit):
+        return b
+    return a if is_full(b, limit) else None
+
+
+@rule("and", "or")
+def boolean_identity(e: Expr, x: Exprs) -> Expr | None:
+    if e.dtype != "bool":
+        return None
+    neutral = e.op == "and"
+    for a, b in (e.args, e.args[::-1]):
+        if a.op == "full":
+            return b if bool(a["value"]) == neutral else x.full(not neutral, e.shape, "bool")
+    return e.args[0] if e.args[0] is e.args[1] else None
+
+
+@rule("not")
+def double_negation(e: Expr, x: Exprs) -> Expr | None:
+    """not(not p) = p, and a negated integer comparison is the opposite comparison."""
+    (a,) = e.args
+    if a.op == "not":
+        return a.args[0]
+    flip = {"ge": "lt", "lt": "ge", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}.get(a.op)
+    if flip and not a.args[0].dtype.startswith(("float", "bfloat")):
+        return simplify(x.make(flip, a.args, (), e.shape, e.dtype), x)
+    return None
+
+
+@rule("select")
+def known_select(e: Expr, x: Exprs) -> Expr | None:
+    """select(true, a, b) = a; select(not p, a, b) = select(p, b, a); a select of booleans is and/or."""
+    p, a, b = e.args
+    if p.op == "full" and a.shape == e.shape:
+        return a if p["value"] else b
+    if p.op == "not":
+        return simplify(x.make("select", (p.args[0], b, a), (), e.shape, e.dtype), x)
+    if a is b:
+        return a
+    if e.dtype == "bool" and p.shape == e.shape:
+        if is_full(b, False):
+            return simplify(x.make("and", (p, a), (), e.shape, "bool"), x)
+        if is_full(a, True):
+            return simplify(x.make("or", (p, b), (), e.shape, "bool"), x)
+        if is_full(a, False) and is_full(b, True):
+            return simplify(x.make("not", (p,), (), e.shape, "bool"), x)
+    return None
+
+
+@rule("ne", "gt", "eq", "ge", "lt")
+def boolean_as_number(e: Expr, x: Exprs) -> Expr | None:
+    """A boolean written as a number and read back: (p as 0/1) != 0, > 0, >= 1, == 1 is p; == 0, < 1 is not p."""
+    a, b = e.args
+    if b.op != "full":
+        return None
+    p = _boolean_behind(a, x)
+    if p is None:
+        return None
+    c = b["value"]
+    if (e.op, c) in (("ne", 0), ("gt", 0), ("eq", 1), ("ge", 1), ("gt", 0.5)):
+        return p
+    if (e.op, c) in (("eq", 0), ("ne", 1), ("lt", 1), ("lt", 0.5)):
+        return simplify(x.make("not", (p,), (), e.shape, "bool"), x)
+    return None
+
+
+def _boolean_behind(a: Expr, x: Exprs) -> Expr | None:
+    """The boolean whose 0/1 number `a` is, through casts, products of such, and views."""
+    if a.dtype == "bool":
+        return a
+    if a.op == "convert":
+        return _boolean_behind(a.args[0], x)
+    if a.op in ("mul", "min"):
+        p, q = (_boolean_behind(b, x) for b in a.args)
+        return None if p is None or q is None else simplify(x.make("and", (p, q), (), a.shape, "bool"), x)
+    if a.op in ("broadcast", "reshape", "transpose", "slice"):
+        p = _boolean_behind(a.args[0], x)
+        return None if p is None else x.make(a.op, (p,), a.attrs, a.shape, "bool")
+    if a.op == "full" and a["value"] in (0, 1):
+        return x.full(bool(a["value"]), a.shape, "bool")
+    return None
+
+
+boolean_behind = _boolean_behind

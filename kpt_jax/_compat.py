@@ -1,0 +1,106 @@
+"""Everything that depends on the version of jax, and nothing else. Tried on 0.7.2, 0.11.2 and 0.12."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+ClosedJaxpr = jex.ClosedJaxpr
+JIT_NAMES = frozenset({"pjit", "jit"})  # renamed in 0.7
+REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2"})
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def open_jaxpr(j: Any) -> tuple[Any, tuple]:
+    """`(jaxpr, consts)` of a Jaxpr or ClosedJaxpr (one class since 0.12)."""
+    consts = tuple(getattr(j, "consts", ()) or ())
+    return (j.jaxpr if hasattr(j, "jaxpr") else j), consts
+
+
+def dtype_name(aval: Any) -> str:
+    """NumPy-style dtype name; extended dtypes such as PRNG keys are "key"."""
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None:
+        return "token"
+    return "key" if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.name
+
+
+def source_of(eqn: Any) -> str:
+    """Where in the user's code an equation comes from, "" if unknown."""
+    info = getattr(eqn, "source_info", None)
+    tb = getattr(info, "traceback", None)
+    if tb is None:
+        return ""
+    try:
+        from jax._src import source_info_util
+
+        frame = source_info_util.user_frame(tb) if _user_frame_takes_traceback() else source_info_util.user_frame(info)
+    except Exception:  # no public way to read a jaxpr's source; a missing one costs only a comment
+        return ""
+    if frame is None:
+        return ""
+    line = getattr(frame, "start_line", 0)
+    name = frame.file_name.rsplit("/", 1)[-1]
+    return f"{name}:{line} ({frame.function_name.rsplit('.', 1)[-1]})"
+
+
+_TAKES_TRACEBACK: list[bool] = []
+
+
+def _user_frame_takes_traceback() -> bool:
+    if not _TAKES_TRACEBACK:
+        import inspect
+
+        from jax._src import source_info_util
+
+        first = next(iter(inspect.signature(source_info_util.user_frame).parameters))
+        _TAKES_TRACEBACK.append("traceback" in first or first == "tb")
+    return _TAKES_TRACEBACK[0]
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+@contextlib.contextmanager
+def concrete() -> Iterator[None]:
+    """Inside: computations on arrays run now, even while an outer function is being traced."""
+    with jax.ensure_compile_time_eval():
+        yield
+
+
+def bind(eqn: Any, args: list) -> list:
+    """Run one equation as it stands."""
+    subfuns, params = eqn.primitive.get_bind_params(eqn.params)
+    out = eqn.primitive.bind(*subfuns, *args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scan_layout(eqn: Any) -> tuple[int, int]:
+    """How many constants and carries lead a scan's inputs (kept in trees since 0.11)."""
+    p = eqn.params
+    if "num_consts" in p:
+        return p["num_consts"], p["num_carry"]
+    consts, carry, _ = p["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def custom_vjp_body(eqn: Any) -> Any:
+    """The primal function of a custom_vjp call, or None where this jax keeps it elsewhere."""
+    return eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+
+
+def donated(fn: Any, args: tuple, kwargs: dict) -> list[bool] | None:
+    """Which flat inputs a jitted `fn` donates, or None if it is not a jitted function or donates nothing."""
+    if not (hasattr(fn, "trace") and hasattr(fn, "lower")):
+        return None
+    info = jax.tree.leaves(fn.trace(*args, **kwargs).args_info, is_leaf=lambda x: hasattr(x, "donated"))
+    flags = [bool(i.donated) for i in info]
+    return flags if any(flags) else None
