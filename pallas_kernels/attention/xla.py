@@ -1,0 +1,425 @@
+"""Attention in plain JAX: online softmax over blocks, memory linear in both sequence lengths, forward and backward.
+
+The score matrix exists one block at a time. The forward keeps for each query the running maximum `m` and sum `l` of its
+softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021, arXiv:2112.05682); the backward recomputes the
+blocks from `q, k, v, out, m, l` (Dao et al. 2022, arXiv:2205.14135, algorithm 4). Blocks that causality or a window hides
+are never visited, and blocks that they leave whole are computed without building a mask.
+
+Shardings survive: batch and head dims are never merged, sliced or padded, only the sequence dims are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kpt.errors import OpError
+from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
+from pallas_kernels.attention.blocks import Blocks, data_terms, tile
+
+# Head-major layouts used inside: B batch, K kv heads, G query heads per kv head, T queries, S keys, H head dim.
+_ROWS, _KEYS = 3, 4  # axes of queries and keys in a [B, K, G, T, S] block
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is known before tracing; hashable, since it selects the trace."""
+
+    mask: Mask
+    scale: float
+    cap: float | None
+    out_dtype: str
+    block_q: int
+    block_kv: int
+
+
+def attention(
+    *,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    q_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    kv_lengths: jax.Array | None = None,
+    mask: Mask = Mask(),  # noqa: B008  (frozen)
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    out_dtype: str | None = None,
+) -> jax.Array:
+    """`softmax(fill(cap(scale * q k^T) + bias, mask)) v`, differentiable in q, k, v and bias (reverse mode).
+
+    Scores, softmax and sums are float32 (float64 for float64 inputs). With a finite `mask.fill`, hidden scores take that value
+    exactly as `kpt.ops.mask.Mask` says, also where whole blocks are skipped.
+
+    Args:
+      q: `[B, T, N, H]` float16, bfloat16, float32 or float64.
+      k: `[B, S, K, H]`, `N % K == 0`; query head `n` reads kv head `n // (N // K)`.
+      v: `[B, S, K, Hv]`.
+      bias: added to the scores after the cap; rank 4, each dim 1 or that of `[B, N, T, S]`. Its gradient is summed over dims of 1.
+      keep: bool, True where a key is visible; shaped as `bias`.
+      q_segment_ids, kv_segment_ids: `[B, T]` and `[B, S]` integers.
+      kv_lengths: `[B]` integers.
+      mask: which keys each query sees. Its terms say which of the operands above are read.
+      scale: of the scores; `1 / sqrt(H)` if None.
+      logits_soft_cap: `c` in `c * tanh(score / c)`; none if None.
+      out_dtype: dtype name of the output; q's if None.
+
+    Returns:
+      `[B, T, N, Hv]`.
+
+    Raises:
+      OpError: shapes or operands do not fit together.
+    """
+    operands = {"bias": bias, "keep": keep, "q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids,
+                "kv_lengths": kv_lengths}  # fmt: skip
+    operands = {name: x for name, x in operands.items() if name in mask.operands}
+    _check(q, k, v, operands)
+    static = _Static(
+        mask=mask,
+        scale=float(scale if scale is not None else 1 / math.sqrt(max(q.shape[3], 1))),
+        cap=logits_soft_cap,
+        out_dtype=str(jnp.dtype(out_dtype or q.dtype)),
+        **_block_sizes(q.shape[1], k.shape[1], q.shape[0] * q.shape[2]),
+    )
+    return _attention(static, q, k, v, operands)
+
+
+def _check(q: Any, k: Any, v: Any, operands: dict[str, Any]) -> None:
+    shapes = f"attention of q{list(q.shape)} k{list(k.shape)} v{list(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise OpError(shapes, "q, k and v have rank 4: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]", "add the missing dims")
+    (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
+    if k.shape != (b, s, kv_heads, h) or v.shape[:3] != (b, s, kv_heads):
+        raise OpError(shapes, "q, k and v share batch; k and v share length and heads; q and k share head dim", "check the axes")
+    if (kv_heads == 0 and n) or (kv_heads and n % kv_heads):
+        raise OpError(shapes, f"{n} query heads do not divide over {kv_heads} kv heads", "make N a multiple of K")
+    whole = {"q_segment_ids": (b, t), "kv_segment_ids": (b, s), "kv_lengths": (b,)}
+    for name, x in operands.items():
+        if x is None:
+            raise OpError(f"{shapes} with a mask that reads {name}", f"{name} was not given", f"pass {name}=")
+        full = whole.get(name)
+        fits = x.shape == full if full else x.ndim == 4 and all(d in (1, e) for d, e in zip(x.shape, (b, n, t, s), strict=True))
+        if not fits:
+            want = list(full) if full else f"rank 4, each dim 1 or that of {[b, n, t, s]}"
+            raise OpError(f"{shapes} with {name}{list(x.shape)}", f"{name} must be {want}", "broadcast or reshape it")
+
+
+def _block_sizes(queries: int, keys: int, heads: int) -> dict[str, int]:
+    return {"block_q": _block(queries, 512), "block_kv": _block(keys, 512)}
+
+
+def _block(length: int, most: int) -> int:
+    """The largest block that divides `length` among the sizes between `most / 2` and `most`, else `most`: avoids ragged tails."""
+    if length <= most:
+        return max(length, 1)
+    return next((b for b in range(most, most // 2 - 1, -1) if length % b == 0), most)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, q, k, v, operands):
+    return _forward(static, q, k, v, operands)[0]
+
+
+def _attention_fwd(static, q, k, v, operands):
+    out, m, l = _forward(static, q, k, v, operands)
+    return out, (q, k, v, operands, out, m, l)
+
+
+def _forward(static: _Static, q, k, v, operands):
+    """Returns out `[B, T, N, Hv]` and the row maxima and sums `[B, K, G, T]`."""
+    acc_dtype = _acc_dtype(q)
+    kv_heads = k.shape[2]
+    qh, kh, vh = _split_heads(q, kv_heads), _heads_first(k), _heads_first(v)
+    ops = _operands_by_block(static.mask, operands, kv_heads)
+    blocks = _tiles(static, q.shape[1], k.shape[1])
+
+    def step(carry, i, j, size_q, size_kv, masked):
+        q_blk, k_blk, v_blk = _cut(qh, i, size_q, 3), _cut(kh, j, size_kv, 2), _cut(vh, j, size_kv, 2)
+        s, visible, _ = _scores(static, q_blk, k_blk, ops, i, j, masked, acc_dtype)
+        s = _filled(static.mask, s, visible)
+        if carry is None:  # the only block there is
+            m_new = jnp.max(s, -1)
+            p = jnp.exp(s - _finite(m_new)[..., None])
+            return m_new, jnp.sum(p, -1), _dot("bkgts,bksh->bkgth", p, v_blk, acc_dtype)
+        m, l, acc = (_cut(x, i, size_q, 3) for x in carry)
+        m_new = jnp.maximum(m, jnp.max(s, -1))
+        p = jnp.exp(s - _finite(m_new)[..., None])
+        shrink = jnp.exp(m - _finite(m_new))
+        l = l * shrink + jnp.sum(p, -1)
+        acc = acc * shrink[..., None] + _dot("bkgts,bksh->bkgth", p, v_blk, acc_dtype)
+        return tuple(_put(x, new, i, 3) for x, new in zip(carry, (m_new, l, acc), strict=True))
+
+    rows = qh.shape[:4]
+    if _is_single(blocks):
+        carry = _visit(blocks, static.mask, step, None)
+    else:
+        start = (
+            jnp.full(rows, -jnp.inf, acc_dtype),
+            jnp.zeros(rows, acc_dtype),
+            jnp.zeros((*rows, v.shape[3]), acc_dtype),
+        )
+        carry = _visit(blocks, static.mask, step, start)
+    m, l, acc = carry
+    if _needs_skipped_keys(static.mask, blocks):
+        m, l, acc = _add_skipped_keys(static.mask, blocks, m, l, acc, vh)
+    out = acc / l[..., None] if k.shape[1] else jnp.zeros_like(acc)  # no keys at all: an empty sum
+    return _join_heads(out).astype(static.out_dtype), m, l
+
+
+def _attention_bwd(static: _Static, residuals, g):
+    q, k, v, operands, out, m, l = residuals
+    acc_dtype = _acc_dtype(q)
+    kv_heads = k.shape[2]
+    qh, kh, vh = _split_heads(q, kv_heads), _heads_first(k), _heads_first(v)
+    ops = _operands_by_block(static.mask, operands, kv_heads)
+    blocks = _tiles(static, q.shape[1], k.shape[1])
+    # p = exp(s - m) / l. Dividing g once instead of every block of p leaves the inner loop one pass shorter, and m apart from
+    # log(l) keeps p exact where |m| is so large (a mask fill) that m + log(l) rounds to m.
+    g = _split_heads(g, kv_heads).astype(acc_dtype) / l[..., None]
+    delta = jnp.sum(g * _split_heads(out, kv_heads).astype(acc_dtype), -1)
+    m = _finite(m)
+
+    def step(carry, i, j, size_q, size_kv, masked):
+        q_blk, k_blk, v_blk = _cut(qh, i, size_q, 3), _cut(kh, j, size_kv, 2), _cut(vh, j, size_kv, 2)
+        g_blk, delta_blk, m_blk = (_cut(x, i, size_q, 3) for x in (g, delta, m))
+        s, visible, cap_slope = _scores(static, q_blk, k_blk, ops, i, j, masked, acc_dtype)
+        p = jnp.exp(_filled(static.mask, s, visible) - m_blk[..., None])
+        dp = _dot("bkgth,bksh->bkgts", g_blk, v_blk, acc_dtype)
+        ds = p * (dp - delta_blk[..., None])
+        if visible is not None and not static.mask.additive:
+            ds = jnp.where(visible, ds, 0)
+        new = {"v": _dot("bkgts,bkgth->bksh", p, g_blk, acc_dtype)}
+        if "bias" in ops:
+            new["bias"] = _sum_to(ds, ops["bias"].shape)
+        if cap_slope is not None:
+            ds = ds * cap_slope
+        new["q"] = _dot("bkgts,bksh->bkgth", ds, k_blk, acc_dtype)
+        new["k"] = _dot("bkgts,bkgth->bksh", ds, q_blk, acc_dtype)
+        if carry is None:
+            return new
+        carry = dict(carry)
+        for name, axis, at in (("q", 3, i), ("k", 2, j), ("v", 2, j)):
+            carry[name] = _add(carry[name], new[name], {axis: at})
+        if "bias" in new:
+            shape = ops["bias"].shape
+            carry["bias"] = _add(carry["bias"], new["bias"], {a: at for a, at in ((_ROWS, i), (_KEYS, j)) if shape[a] > 1})
+        return carry
+
+    if _is_single(blocks):
+        grads = _visit(blocks, static.mask, step, None)
+    else:
+        like = {"q": qh, "k": kh, "v": vh} | ({"bias": ops["bias"]} if "bias" in ops else {})
+        grads = _visit(blocks, static.mask, step, {name: jnp.zeros(x.shape, acc_dtype) for name, x in like.items()})
+    dq, dk, dv = grads["q"], grads["k"], grads["v"]
+    if _needs_skipped_keys(static.mask, blocks):
+        dv = dv + _skipped_keys_grad(static.mask, blocks, m, g)
+    d_operands = {name: None for name in operands}
+    if "bias" in operands:
+        d_operands["bias"] = grads["bias"].reshape(operands["bias"].shape).astype(operands["bias"].dtype)
+    dq = _join_heads(dq * static.scale).astype(q.dtype)
+    dk = _heads_first(dk * static.scale).astype(k.dtype)
+    return dq, dk, _heads_first(dv).astype(v.dtype), d_operands
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+# Blocks ------------------------------------------------------------------------------------------------------------
+
+
+def _tiles(static: _Static, queries: int, keys: int) -> Blocks:
+    mask = static.mask
+    blocks = tile(mask, queries, keys, static.block_q, static.block_kv)
+    # `score + fill` is negligible only beside a visible score, and only if fill is far below any score.
+    if mask.additive and (data_terms(mask) or not blocks.every_row_sees or mask.fill > -1e4):
+        return dataclasses.replace(blocks, hidden=np.zeros_like(blocks.hidden), whole=blocks.whole)
+    return blocks
+
+
+def _is_single(blocks: Blocks) -> bool:
+    return blocks.hidden.shape == (1, 1) and not blocks.hidden.any()
+
+
+def _visit(blocks: Blocks, mask: Mask, step: Callable, carry: Any) -> Any:
+    """`carry = step(carry, i, j, size_q, size_kv, masked)` over the blocks that are not hidden, one loop for each kind of block."""
+    kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+    for a, b in np.argwhere(~blocks.hidden):
+        masked = not blocks.whole[a, b] or bool(data_terms(mask))
+        kind = (int(blocks.q_sizes[a]), int(blocks.kv_sizes[b]), masked)
+        kinds.setdefault(kind, []).append((int(blocks.q_starts[a]), int(blocks.kv_starts[b])))
+    for (size_q, size_kv, masked), starts in kinds.items():
+        if len(starts) == 1:
+            carry = step(carry, *starts[0], size_q, size_kv, masked)
+            continue
+        table = jnp.asarray(starts, jnp.int32)
+
+        def body(n, carry, table=table, size_q=size_q, size_kv=size_kv, masked=masked):
+            return step(carry, table[n, 0], table[n, 1], size_q, size_kv, masked)
+
+        carry = lax.fori_loop(0, len(starts), body, carry)
+    return carry
+
+
+# Scores and masks ----------------------------------------------------------------------------------------------------
+
+
+def _scores(static: _Static, q_blk, k_blk, ops, i, j, masked, acc_dtype):
+    """Scores of a block before the fill, which of them are visible (None: all), and the derivative of the cap (None: 1)."""
+    s = _dot("bkgth,bksh->bkgts", q_blk, k_blk, acc_dtype) * static.scale
+    cap_slope = None
+    if static.cap is not None:
+        t = jnp.tanh(s / static.cap)
+        s, cap_slope = static.cap * t, 1 - t * t
+    if "bias" in ops:
+        s = s + _cut_both(ops["bias"], i, j, s.shape).astype(acc_dtype)
+    return s, _visible(static.mask, ops, i, j, s.shape) if masked else None, cap_slope
+
+
+def _visible(mask: Mask, ops, i, j, shape):
+    rows, keys = shape[_ROWS], shape[_KEYS]
+    row = i + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    key = j + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+    parts = []
+    for term in mask.terms:
+        match term:
+            case Causal(offset):
+                parts.append(key <= row + offset)
+            case Window(left, right, offset):
+                if left is not None:
+                    parts.append(key >= row + (offset - left))
+                if right is not None:
+                    parts.append(key <= row + (offset + right))
+            case Segments():
+                parts.append(_cut_both(ops["q_segment_ids"], i, j, shape) == _cut_both(ops["kv_segment_ids"], i, j, shape))
+            case Lengths():
+                parts.append(key < ops["kv_lengths"])
+            case Explicit():
+                parts.append(_cut_both(ops["keep"], i, j, shape))
+            case Bias():
+                pass
+    return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def _filled(mask: Mask, s, visible):
+    if visible is None:
+        return s
+    return jnp.where(visible, s, s + mask.fill if mask.additive else mask.fill)
+
+
+def _operands_by_block(mask: Mask, operands: dict[str, Any], kv_heads: int) -> dict[str, Any]:
+    """Operands as rank 5 `[B, K, G, T, S]`, dims of 1 left as they are."""
+    axes = {"q_segment_ids": (1, 2, 4), "kv_segment_ids": (1, 2, 3), "kv_lengths": (1, 2, 3, 4)}
+    ops = {}
+    for name, x in operands.items():
+        if name in axes:
+            ops[name] = jnp.expand_dims(x, axes[name])
+        else:
+            b, n, t, s = x.shape
+            ops[name] = x.reshape((b, kv_heads, n // kv_heads, t, s) if n > 1 else (b, 1, 1, t, s))
+    return ops
+
+
+# Keys in blocks that were skipped -------------------------------------------------------------------------------------
+#
+# A skipped key has the score `fill`, and weighs exp(fill - m). That is nothing beside a visible key, but a query that sees no
+# key weighs all keys alike, skipped ones too. Their sum over a row of blocks is the same for all its queries, so what is left
+# out can be added at the end for the price of one pass over v.
+
+
+def _needs_skipped_keys(mask: Mask, blocks: Blocks) -> bool:
+    row_may_see_nothing = bool(data_terms(mask)) or "bias" in mask.kinds or not blocks.every_row_sees
+    return bool(blocks.hidden.any()) and row_may_see_nothing and not mask.additive
+
+
+def _skipped(blocks: Blocks, dtype) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """0/1 matrices `[query blocks, S]` (key skipped by the block) and `[query blocks, T]` (row in the block); keys skipped `[T]`."""
+    by_block = jnp.asarray(blocks.hidden, dtype)
+    keys = jnp.repeat(by_block, blocks.kv_sizes, axis=1, total_repeat_length=int(blocks.kv_sizes.sum()))
+    rows = jnp.repeat(jnp.eye(len(blocks.q_sizes), dtype=dtype), blocks.q_sizes, axis=1, total_repeat_length=int(blocks.q_sizes.sum()))
+    return keys, rows, np.repeat(blocks.hidden @ blocks.kv_sizes, blocks.q_sizes)
+
+
+def _add_skipped_keys(mask: Mask, blocks: Blocks, m, l, acc, vh):
+    keys, rows, count = _skipped(blocks, m.dtype)
+    fill = jnp.where(count > 0, jnp.asarray(mask.fill, m.dtype), -jnp.inf)
+    m_new = jnp.maximum(m, fill)
+    shrink, weight = jnp.exp(m - _finite(m_new)), jnp.exp(fill - _finite(m_new))
+    v_sums = _dot("ns,bksh->bknh", keys, vh, m.dtype)
+    v_rows = _dot("nt,bknh->bkth", rows, v_sums, m.dtype)[:, :, None]
+    return m_new, l * shrink + weight * count, acc * shrink[..., None] + weight[..., None] * v_rows
+
+
+def _skipped_keys_grad(mask: Mask, blocks: Blocks, m, g):
+    keys, rows, count = _skipped(blocks, m.dtype)
+    weight = jnp.where(count > 0, jnp.exp(jnp.asarray(mask.fill, m.dtype) - m), 0)
+    per_block = _dot("nt,bkgth->bknh", rows, weight[..., None] * g, m.dtype)
+    return _dot("ns,bknh->bksh", keys, per_block, m.dtype)
+
+
+# Arrays --------------------------------------------------------------------------------------------------------------
+
+
+def _acc_dtype(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _dot(spec: str, a, b, acc_dtype):
+    return jnp.einsum(spec, a.astype(acc_dtype), b.astype(acc_dtype), preferred_element_type=acc_dtype)
+
+
+def _split_heads(x, kv_heads: int):
+    """`[B, T, N, H] -> [B, K, G, T, H]`."""
+    b, t, n, h = x.shape
+    return x.reshape(b, t, kv_heads, n // max(kv_heads, 1), h).transpose(0, 2, 3, 1, 4)
+
+
+def _join_heads(x):
+    """`[B, K, G, T, H] -> [B, T, N, H]`."""
+    b, kv_heads, group, t, h = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(b, t, kv_heads * group, h)
+
+
+def _heads_first(x):
+    return x.transpose(0, 2, 1, 3)
+
+
+def _finite(m):
+    """Row maxima, with 0 for rows whose every score is -inf: exp(-inf - 0) is 0 where exp(-inf + inf) is NaN."""
+    return jnp.where(m == -jnp.inf, 0, m)
+
+
+def _cut(x, start, size: int, axis: int):
+    return x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _cut_both(x, i, j, shape):
+    """The block of an operand at row `i` and key `j`; dims of 1 stay."""
+    for axis, start in ((_ROWS, i), (_KEYS, j)):
+        if x.shape[axis] > 1:
+            x = _cut(x, start, shape[axis], axis)
+    return x
+
+
+def _put(x, block, start, axis: int):
+    return lax.dynamic_update_slice_in_dim(x, block, start, axis)
+
+
+def _add(x, block, starts: dict[int, Any]):
+    at = tuple(starts.get(axis, 0) for axis in range(x.ndim))
+    return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, block.shape) + block, at)
+
+
+def _sum_to(x, shape):
+    """Sums `x` over the dims where `shape` is 1."""
+    axes = tuple(a for a, d in enumerate(shape) if d == 1 and x.shape[a] != 1)
+    return jnp.sum(x, axes, keepdims=True) if axes else x
