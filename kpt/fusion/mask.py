@@ -85,6 +85,8 @@ def narrow(p: Program, ax: Axes, ref: Ref, depth: int = 0) -> Ref:
     """The same values without the dimensions along which they are constant: f(broadcast(a)) as f(a)."""
     ref = ax.strip(ref, casts=False)
     e = ref.expr
+    if e.op == "full":
+        return Ref(p.exprs.full(e["value"], (), e.dtype), ())
     if depth > 12 or e.op not in ELEMENTWISE or e.op in ("stop_gradient",) or not e.args:
         return ref
     parts = [narrow(p, ax, Ref(a, ref.dims), depth + 1) for a in e.args]

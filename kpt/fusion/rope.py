@@ -105,7 +105,7 @@ def _whole(p: Program, e: Expr) -> Match | None:
     const, parts = terms(ax, out, lambda r: r.expr.op == "mul")
     if const or len(parts) != 2 or any(c != 1 for c, _ in parts) or any(r.expr.op != "mul" for _, r in parts):
         return None
-    sides = [[ax.strip(a) for a in args(r)] for _, r in parts]
+    sides = [[_uncast(a) for a in args(r)] for _, r in parts]
     for plain, turned in (sides, sides[::-1]):
         for rot, sin in (turned, turned[::-1]):
             half = _rotated(rot.expr)
@@ -113,19 +113,15 @@ def _whole(p: Program, e: Expr) -> Match | None:
                 continue
             src, axis = half
             for x, cos in (plain, plain[::-1]):
-                if x.expr is not src and not (x.expr.op == "convert" and x.expr.args[0] is src):
-                    if _base(x.expr) is not _base(src):
-                        continue
-                if ax.resolve(x).dims != ax.resolve(rot).dims:
-                    continue
-                return _build(p, ax, e, out, x, cos, sin, axis, False)
+                if x.expr is _uncast(Ref(src, x.dims)).expr and ax.resolve(x).dims == ax.resolve(rot).dims:
+                    return _build(p, ax, e, out, x, ax.strip(cos), ax.strip(sin), axis, False)
     return None
 
 
-def _base(e: Expr) -> Expr:
-    while e.op == "convert":
-        e = e.args[0]
-    return e
+def _uncast(r: Ref) -> Ref:
+    while r.expr.op == "convert" and r.expr.args[0].dtype.startswith(("float", "bfloat")):
+        r = Ref(r.expr.args[0], r.dims)
+    return r
 
 
 def _halves(p: Program, e: Expr) -> Match | None:
