@@ -53,7 +53,7 @@ class ErrorMetrics:
     def from_json(data: Mapping[str, Any]) -> ErrorMetrics:
         """Inverse of `to_json`."""
         known = {f.name for f in dataclasses.fields(ErrorMetrics)}
-        values = {k: float(v) if isinstance(v, str) else v for k, v in data.items() if k in known}
+        values: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in data.items() if k in known}
         values["percentiles"] = {k: float(v) for k, v in data["percentiles"].items()}
         return ErrorMetrics(**values)
 

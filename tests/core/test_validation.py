@@ -145,25 +145,36 @@ def test_compare_allows_twice_what_certify_does():
     assert two.checks[0].allowed_max == pytest.approx(2 * one.checks[0].allowed_max)
 
 
-def test_cancellation_is_forgiven_only_with_its_sensitivity():
-    """The loss of a confident classifier: logsumexp - logit, 1e-3 left over from terms near 30."""
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal((64, 100)).astype(np.float32)
+def confident_loss(seed):
+    """logsumexp - logit where the label's logit is near 30: 1e-11 left over, float32 keeps none of its digits."""
+    logits = np.random.default_rng(seed).standard_normal((64, 100)).astype(np.float32)
     logits[:, 0] += 30
 
-    def loss(named):
-        z = named["logits"]
+    def loss(z):
         top = z.max(-1)
-        return {"loss": np.log(np.exp(z - top[:, None]).sum(-1, dtype=z.dtype)) + top - z[:, 0]}
+        return np.log(np.exp(z - top[:, None]).sum(-1, dtype=z.dtype)) + top - z[:, 0]
 
-    wide = {"logits": logits.astype(np.float64)}
-    reference = loss(wide)
-    actual = loss({"logits": logits})
-    moved = sensitivity(loss, wide, rng, reference)
-    # The maximum is the label: log(1 + tiny) is all that is left, and float32 keeps none of its digits.
-    assert not certify(actual, reference, "float32", 100).passed
-    assert certify(actual, reference, "float32", 100, sensitivity=moved).passed
-    assert not certify({"loss": actual["loss"] + 1e-2}, reference, "float32", 100, sensitivity=moved).passed
+    return {"y": loss(logits)}, {"y": loss(logits.astype(np.float64))}, {"y": np.abs(logits).max(-1)}
+
+
+def cancelling_dot(seed):
+    """Rows orthogonal to the columns but for rounding: the products cancel, and so do their digits."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((16, 256)), rng.standard_normal((256, 4))
+    a = (a - a @ b @ np.linalg.pinv(b)).astype(np.float32)
+    b = b.astype(np.float32)
+    f = lambda named: {"y": named["a"] @ named["b"]}  # noqa: E731
+    wide = {"a": a.astype(np.float64), "b": b.astype(np.float64)}
+    return {"y": running_dot(a, b, np.float32)}, f(wide), sensitivity(f, wide, rng)
+
+
+@pytest.mark.parametrize("case", [confident_loss, cancelling_dot])
+def test_cancellation_is_forgiven_only_with_its_sensitivity(case):
+    actual, reference, moved = case(0)
+    assert not certify(actual, reference, "float32", 256).passed
+    assert certify(actual, reference, "float32", 256, sensitivity=moved).passed
+    wrong = {"y": actual["y"] + np.float32(1e-3) * moved["y"].max()}
+    assert not certify(wrong, reference, "float32", 256, sensitivity=moved).passed
 
 
 TOLERANCES = [
