@@ -129,10 +129,10 @@ def certify(
         max|a - r|  <= atol_max * max(max|r|, max|s|)
 
     up to the smallest subnormal of the dtype. `s` is the sensitivity: how far each element moves per unit of relative
-    change of the inputs (`kpt.validation.sensitivity` measures it) or of the terms that it is the difference of. For most
-    data `s` is below `r`. Where the result is what is left after cancellation, as `logsumexp - logit` of a confident
-    classifier is, a program in finite precision errs by the last bit of what cancels, not of what is left (Higham,
-    "Accuracy and Stability of Numerical Algorithms", sections 1.6 and 1.7).
+    change of the inputs (`kpt.validation.sensitivity` measures it) or of the terms that it is the difference of. For
+    most data `s` is below `r`. Where the result is what is left after cancellation, as `logsumexp - logit` of a
+    confident classifier is, a program in finite precision errs by the last bit of what cancels, not of what is left
+    (Higham, "Accuracy and Stability of Numerical Algorithms", sections 1.6 and 1.7).
 
     Args:
       actual: what the program returned, in the dtype that it returns.
