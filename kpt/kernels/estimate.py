@@ -67,3 +67,11 @@ def estimate(
     if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE:
         moved += _INTERMEDIATE[kernel.op](specs)
     return max(work.flops / peak, moved / bandwidth) / kernel.efficiency
+
+
+def seconds(t: float) -> str:
+    """A time for people, with the unit that fits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if t >= scale:
+            return f"{t / scale:.3g} {unit}"
+    return f"{t / 1e-9:.3g} ns"

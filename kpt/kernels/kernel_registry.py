@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kpt.errors import KernelError
-from kpt.kernels.estimate import estimate
+from kpt.kernels.estimate import estimate, seconds
 from kpt.kernels.spec import LEVELS, ORIGINAL, KernelSpec, original, refusal, resolve
 from kpt.kernels.validate import validate
 from kpt.ops.base import Op, Spec, Specs
@@ -233,10 +233,10 @@ def _fastest_measured(
             return able[0], "no kernel accepts this call", times
         if len(times) == 1:
             return able[0], "of the kernels that accept this call none was measured; measure one to use it", times
-        return able[0], f"no kernel beats the measured {_seconds(own)} of the original by more than the noise", times
+        return able[0], f"no kernel beats the measured {seconds(own)} of the original by more than the noise", times
     choice = min(faster, key=lambda k: (pairs[k.name][0], k.name))
     time = pairs[choice.name][0]
-    why = f"measured {_seconds(time)} against {_seconds(own)} for the original ({own / time:.2f} times as fast)"
+    why = f"measured {seconds(time)} against {seconds(own)} for the original ({own / time:.2f} times as fast)"
     return choice, why, times
 
 
@@ -258,7 +258,7 @@ def _fastest_estimated(
     if estimates[best.name] >= own_time:
         return own, f"no kernel is estimated to be faster on {hardware.name}; measure to be sure"
     return best, (
-        f"estimated {_seconds(estimates[best.name])} against {_seconds(own_time)} for the original "
+        f"estimated {seconds(estimates[best.name])} against {seconds(own_time)} for the original "
         f"(roofline of {hardware.name}, not measured)"
     )
 
@@ -268,15 +268,8 @@ def _slower(time: float | None, best: float | None, measured: bool) -> str:
         return "was not measured" if measured else "nothing is known of its time, and another kernel comes first"
     how = "measured" if measured else "estimated"
     if time == best:
-        return f"{how} {_seconds(time)}, as the choice is, which comes first"
-    return f"{how} {_seconds(time)} against {_seconds(best)} for the choice"
-
-
-def _seconds(t: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if t >= scale:
-            return f"{t / scale:.3g} {unit}"
-    return f"{t / 1e-9:.3g} ns"
+        return f"{how} {seconds(time)}, as the choice is, which comes first"
+    return f"{how} {seconds(time)} against {seconds(best)} for the choice"
 
 
 def _op(name: str) -> Op | None:
