@@ -77,9 +77,11 @@ def concrete() -> Iterator[None]:
 
 
 def bind(eqn: Any, args: list) -> list:
-    """Run one equation as it stands."""
-    subfuns, params = eqn.primitive.get_bind_params(eqn.params)
-    out = eqn.primitive.bind(*subfuns, *args, **params)
+    """Run one equation as it stands, in the context (mesh, precision, ...) in which it was traced."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)  # one dict since 0.11
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*subfuns, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -186,6 +186,8 @@ class _Capture:
                 env.update(zip(eqn.outvars, outputs, strict=True))
                 bodies = self._bodies(eqn, inputs)
                 op, attrs = (name, {}) if bodies else _neutral(eqn)
+                if op == "select":  # select_n puts the value for False first; the graph, the one for True
+                    inputs = (inputs[0], inputs[2], inputs[1])
                 self._add(Node(_BODY_OP.get(op, op), inputs, outputs, attrs, _compat.source_of(eqn),
                                bool(eqn.effects), bodies, region, eqn))  # fmt: skip
 

@@ -72,12 +72,19 @@ def normalize(graph: Graph) -> tuple[Exprs, dict[int, Expr]]:
             continue
         (v,) = n.outputs
         spec = graph.specs[v]
+        if n.op in ELEMENTWISE:  # operands of size 1 (and scalars) spread over the result: say so
+            args = tuple(a if a.shape == spec.shape else _spread(exprs, a, spec.shape) for a in args)
         e = exprs.make(n.op, args, tuple(sorted(n.attrs.items())), spec.shape, spec.dtype)
         e = simplify(e, exprs)
         if e.op != "full":
             e.origins.append(v)
         env[v] = e
     return exprs, env
+
+
+def _spread(exprs: Exprs, a: Expr, shape: tuple[int, ...]) -> Expr:
+    dims = tuple(range(len(shape))) if len(a.shape) == len(shape) else ()
+    return exprs.broadcast(a, shape, dims)
 
 
 @rule(*ELEMENTWISE)
@@ -264,3 +271,41 @@ def _boolean_behind(a: Expr, x: Exprs) -> Expr | None:
 
 
 boolean_behind = _boolean_behind
+
+
+@rule("convert")
+def number_to_boolean(e: Expr, x: Exprs) -> Expr | None:
+    """A boolean that went through numbers and came back."""
+    if e.dtype != "bool" or e.args[0].dtype == "bool":
+        return None
+    return _boolean_behind(e.args[0], x)
+
+
+def _never_negative(e: Expr) -> bool:
+    if e.op in ("exp", "square", "abs", "logistic"):
+        return True
+    return e.op in ("reduce_sum", "reduce_max", "broadcast", "reshape", "transpose", "convert") and _never_negative(e.args[0])
+
+
+@rule("abs")
+def abs_of_positive(e: Expr, x: Exprs) -> Expr | None:
+    """jax's logsumexp takes the absolute value of a sum of exponentials."""
+    return e.args[0] if _never_negative(e.args[0]) else None
+
+
+@rule("gather")
+def gather_at_known_place(e: Expr, x: Exprs) -> Expr | None:
+    """x[..., 0] written as a gather is a slice."""
+    src, idx = e.args
+    if idx.op != "full" or len(idx.shape) != 1 or e["operand_batch"]:
+        return None
+    start, sizes = [0] * len(src.shape), e["sizes"]
+    for d in e["index_map"]:
+        start[d] = int(idx["value"])
+        if not 0 <= start[d] <= src.shape[d] - sizes[d]:
+            return None
+    kept = tuple(s for d, s in enumerate(sizes) if d not in e["collapsed"])
+    if kept != e.shape:
+        return None
+    limit = tuple(a + s for a, s in zip(start, sizes, strict=True))
+    return x.reshape(simplify(x.slice(src, tuple(start), limit, (1,) * len(start)), x), e.shape)

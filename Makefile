@@ -1,0 +1,30 @@
+# Every target does its own set-up. PYTHON=/path/to/python3.12 names the interpreter; ARGS is passed on.
+python := .venv/bin/python
+
+.PHONY: help setup demo test test-slow lint clean
+
+help:
+	@echo 'make demo        train a small language model as written and through kpt; report in kpt-report/demo.html'
+	@echo 'make test        the default test suite'
+	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make lint        style and types'
+	@echo 'make clean       remove the environments'
+
+setup:
+	@PYTHON='$(PYTHON)' bash .ci/setup
+
+demo: setup
+	$(python) -m kpt.cli demo $(ARGS)
+
+test: setup
+	$(python) -m pytest $(ARGS)
+
+test-slow: setup
+	$(python) -m pytest -m slow $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .venv-*

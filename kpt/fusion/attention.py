@@ -1,0 +1,376 @@
+"""attention: softmax(mask(cap(scale * q k^T) + bias)) v, in any layout and spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from kpt.fusion.formula import factors, scalar, softmax, strip_shape
+from kpt.fusion.mask import Layout, Reading, finish, narrow, never_empty, read_mask
+from kpt.fusion.program import Match, NearMiss, Program, Refuse
+from kpt.fusion.view import TRANSPARENT, Axes, Ref
+from kpt.graph.evaluate import evaluate
+from kpt.graph.expr import Expr
+from kpt.graph.normalize import boolean_behind
+from kpt.ops.mask import Bias, Mask
+
+_HIDDEN = -1e4  # a score this low has weight exp(-1e4) = 0 next to any that is not hidden
+
+
+def find(p: Program) -> Iterator[Match | NearMiss]:
+    for e in list(p.exprs_with("div", "mul")):
+        soft = softmax(e)
+        if soft is None:
+            continue
+        scores, axis, inner = soft
+        if not _reaches_dot(scores):
+            continue
+        try:
+            product = _values_product(p, e)
+            yield _match(p, product, e, scores, axis, inner)
+        except Refuse as why:
+            yield NearMiss("attention", e.origins[0], str(why), p.source(e))
+
+
+def _reaches_dot(e: Expr, depth: int = 0) -> bool:
+    """Whether the scores come from a product of two tensors that both change with the program's input."""
+    if e.op == "dot_general":
+        return True
+    if depth > 12 or e.op not in TRANSPARENT | {"mul", "div", "add", "sub", "select", "tanh", "neg", "stop_gradient", "max", "min"}:
+        return False
+    return any(_reaches_dot(a, depth + 1) for a in e.args if a.op != "full")
+
+
+def _values_product(p: Program, soft: Expr) -> Expr:
+    """The product of the probabilities with the values."""
+    at = soft
+    for _ in range(12):
+        users = p.users(at)
+        dots = [u for u in users if u.op == "dot_general"]
+        if dots:
+            return dots[0]
+        views = [u for u in users if u.op in TRANSPARENT]
+        if len(users) == 1 and views:
+            at = views[0]
+            continue
+        if any(v in p.graph.outputs for v in at.origins) and not views:
+            raise Refuse("the attention weights are returned, so they have to be computed")
+        what = ", ".join(sorted({u.op for u in users})) or "nothing"
+        if len(users) > 1 and views:
+            raise Refuse(f"the attention weights are used in more than one place ({what})")
+        raise Refuse(
+            f"between softmax and the values stands {what} (dropout? turn it off with deterministic=True or rate 0, "
+            "or drop out the output instead of the weights)"
+        )
+    raise Refuse("no product with values follows the softmax")
+
+
+@dataclasses.dataclass
+class _Scores:
+    """What lies between softmax and q k^T, gathered from the top down."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    masks: list[tuple[Ref, float, bool]] = dataclasses.field(default_factory=list)  # visible, fill, additive
+    biases: list[tuple[float, Ref]] = dataclasses.field(default_factory=list)
+
+
+def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> Ref | None:
+    """Down from the softmax to the dot product, filling `acc`. None where `ref` is not on that way."""
+    ref = ax.strip(ref)
+    e = ref.expr
+    here = set(ax.of(ref))
+    if not key <= here:
+        return None
+    if e.op == "dot_general":
+        return ref
+    operands = [Ref(a, ref.dims) for a in e.args]
+    if e.op in ("mul", "div"):
+        b = scalar(ax.strip(operands[1]))
+        if b is not None and (e.op == "mul" or b != 0):
+            acc.scale *= b if e.op == "mul" else 1.0 / b
+            return _walk(p, ax, operands[0], key, acc)
+        a = scalar(ax.strip(operands[0]))
+        if a is not None and e.op == "mul":
+            acc.scale *= a
+            return _walk(p, ax, operands[1], key, acc)
+        return None
+    if e.op == "neg":
+        acc.scale *= -1.0
+        return _walk(p, ax, operands[0], key, acc)
+    if e.op == "stop_gradient":
+        raise Refuse("the scores pass through stop_gradient")
+    if e.op == "tanh":
+        if acc.cap is not None:
+            return None
+        acc.cap, acc.scale = acc.scale, 1.0
+        found = _walk(p, ax, operands[0], key, acc)
+        return found
+    if e.op in ("add", "sub"):
+        for i, other in ((0, 1), (1, 0)):
+            if e.op == "sub" and i == 1:
+                continue
+            trial = dataclasses.replace(acc, masks=list(acc.masks), biases=list(acc.biases))
+            sign = -1.0 if e.op == "sub" else 1.0
+            if acc.cap is None:
+                _bias(p, ax, operands[other], sign * acc.scale, trial)
+            found = _walk(p, ax, operands[i], key, trial)
+            if found is not None:
+                if acc.cap is not None:
+                    raise Refuse("a bias is added before the soft cap")
+                acc.__dict__.update(trial.__dict__)
+                return found
+        return None
+    if e.op == "select":
+        for i, other in ((1, 2), (2, 1)):
+            fill = scalar(ax.strip(operands[other]))
+            if fill is None:
+                continue
+            trial = dataclasses.replace(acc, masks=list(acc.masks), biases=list(acc.biases))
+            scale = acc.scale if acc.cap is None else 1.0
+            found = _walk(p, ax, operands[i], key, trial)
+            if found is None:
+                continue
+            if acc.cap is not None:
+                raise Refuse("a mask is applied before the soft cap")
+            if fill * scale > _HIDDEN:
+                raise Refuse(f"hidden scores become {fill * scale:g}, which leaves them weight; a mask needs -inf or a value below {_HIDDEN:g}")
+            pred = operands[0]
+            if i == 2:
+                pred = Ref(p.exprs.apply("not", pred.expr), pred.dims)
+            trial.masks.append((pred, fill * scale, False))
+            acc.__dict__.update(trial.__dict__)
+            return found
+        return None
+    return None
+
+
+def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
+    """An added term: a mask where it is 0 or very negative by construction, else a bias."""
+    r = ax.strip(ref)
+    e = r.expr
+    if e.op == "select":
+        pred, a, b = (Ref(x, r.dims) for x in e.args)
+        va, vb = scalar(ax.strip(a)), scalar(ax.strip(b))
+        if va == 0 and vb is not None and vb * factor <= _HIDDEN:
+            acc.masks.append((pred, vb * factor, True))
+            return
+        if vb == 0 and va is not None and va * factor <= _HIDDEN:
+            acc.masks.append((Ref(p.exprs.apply("not", pred.expr), pred.dims), va * factor, True))
+            return
+    if e.op in ("mul", "div"):  # (1 - keep) * -1e9
+        c, parts = factors(ax, r, lambda q: q.expr.op in ("sub", "convert"))
+        c *= factor
+        if len(parts) == 1 and parts[0][0] == 1 and c <= _HIDDEN and parts[0][1].expr.op == "sub":
+            one, keep = (Ref(x, parts[0][1].dims) for x in parts[0][1].expr.args)
+            if scalar(ax.strip(one)) == 1:
+                b = boolean_behind(keep.expr, p.exprs)
+                if b is not None:
+                    acc.masks.append((Ref(b, keep.dims), c, True))
+                    return
+    if e.op == "const" or (not e.origins or e.args):
+        size = math.prod(e.shape)
+        data = evaluate(e, p.exprs) if 0 < size <= 1 << 24 else None
+        if data is not None:
+            low = data * factor
+            hidden = low <= _HIDDEN
+            fills = set(low[hidden].tolist())
+            if hidden.any() and len(fills) == 1 and not low[~hidden].any():
+                p.exprs.consts[key] = ~hidden if (key := -3 - len(p.exprs.consts)) else None
+                keep_e = p.exprs.make("const", (), (("key", key),), e.shape, "bool")
+                acc.masks.append((Ref(keep_e, r.dims), fills.pop(), True))
+                return
+    acc.biases.append((factor, ref))
+
+
+def _match(p: Program, product: Expr, soft: Expr, scores: Expr, axis: int, inner: tuple[Expr, ...]) -> Match:
+    x = p.exprs
+    ax = Axes()
+    out = ax.root(product)
+    left, right, contracted = ax.dot(out)
+    left, right = ax.strip(left), ax.strip(right)
+    if strip_shape(left.expr) is soft:
+        prob, val = left, right
+    elif strip_shape(right.expr) is soft:
+        prob, val = right, left
+    else:
+        raise Refuse("the way from softmax to the product with the values cannot be followed")
+    key = ax.flat(prob.dims[axis])
+    if not key or set(key) != set(ax.flat(contracted)):
+        raise Refuse("softmax runs over another axis than the one summed with the values")
+
+    acc = _Scores()
+    dot = _walk(p, ax, Ref(scores, prob.dims), frozenset(key), acc)
+    if dot is None:
+        raise Refuse("what stands between q k^T and softmax is not a scale, a soft cap, a bias or a mask")
+    if "int" in dot.expr.args[0].dtype or "int" in dot.expr.dtype:
+        raise Refuse("integer queries and keys; cast them to a float dtype first")
+    a, b, depth = ax.dot(dot)
+    key = ax.flat(key)
+    if set(key) & set(ax.of(a)) and set(key) & set(ax.of(b)):
+        raise Refuse("softmax runs over a batch axis of q k^T")
+    q, k = (a, b) if set(key) <= set(ax.of(b)) else (b, a)
+    if not set(key) <= set(ax.of(k)):
+        raise Refuse("softmax runs over another axis than the keys'")
+    free = [ax.flat(d) for d in dot.dims]
+    scale = acc.scale * _scales_inside(p, ax, q, k, (scale_of := []))
+    if scale_of:
+        q, k = scale_of
+    q, k, val = (_leaf(p, ax, r) for r in (q, k, val))
+    depth, key = ax.flat(depth), ax.flat(key)
+    qa, ka, va = (set(ax.of(r)) for r in (q, k, val))
+    out_axes = ax.of(out)
+    shared = [i for i in ax.of(q) if i in (ka | va) and i not in depth]
+    only_q = [i for i in ax.of(q) if i not in ka | va and i not in depth]
+    query = _query_axes(ax, only_q, free, key)
+    groups = tuple(i for i in only_q if i not in query)
+    if any(i not in out_axes for i in shared + only_q) or (ka - set(key) - set(depth)) - qa:
+        raise Refuse("keys vary along an axis that queries lack")
+    value_dim = tuple(i for i in ax.of(val) if i not in qa and i not in key)
+    if set(value_dim) & ka or not set(value_dim) <= set(out_axes):
+        raise Refuse("values and keys share an axis that queries lack")
+    order = [i for i in ax.of(out) if i in shared] if len(q.dims) < 3 else shared
+    batch = tuple(order[:1])
+    kv_heads = tuple(order[1:])
+    lay = Layout(batch, kv_heads + groups, query, key)
+
+    params: dict = {"scale": scale * (1.0 if acc.cap is None else acc.cap), "logits_soft_cap": acc.cap}
+    if acc.cap is not None:
+        # softmax(cap * tanh(y)): what stood above tanh is the cap, what stands below scales q k^T to y.
+        params["scale"] = scale * acc.cap
+    reading = Reading()
+    fills: set[tuple[float, bool]] = set()
+    ambiguous = False
+    for pred, fill, additive in acc.masks:
+        before = len(reading.terms), len(reading.arrays)
+        read_mask(p, ax, pred, lay, reading)
+        new = reading.terms[before[0] :]
+        if len(reading.arrays) > before[1] or not never_empty(new, ax.extent(query), ax.extent(key)):
+            ambiguous = True
+        fills.add((fill, additive))
+    if reading.arrays and any(not set(ax.of(r)) <= set(sum(dataclasses.astuple(lay), ())) for r in reading.arrays):
+        raise Refuse("the mask depends on an axis that the scores lack")
+    if any(_depends_on(narrow(p, ax, r).expr, dot.expr) for r in reading.arrays):
+        raise Refuse("the mask depends on the scores")
+    finish(p, ax, lay, reading)
+    mask = Mask(tuple(reading.terms), *_fill(p, fills, ambiguous or not never_empty(
+        reading.terms, ax.extent(query), ax.extent(key)), acc.biases))  # fmt: skip
+    arrays: dict[str, Expr] = dict(reading.operands)
+    if acc.biases:
+        arrays["bias"] = _joined_bias(p, ax, lay, acc.biases)
+        mask = Mask((*mask.terms, Bias()), mask.fill, mask.additive)
+    dtype = q.expr.dtype if q.expr.dtype == k.expr.dtype == val.expr.dtype else dot.expr.args[0].dtype
+    if not dtype.startswith(("float", "bfloat")):
+        raise Refuse(f"{dtype} operands; cast them to a float dtype first")
+    for name, ref, target in (
+        ("q", q, (batch, query, kv_heads + groups, depth)),
+        ("k", k, (batch, key, kv_heads, depth)),
+        ("v", val, (batch, key, kv_heads, value_dim)),
+    ):
+        arranged = ax.arrange(ref, target, x)
+        if arranged is None:
+            raise Refuse(f"{name} has an axis that attention does not have")
+        arrays[name] = x.convert(arranged, dtype)
+    params |= {"mask": mask, "out_dtype": product.dtype}
+    n = ax.extent(kv_heads + groups)
+    shape = (ax.extent(batch), ax.extent(query), n, ax.extent(value_dim))
+    from kpt.ops.base import Spec
+
+    leaf = x.out(0, Spec(shape, product.dtype))
+    result = ax.arrange(Ref(leaf, (batch, query, kv_heads + groups, value_dim)), out.dims, x)
+    if result is None:
+        raise Refuse("the result has an axis that attention does not have")
+    return Match("attention", arrays, params, p.result(product, result), (dot.expr, *inner, soft), p.source(soft))
+
+
+def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref, out: list[Ref]) -> float:
+    """A scalar folded into q or k comes out as scale, where that does not round differently."""
+    total = 1.0
+    for r in (q, k):
+        r = ax.strip(r)
+        while r.expr.op in ("mul", "div") and r.expr.dtype in ("float32", "float64"):
+            b = scalar(ax.strip(Ref(r.expr.args[1], r.dims)))
+            a = scalar(ax.strip(Ref(r.expr.args[0], r.dims)))
+            if b is not None and (r.expr.op == "mul" or b != 0):
+                total *= b if r.expr.op == "mul" else 1.0 / b
+                r = ax.strip(Ref(r.expr.args[0], r.dims))
+            elif a is not None and r.expr.op == "mul":
+                total *= a
+                r = ax.strip(Ref(r.expr.args[1], r.dims))
+            else:
+                break
+        out.append(r)
+    return total
+
+
+def _leaf(p: Program, ax: Axes, r: Ref) -> Ref:
+    """Without views, so that repeated heads and upcasts do not reach the kernel."""
+    return ax.strip(r)
+
+
+def _query_axes(ax: Axes, only_q: list[int], free: list[tuple[int, ...]], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Which of the axes that queries alone have are positions; the rest are head groups."""
+    dims = [tuple(a for a in ax.flat(d) if a in only_q) for d in free]
+    whole = [d for d in dims if d and all(a in only_q for a in d)]
+    if not whole:
+        return ()
+    same = [d for d in whole if ax.extent(d) == ax.extent(key)]
+    if same:
+        return same[0]
+    return max(whole, key=lambda d: ax.extent(d))
+
+
+def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biases: list) -> tuple[float, bool]:
+    """Fill and additivity of the mask; which only a query that sees nothing can tell."""
+    if not fills:
+        return -math.inf, False
+    if not may_be_empty:
+        return next(iter(sorted(fills)))[0], False
+    if len(fills) > 1:
+        values = {f for f, _ in fills}
+        if all(f < -1e30 for f in values) and all(math.isfinite(f) for f in values) and not any(
+            a for _, a in fills
+        ):
+            return min(values), False
+        raise Refuse("two masks hide with different values, and a query may see nothing; use one value for both")
+    fill, additive = next(iter(fills))
+    # score + (-3e38) rounds to -3e38 (or overflows to -inf only below it): the score is gone.
+    if additive and (fill < -1e30):
+        additive = False
+    if biases and math.isfinite(fill) and fill > -1e30:
+        raise Refuse("a bias next to a mask with a moderate fill, and a query may see nothing; hide with -inf")
+    return fill, additive
+
+
+def _joined_bias(p: Program, ax: Axes, lay: Layout, biases: list[tuple[float, Ref]]) -> Expr:
+    x = p.exprs
+    target = (lay.batch, lay.heads, lay.query, lay.key)
+    parts = []
+    for factor, ref in biases:
+        e = ax.arrange(narrow(p, ax, ref), target, x, fill=False)
+        if e is None:
+            raise Refuse("the bias depends on an axis that the scores lack")
+        if factor != 1.0:
+            e = x.apply("mul", e, x.full(factor, e.shape, e.dtype))
+        parts.append(e)
+    shape = tuple(max(s) for s in zip(*(e.shape for e in parts), strict=True))
+    dtype = parts[0].dtype if len({e.dtype for e in parts}) == 1 else "float32"
+    total: Expr | None = None
+    for e in parts:
+        full = x.convert(x.broadcast(e, shape, (0, 1, 2, 3)), dtype)
+        total = full if total is None else x.apply("add", total, full)
+    assert total is not None
+    return total
+
+
+def _depends_on(e: Expr, target: Expr) -> bool:
+    todo, seen = [e], set()
+    while todo:
+        a = todo.pop()
+        if a is target:
+            return True
+        if id(a) not in seen and len(seen) < 10_000:
+            seen.add(id(a))
+            todo.extend(a.args)
+    return False

@@ -1,0 +1,352 @@
+"""cross_entropy: logsumexp(logits) - logits[label].  linear_cross_entropy: the same on logits = x w + b."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kpt.fusion.formula import args, scalar, terms
+from kpt.fusion.linear import projection
+from kpt.fusion.mask import narrow
+from kpt.fusion.program import Match, NearMiss, Program, Refuse
+from kpt.fusion.view import TRANSPARENT, Axes, Ref
+from kpt.graph.expr import Expr
+from kpt.ops.base import Spec
+
+
+def find(p: Program) -> Iterator[Match | NearMiss]:
+    done: set[int] = set()
+    for log in list(p.exprs_with("log")):
+        e = log.args[0]
+        while e.op in TRANSPARENT:
+            e = e.args[0]
+        if e.op != "reduce_sum" or len(e["axes"]) != 1:
+            continue
+        inner = e.args[0]
+        while inner.op in TRANSPARENT:
+            inner = inner.args[0]
+        if inner.op != "exp" or id(log) in done:
+            continue
+        done.add(id(log))
+        why = None
+        for root in _candidates(p, log):
+            try:
+                matches = _match(p, root, log)
+            except Refuse as refusal:
+                why = str(refusal)
+                continue
+            if matches is not None:
+                yield from matches
+                break
+        else:
+            if why:
+                yield NearMiss("cross_entropy", log.origins[0], why, p.source(log))
+
+
+def _candidates(p: Program, log: Expr) -> list[Expr]:
+    """Sums made from `log`, through the choice of a label, nearest first."""
+    out, at, depth = [], [log], {id(log): 0}
+    while at and len(out) < 40:
+        e = at.pop(0)
+        for u in p.users(e):
+            if id(u) in depth or depth[id(e)] > 12:
+                continue
+            if u.op in TRANSPARENT | {"add", "sub", "neg", "mul", "gather", "reduce_sum", "select", "dot_general"}:
+                depth[id(u)] = depth[id(e)] + 1
+                at.append(u)
+                if u.op in ("sub", "add", "gather", "reduce_sum", "reshape", "neg", "mul", "dot_general"):
+                    out.append(u)
+    return out
+
+
+def _match(p: Program, root: Expr, log: Expr) -> list[Match] | None:
+    ax = Axes()
+    out = ax.root(root)
+    acc = _Sum(p, ax)
+    if not acc.read(1.0, out):
+        return None
+    if acc.log is None or acc.pick is None or acc.const or acc.log[1].expr is not log:
+        return None
+    c_log, log_ref = acc.log
+    c_pick, picked, label, kind, vocab = acc.pick
+    if c_log != -c_pick or abs(c_log) != 1.0:
+        return None
+    summed = ax.strip(Ref(log_ref.expr.args[0], log_ref.dims))
+    inner, fresh = ax.reduced(summed)
+    exp = ax.strip(inner)
+    if exp.expr.op != "exp":
+        return None
+    z = ax.strip(Ref(exp.expr.args[0], exp.dims))
+    own = ax.flat(fresh[0])
+    shift: Ref | None = None
+    if z.expr.op == "sub":
+        a, b = args(z)
+        b = ax.strip(b)
+        if not set(ax.of(b)) & set(own):
+            z, shift = ax.strip(a), b
+    while shift is not None and shift.expr.op == "stop_gradient":
+        shift = ax.strip(Ref(shift.expr.args[0], shift.dims))
+    # The shift must come back with the sign of the log, or be no part of the sum at all if there was none.
+    back = sum(c for c, r in acc.rest if shift is not None and _same_value(ax, r, shift))
+    other = [r for c, r in acc.rest if shift is None or not _same_value(ax, r, shift)]
+    if other or back != (c_log if shift is not None else 0):
+        return None
+    left, right = ax.resolve(picked), ax.resolve(z)
+    to = {ax.flat(vocab): own}
+    if left.expr is not right.expr or tuple(to.get(d, d) for d in left.dims) != right.dims:
+        return None
+    return _build(p, ax, out, root, z, own, label, kind, c_log, log, exp.expr, acc.onehot_of_all)
+
+
+def _same_value(ax: Axes, a: Ref, b: Ref) -> bool:
+    a = ax.strip(a)
+    while a.expr.op == "stop_gradient":
+        a = ax.strip(Ref(a.expr.args[0], a.dims))
+    return ax.same(a, b)
+
+
+class _Sum:
+    """A sum over tokens, opened through the choice of a label: log sum exp, the chosen logit, and the rest."""
+
+    def __init__(self, p: Program, ax: Axes):
+        self.p, self.ax = p, ax
+        self.const = 0.0
+        self.log: tuple[float, Ref] | None = None
+        self.pick: tuple[float, Ref, Ref, str, tuple[int, ...]] | None = None
+        self.rest: list[tuple[float, Ref]] = []
+        self.onehot_of_all = False
+
+    def read(self, coef: float, ref: Ref) -> bool:
+        ax = self.ax
+        const, parts = terms(ax, ref, lambda r: False)
+        self.const += coef * const
+        for c, r in parts:
+            c *= coef
+            if r.expr.op == "log":
+                if self.log is not None:
+                    return False
+                self.log = (c, r)
+                continue
+            got = choice(self.p, ax, r)
+            if got is None:
+                self.rest.append((c, r))
+                continue
+            if self.pick is not None:
+                return False
+            source, label, kind, vocab = got
+            if not self._open(c, source, label, kind, vocab):
+                return False
+        return len(self.rest) <= 2
+
+    def _open(self, coef: float, source: Ref, label: Ref, kind: str, vocab: tuple[int, ...]) -> bool:
+        """choose(a - m - log ...) = choose(a) - m - log ..., as the rest is constant over the vocabulary."""
+        ax = self.ax
+        const, parts = terms(ax, source)
+        self.const += coef * const
+        axes = set(ax.flat(vocab))
+        along = [(c, r) for c, r in parts if set(ax.of(r)) & axes]
+        flat = [(c, r) for c, r in parts if not set(ax.of(r)) & axes]
+        if len(along) != 1 or along[0][0] != 1:
+            return False
+        self.pick = (coef, along[0][1], label, kind, vocab)
+        for c, r in flat:
+            if r.expr.op == "log":
+                if self.log is not None:
+                    return False
+                self.log = (coef * c, r)
+                self.onehot_of_all = True
+            else:
+                self.rest.append((coef * c, r))
+        return True
+
+
+def choice(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, ...]] | None:
+    """(source, labels, how, vocabulary axis) where `r` is source at the label's place.
+
+    How: "nan", "clip" (by a gather, and what it does outside the vocabulary) or "zero" (by one-hot).
+    """
+    e = r.expr
+    if e.op == "gather":
+        return _gathered(p, ax, r)
+    if e.op == "reduce_sum" and len(e["axes"]) == 1:
+        inner, fresh = ax.reduced(r)
+        inner = ax.strip(inner)
+        vocab = ax.flat(fresh[0])
+        if inner.expr.op == "mul":
+            a, b = args(inner)
+            for hot, src in ((a, b), (b, a)):
+                label = _one_hot(p, ax, hot, vocab)
+                if label is not None:
+                    return ax.strip(src), label, "zero", vocab
+        if inner.expr.op == "select":
+            pred, a, b = (Ref(x, inner.dims) for x in inner.expr.args)
+            label = _label_equality(p, ax, pred, vocab)
+            if label is not None and scalar(ax.strip(b)) == 0:
+                return ax.strip(a), label, "zero", vocab
+    if e.op == "dot_general" and len(e["lhs_contract"]) == 1:
+        left, right, contracted = ax.dot(r)
+        for hot, src in ((left, right), (right, left)):
+            label = _one_hot(p, ax, hot, ax.flat(contracted))
+            if label is not None and set(ax.of(src)) == set(ax.of(r)) | set(ax.flat(contracted)):
+                return ax.strip(src), label, "zero", ax.flat(contracted)
+    return None
+
+
+def _one_hot(p: Program, ax: Axes, r: Ref, vocab: tuple[int, ...]) -> Ref | None:
+    r = ax.strip(r)
+    if r.expr.op == "convert" and r.expr.args[0].dtype == "bool":
+        return _label_equality(p, ax, Ref(r.expr.args[0], r.dims), vocab)
+    if r.expr.op == "select":
+        pred, a, b = (Ref(x, r.dims) for x in r.expr.args)
+        if scalar(ax.strip(a)) == 1 and scalar(ax.strip(b)) == 0:
+            return _label_equality(p, ax, pred, vocab)
+    return None
+
+
+def _label_equality(p: Program, ax: Axes, r: Ref, vocab: tuple[int, ...]) -> Ref | None:
+    """labels where `r` is labels[..., None] == arange(vocabulary)."""
+    r = ax.strip(r)
+    if r.expr.op != "eq":
+        return None
+    sides = [ax.strip(a) for a in args(r)]
+    for label, pos in (sides, sides[::-1]):
+        if pos.expr.op == "iota" and ax.flat(pos.dims[pos.expr["dimension"]]) == ax.flat(vocab):
+            if not set(ax.of(label)) & set(ax.flat(vocab)):
+                return label
+        data = _known_arange(p, pos)
+        if data and ax.of(pos) == ax.flat(vocab) and not set(ax.of(label)) & set(ax.flat(vocab)):
+            return label
+    return None
+
+
+def _known_arange(p: Program, r: Ref) -> bool:
+    if r.expr.op != "const" or len(r.expr.shape) != 1:
+        return False
+    import numpy as np
+
+    return bool(np.array_equal(np.asarray(p.exprs.consts[r.expr["key"]]), np.arange(r.expr.shape[0])))
+
+
+def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, ...]] | None:
+    """take_along_axis over one axis, or x[arange, labels]; any layout that picks one element a row."""
+    e = r.expr
+    src, idx = e.args
+    if any(s != 1 for s in e["sizes"]) or e["offset_dims"]:
+        return None
+    index_dims = list(r.dims)  # index array without its last dimension has the result's dimensions
+    if len(idx.shape) != len(index_dims) + 1:
+        return None
+    dims: list[tuple[int, ...] | None] = [None] * len(src.shape)
+    for a, b in zip(e["operand_batch"], e["index_batch"], strict=True):
+        dims[a] = index_dims[b]
+    parts = _columns(p, ax, Ref(idx, (*index_dims, ax.new(idx.shape[-1]))))
+    if parts is None or len(parts) != len(e["index_map"]):
+        return None
+    label, vocab_dim = None, None
+    for part, d in zip(parts, e["index_map"], strict=True):
+        part = _without_wrap(p, ax, part)
+        if part.expr.op == "iota":
+            at = part.dims[part.expr["dimension"]]
+            if ax.extent(at) == src.shape[d]:
+                dims[d] = at
+                continue
+        if _known_arange(p, part) and part.expr.shape[0] == src.shape[d] and src.shape[d] > 1 and label is not None:
+            dims[d] = part.dims[0]
+            continue
+        if src.shape[d] == 1:
+            dims[d] = ()
+            continue
+        if label is not None:
+            return None
+        label, vocab_dim = part, d
+    if label is None or vocab_dim is None:
+        return None
+    vocab = ax.new(src.shape[vocab_dim])
+    dims[vocab_dim] = vocab
+    if any(d is None for d in dims):
+        return None
+    kind = "nan" if "fill" in e["mode"] else "clip"
+    return ax.strip(Ref(src, tuple(d for d in dims if d is not None))), label, kind, vocab
+
+
+def _columns(p: Program, ax: Axes, r: Ref) -> list[Ref] | None:
+    """The columns of an index array [..., n]: itself for n = 1, the parts of a concatenation otherwise."""
+    e = r.expr
+    if e.shape[-1] == 1:
+        return [ax.strip(Ref(e, r.dims))]
+    if e.op != "concatenate" or e["axis"] != len(e.shape) - 1 or any(a.shape[-1] != 1 for a in e.args):
+        return None
+    return [ax.strip(Ref(a, (*r.dims[:-1], ()))) for a in e.args]
+
+
+def _without_wrap(p: Program, ax: Axes, r: Ref) -> Ref:
+    """An arange with its (idle) wrapping of negative indices taken off."""
+    if r.expr.op == "select" and r.expr.args[0].op == "lt":
+        base = ax.strip(Ref(r.expr.args[2], r.dims))
+        if base.expr.op == "iota":
+            return base
+    return r
+
+
+def _build(
+    p: Program, ax: Axes, out: Ref, root: Expr, z: Ref, vocab: tuple[int, ...], label: Ref, kind: str,
+    sign: float, log: Expr, exp: Expr, whole: bool,
+) -> list[Match] | None:  # fmt: skip
+    x = p.exprs
+    rows = tuple(d for d in ax.resolve(out).dims if d)
+    labels = ax.arrange(narrow(p, ax, label), rows, x)
+    if labels is None or not labels.dtype.startswith(("int", "uint")):
+        return None
+    shape = tuple(ax.extent(d) for d in rows)
+    leaf: Expr = x.out(0, Spec(shape, "float32" if root.dtype != "float64" else "float64"))
+    size = ax.extent(vocab)
+    if kind == "zero" and whole:
+        # one_hot * log_softmax: a label outside the vocabulary contributes nothing at all.
+        ok = x.apply("and", x.apply("ge", labels, x.full(0, shape, labels.dtype), dtype="bool"),
+                     x.apply("lt", labels, x.full(size, shape, labels.dtype), dtype="bool"), dtype="bool")  # fmt: skip
+        leaf = x.make("select", (ok, leaf, x.full(0.0, shape, leaf.dtype)), (), shape, leaf.dtype)
+    if sign < 0:
+        leaf = x.apply("neg", leaf)
+    leaf = x.convert(leaf, root.dtype)
+    result = ax.arrange(Ref(leaf, rows), ax.resolve(out).dims, x)
+    if result is None:
+        return None
+    results = p.result(root, result)
+    logits, cap = _soft_cap(ax, z)
+    matches = []
+    pr = projection(p, ax, logits)
+    if pr is not None and set(pr.columns) == set(ax.flat(vocab)):
+        arrays = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x)}
+        if pr.b is not None:
+            arrays["b"] = ax.arrange(pr.b, (vocab,), x)
+        if all(a is not None for a in arrays.values()):
+            arrays["labels"] = labels
+            params = {"logits_soft_cap": cap, "invalid": kind}
+            matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log)))
+    logits_e = ax.arrange(ax.resolve(logits), (*rows, ax.flat(vocab)), x)
+    if logits_e is not None:
+        arrays = {"logits": logits_e, "labels": labels}
+        params = {"logits_soft_cap": cap, "invalid": kind}
+        matches.append(Match("cross_entropy", arrays, params, results, (exp,), p.source(log)))
+    return matches or None
+
+
+def _soft_cap(ax: Axes, z: Ref) -> tuple[Ref, float | None]:
+    """(inner, cap) where z = cap * tanh(inner / cap)."""
+    r = ax.strip(z)
+    if r.expr.op != "mul":
+        return z, None
+    for a, b in (args(r), args(r)[::-1]):
+        cap = scalar(ax.strip(b))
+        t = ax.strip(a)
+        if cap is None or t.expr.op != "tanh":
+            continue
+        inner = ax.strip(Ref(t.expr.args[0], t.dims))
+        if inner.expr.op in ("mul", "div"):
+            u, v = args(inner)
+            s = scalar(ax.strip(v))
+            if s is not None and abs((s if inner.expr.op == "div" else 1 / s) / cap - 1) < 1e-5:
+                return ax.strip(u), cap
+    return z, None
+
+
+__all__ = ["find"]

@@ -1,0 +1,236 @@
+"""Formulas read by meaning: sums as terms, products as factors, softmax, means, activations.
+
+`terms` and `factors` flatten nested sums and products, so that the order, grouping and spelling of
+an expression (division or multiplication by the inverse, rsqrt or 1/sqrt, x*x or x**2) do not matter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+
+from kpt.fusion.view import Axes, Ref
+from kpt.graph.evaluate import evaluate
+from kpt.graph.expr import ELEMENTWISE, Expr, Exprs
+
+_MAX = 64  # parts of one sum or product; no formula of ours has more than ten
+
+
+def scalar(ref: Ref) -> float | None:
+    return float(ref.expr["value"]) if ref.expr.op == "full" and ref.expr.dtype != "bool" else None
+
+
+def args(ref: Ref) -> list[Ref]:
+    """Operands of an elementwise op, which run over the same axes."""
+    return [Ref(a, ref.dims) for a in ref.expr.args]
+
+
+def terms(ax: Axes, ref: Ref, stop: Callable[[Ref], bool] = lambda r: False) -> tuple[float, list[tuple[float, Ref]]]:
+    """`ref` as constant + sum of coefficient * term. A term for which `stop` holds is not opened."""
+    const, out = 0.0, []
+    todo = [(1.0, ref)]
+    while todo:
+        c, r = todo.pop()
+        r = ax.strip(r)
+        op = r.expr.op
+        value = scalar(r)
+        if value is not None:
+            const += c * value
+        elif stop(r) or len(out) + len(todo) > _MAX:
+            out.append((c, r))
+        elif op == "add":
+            todo += [(c, a) for a in args(r)]
+        elif op == "sub":
+            a, b = args(r)
+            todo += [(c, a), (-c, b)]
+        elif op == "neg":
+            todo.append((-c, args(r)[0]))
+        elif op in ("mul", "div") and (split := _scaled(ax, r)) is not None:
+            todo.append((c * split[0], split[1]))
+        else:
+            out.append((c, r))
+    return const, out[::-1]
+
+
+def _scaled(ax: Axes, r: Ref) -> tuple[float, Ref] | None:
+    """A product with a known scalar: (scalar, rest)."""
+    a, b = args(r)
+    cb = scalar(ax.strip(b))
+    if cb is not None and (r.expr.op == "mul" or cb != 0):
+        return (cb if r.expr.op == "mul" else 1.0 / cb), a
+    ca = scalar(ax.strip(a))
+    return (ca, b) if ca is not None and r.expr.op == "mul" else None
+
+
+def factors(
+    ax: Axes, ref: Ref, stop: Callable[[Ref], bool] = lambda r: False
+) -> tuple[float, list[tuple[Fraction, Ref]]]:
+    """`ref` as constant * product of factor ** power."""
+    const, out = 1.0, []
+    todo = [(Fraction(1), ref)]
+    while todo:
+        p, r = todo.pop()
+        r = ax.strip(r)
+        op = r.expr.op
+        value = scalar(r)
+        if value is not None:
+            with np.errstate(all="ignore"):
+                const *= float(np.float64(value) ** float(p))
+        elif stop(r) or len(out) + len(todo) > _MAX:
+            out.append((p, r))
+        elif op == "mul":
+            todo += [(p, a) for a in args(r)]
+        elif op == "div":
+            a, b = args(r)
+            todo += [(p, a), (-p, b)]
+        elif op == "neg" and p.denominator == 1:
+            const *= (-1.0) ** int(p)
+            todo.append((p, args(r)[0]))
+        elif op in ("sqrt", "rsqrt"):
+            todo.append((p * Fraction(1 if op == "sqrt" else -1, 2), args(r)[0]))
+        elif op == "square":
+            todo.append((p * 2, args(r)[0]))
+        elif op == "pow" and r.expr["y"] in (-1, -0.5, 0.5, -2, 3):
+            todo.append((p * Fraction(r.expr["y"]), args(r)[0]))
+        else:
+            out.append((p, r))
+    return const, out[::-1]
+
+
+def mean(ax: Axes, ref: Ref) -> tuple[Ref, tuple[int, ...]] | None:
+    """(operand, axes) where `ref` is the mean of operand over one dimension: reduce_sum / n or * (1/n)."""
+    c, parts = factors(ax, ref, lambda r: r.expr.op == "reduce_sum")
+    if len(parts) != 1 or parts[0][0] != 1 or parts[0][1].expr.op != "reduce_sum":
+        return None
+    inner, fresh = ax.reduced(parts[0][1])
+    if len(fresh) != 1 or abs(c * ax.extent(fresh[0]) - 1.0) > 1e-6:
+        return None
+    return ax.strip(inner), fresh[0]
+
+
+def softmax(e: Expr) -> tuple[Expr, int, tuple[Expr, ...]] | None:
+    """(scores, axis, inner values) where `e` is softmax(scores) over one axis, in any spelling.
+
+    The shift before exp may be anything constant along the axis: softmax does not depend on it.
+    """
+    ax = Axes()
+    root = ax.root(e)
+    if e.op in ("div", "mul"):
+        num, den = args(root)
+        for n, d in ((num, den), (den, num)) if e.op == "mul" else ((num, den),):
+            n, d = ax.strip(n), ax.strip(d)
+            if e.op == "mul":  # exp * (1 / sum)
+                c, parts = factors(ax, d, lambda r: r.expr.op == "reduce_sum")
+                if c != 1.0 or len(parts) != 1 or parts[0][0] != -1:
+                    continue
+                d = parts[0][1]
+            if n.expr.op != "exp" or d.expr.op != "reduce_sum" or len(d.expr["axes"]) != 1:
+                continue
+            inner, _ = ax.reduced(d)
+            inner = ax.strip(inner)
+            axis = _aligned(ax, n, inner, n.expr)
+            if axis is not None:
+                return _unshifted(ax, n.expr, axis), axis, (n.expr,)
+    return None
+
+
+def _aligned(ax: Axes, a: Ref, b: Ref, e: Expr) -> int | None:
+    """The one dimension in which two readings of `e` differ: the reduced one."""
+    if a.expr is not e or b.expr is not e:
+        return None
+    a, b = ax.resolve(a), ax.resolve(b)
+    differ = [i for i, (x, y) in enumerate(zip(a.dims, b.dims, strict=True)) if x != y]
+    return differ[0] if len(differ) == 1 else None
+
+
+def _unshifted(ax: Axes, exp: Expr, axis: int) -> Expr:
+    """scores of exp(scores - shift), where the shift is constant along the axis."""
+    z = exp.args[0]
+    while z.op == "convert":
+        z = z.args[0]
+    if z.op != "sub":
+        return z
+    own = Axes()
+    root = own.root(z)
+    shift = own.strip(Ref(z.args[1], root.dims))
+    return z if set(own.flat(root.dims[axis])) & set(own.of(shift)) else z.args[0]
+
+
+def strip_shape(e: Expr) -> Expr:
+    """`e` without casts and stop_gradient."""
+    while e.op in ("convert", "stop_gradient"):
+        e = e.args[0]
+    return e
+
+
+# Activations are recognised by what they do, not by how they are written: a unary elementwise formula
+# is evaluated in float64 on these points and compared with the table.
+_POINTS = np.concatenate([np.linspace(-9, 9, 73), [-0.3, 1e-3, 0.7, 2.5]])
+
+
+@functools.cache
+def _table() -> dict[str, np.ndarray]:
+    from kpt.ops.activations import ACTIVATIONS
+
+    with np.errstate(all="ignore"):
+        return {name: np.asarray(fn(_POINTS)) for name, (fn, _) in ACTIVATIONS.items()}
+
+
+def activation(source: Expr, e: Expr, exprs: Exprs) -> str | None:
+    """The name of the activation f where `e` = f(source) elementwise, or None."""
+    if e is source or not _unary(source, e, 40):
+        return None
+    points = np.float64(_POINTS)
+    got = _evaluate_pointwise(source, e, exprs, points)
+    if got is None:
+        return None
+    # Constants in the code are rounded to float32 or bfloat16: 0.7978846 for sqrt(2/pi) is 3e-8 off, bfloat16's 4e-3.
+    tol = 2e-6 if e.dtype in ("float32", "float64") else 2e-2
+    best, error = None, tol
+    for name, want in _table().items():
+        worst = float(np.max(np.abs(got - want) / (1.0 + np.abs(want))))
+        if worst < error:
+            best, error = name, worst
+    return best
+
+
+def _unary(source: Expr, e: Expr, budget: int) -> bool:
+    """Whether `e` is elementwise in `source` and scalars alone, of one shape throughout."""
+    todo, seen, found = [e], set(), False
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if x is source:
+            found = True
+            continue
+        if len(seen) > budget or x.shape != source.shape:
+            return False
+        if x.op == "full":
+            continue
+        if x.op not in ELEMENTWISE or x.op == "stop_gradient":
+            return False
+        todo.extend(x.args)
+    return found
+
+
+def _evaluate_pointwise(source: Expr, e: Expr, exprs: Exprs, points: np.ndarray) -> np.ndarray | None:
+    """`e` at `source = points`, the shapes of the program put aside."""
+    memo: dict[int, Expr] = {}
+    probe = exprs.make("value", (), (("id", -1),), points.shape, source.dtype)
+
+    def at_points(x: Expr) -> Expr:
+        if x is source:
+            return probe
+        if id(x) not in memo:
+            if x.op == "full":
+                memo[id(x)] = exprs.full(x["value"], points.shape, x.dtype)
+            else:
+                memo[id(x)] = exprs.make(x.op, tuple(at_points(a) for a in x.args), x.attrs, points.shape, x.dtype)
+        return memo[id(x)]
+
+    return evaluate(at_points(e), exprs, {id(probe): points})

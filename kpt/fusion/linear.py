@@ -1,0 +1,262 @@
+"""linear_act: act(x w + b).  glu: act(x w_gate + b_gate) * (x w_up + b_up)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from kpt.fusion.formula import activation, terms
+from kpt.fusion.program import Match, NearMiss, Program
+from kpt.fusion.view import TRANSPARENT, Axes, Ref
+from kpt.graph.expr import ELEMENTWISE, Expr
+from kpt.ops.base import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """`ref` = x w + b: operands with axes, the contracted axes, and the product itself."""
+
+    x: Ref
+    w: Ref
+    b: Ref | None
+    contracted: tuple[int, ...]
+    columns: tuple[int, ...]
+    dot: Expr
+
+
+def projection(p: Program, ax: Axes, ref: Ref) -> Projection | None:
+    """Reads `ref` as a product with a weight, plus a bias over its columns, perhaps sliced.
+
+    A slice of the product is the product with a slice (of the weight's columns, or of the rows of x).
+    """
+    const, parts = terms(ax, ref, lambda r: r.expr.op not in ("add",))
+    if const or not 1 <= len(parts) <= 2 or any(c != 1 for c, _ in parts):
+        return None
+    dots = [(r, got) for _, r in parts if (got := _dot(p, ax, r)) is not None]
+    if len(dots) != 1 and len(parts) == 2:
+        # x w + h w: two products, or none
+        return None
+    if not dots:
+        return None
+    at, (x, w, contracted, dot) = dots[0]
+    rest = [r for _, r in parts if r is not at]
+    columns = tuple(a for a in ax.of(w) if a not in ax.flat(contracted))
+    if not columns or set(columns) & set(ax.of(x)):
+        return None
+    b = None
+    if rest:
+        b = ax.strip(rest[0])
+        if not set(ax.of(b)) <= set(columns) or len(ax.of(b)) != len(columns):
+            return None
+    return Projection(ax.resolve(x), ax.resolve(w), b, ax.flat(contracted), columns, dot)
+
+
+def _dot(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, tuple[int, ...], Expr] | None:
+    """x, w, contracted axes of a dot_general without batch axes, the weight being the operand with fewer rows."""
+    r = ax.strip(r)
+    cut: Expr | None = None
+    if r.expr.op == "slice" and not any(s != 1 for s in r.expr["stride"]):
+        cut = r.expr
+        inner = cut.args[0]
+        if inner.op not in TRANSPARENT and inner.op != "dot_general" and inner.op != "add":
+            return None
+        if inner.op != "dot_general":
+            return None
+        r = Ref(inner, r.dims)
+    e = r.expr
+    if e.op != "dot_general" or e["lhs_batch"] or not e.dtype.startswith(("float", "bfloat")):
+        return None
+    whole = r if cut is None else Axes.root(ax, e)
+    left, right, contracted = ax.dot(whole)
+    if cut is not None:
+        cuts = {ax.flat(d): (a, b) for d, a, b in zip(whole.dims, cut["start"], cut["limit"], strict=True)}
+        keep = {ax.flat(d): m for d, m in zip(whole.dims, r.dims, strict=True)}
+        left, right = (_sliced(p, ax, s, cuts, keep) for s in (left, right))
+    x, w = left, right
+    ws = ax.strip(w)
+    if len(ws.expr.shape) != 2 and len(ax.strip(x).expr.shape) == 2:
+        x, w = right, left
+        ws = ax.strip(w)
+    if len(w.expr.shape) < 1 or not contracted:
+        return None
+    # A cast of the weight stays outside the kernel only if x is not cast alike.
+    xs = ax.strip(x)
+    if xs.expr.dtype == ws.expr.dtype:
+        x, w = xs, ws
+    else:
+        x, w = ax.strip(x, casts=False), ax.strip(w, casts=False)
+    return x, w, contracted, e
+
+
+def _sliced(p: Program, ax: Axes, s: Ref, cuts: dict, keep: dict) -> Ref:
+    start, limit, dims = [], [], []
+    for d, n in zip(s.dims, s.expr.shape, strict=True):
+        f = ax.flat(d)
+        a, b = cuts.get(f, (0, n))
+        start.append(a)
+        limit.append(b)
+        dims.append(keep.get(f, d))
+    e = p.exprs.slice(s.expr, tuple(start), tuple(limit), (1,) * len(start))
+    return Ref(e, tuple(dims))
+
+
+def find(p: Program) -> Iterator[Match | NearMiss]:
+    """Gated units first; a projection that one takes is not offered as linear_act again."""
+    taken: set[int] = set()
+    matches: list[Match] = []
+    for e in list(p.exprs_with("mul")):
+        match = _glu(p, e)
+        if match is not None:
+            matches.append(match)
+            taken.update(id(d) for d in match.inner)
+    yield from matches
+    for e in list(p.exprs_with("dot_general")):
+        if id(e) not in taken:
+            match = _linear_act(p, e)
+            if match is not None:
+                yield match
+
+
+def _elementwise_after(p: Program, e: Expr, limit: int = 24) -> list[Expr]:
+    """Elementwise results and views made from `e` alone or with scalars, farthest last."""
+    out, at = [], [e]
+    while at and len(out) < limit:
+        u = at.pop(0)
+        for n in p.users(u):
+            if (n.op in ELEMENTWISE or n.op in TRANSPARENT) and n not in out and n.op != "stop_gradient":
+                out.append(n)
+                at.append(n)
+    return out
+
+
+def _activated(p: Program, e: Expr) -> tuple[str, Expr] | None:
+    """(activation, its argument) where `e` is an activation of something: the farthest source that fits."""
+    if e.op not in ELEMENTWISE or e.op in ("add", "sub", "neg", "convert", "select") and not _nonlinear(e):
+        return None
+    seen: set[int] = set()
+    level = [e]
+    candidates: list[Expr] = []
+    for _ in range(12):
+        nxt = []
+        for a in level:
+            for s in a.args:
+                if id(s) in seen or s.op == "full" or s.shape != e.shape:
+                    continue
+                seen.add(id(s))
+                candidates.append(s)
+                if s.op in ELEMENTWISE:
+                    nxt.append(s)
+        level = nxt
+        if not level:
+            break
+    for s in reversed(candidates):
+        name = activation(s, e, p.exprs)
+        if name is not None and name != "identity":
+            # a cast between belongs to neither: take the source before an upcast
+            return name, s
+    return None
+
+
+def _nonlinear(e: Expr, depth: int = 0) -> bool:
+    if e.op in ("exp", "tanh", "erf", "erfc", "logistic", "max", "log1p", "square", "pow", "integer_pow"):
+        return True
+    return depth < 12 and e.op in ELEMENTWISE and any(_nonlinear(a, depth + 1) for a in e.args)
+
+
+def _projection_arrays(
+    p: Program, ax: Axes, pr: Projection, rows: tuple[int, ...], names: tuple[str, str]
+) -> dict[str, Expr] | None:
+    w = ax.arrange(pr.w, (pr.contracted, pr.columns), p.exprs)
+    if w is None:
+        return None
+    out = {names[0]: w}
+    if pr.b is not None:
+        b = ax.arrange(pr.b, (pr.columns,), p.exprs)
+        if b is None:
+            return None
+        out[names[1]] = b
+    return out
+
+
+def _rows(ax: Axes, ref: Ref, columns: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The leading dimensions of the result, each a tuple of axes, columns left out."""
+    out = []
+    for d in ax.resolve(ref).dims:
+        kept = tuple(a for a in d if a not in columns)
+        if kept:
+            out.append(kept)
+    return tuple(out)
+
+
+def _linear_act(p: Program, dot: Expr) -> Match | None:
+    for e in reversed(_elementwise_after(p, dot)):
+        got = _activated(p, e)
+        if got is None:
+            continue
+        name, source = got
+        ax = Axes()
+        out = ax.root(e)
+        pr = projection(p, ax, Ref(source, out.dims))
+        if pr is None or pr.dot is not dot:
+            continue
+        return _build(p, ax, out, e, "linear_act", [(pr, ("w", "b"))], name, (dot, source))
+    return None
+
+
+def _glu(p: Program, e: Expr) -> Match | None:
+    ax = Axes()
+    out = ax.root(e)
+    sides = [ax.strip(Ref(a, out.dims)) for a in e.args]
+    for gate, up in (sides, sides[::-1]):
+        got = _activated(p, gate.expr)
+        if got is None:
+            continue
+        name, source = got
+        a = projection(p, ax, Ref(source, gate.dims))
+        b = projection(p, ax, up)
+        if a is None or b is None or a.dot is b.dot and a.w.expr is b.w.expr:
+            continue
+        if not ax.same(a.x, b.x) and not _same_rows(ax, a, b):
+            continue
+        if a.columns != b.columns and ax.extent(a.columns) != ax.extent(b.columns):
+            continue
+        inner = (a.dot, b.dot, source)
+        match = _build(p, ax, out, e, "glu", [(a, ("w_gate", "b_gate")), (b, ("w_up", "b_up"))], name, inner)
+        if match is not None:
+            return match
+    return None
+
+
+def _same_rows(ax: Axes, a: Projection, b: Projection) -> bool:
+    """Whether both project the same x: equal but for the contracted axes, which are fresh in each."""
+    x, y = ax.resolve(a.x), ax.resolve(b.x)
+    if x.expr is not y.expr:
+        return False
+    to = dict(zip(b.contracted, a.contracted, strict=False))
+    return all(tuple(to.get(i, i) for i in e) == d for d, e in zip(x.dims, y.dims, strict=True))
+
+
+def _build(
+    p: Program, ax: Axes, out: Ref, e: Expr, op: str, parts: list[tuple[Projection, tuple[str, str]]], name: str, inner: tuple[Expr, ...]
+) -> Match | None:
+    first = parts[0][0]
+    rows = _rows(ax, out, first.columns)
+    x = ax.arrange(first.x, (*rows, first.contracted), p.exprs)
+    if x is None:
+        return None
+    arrays = {"x": x}
+    for pr, names in parts:
+        made = _projection_arrays(p, ax, pr, (), names)
+        if made is None:
+            return None
+        arrays |= made
+    shape = (*x.shape[:-1], ax.extent(first.columns))
+    leaf = p.exprs.out(0, Spec(shape, e.dtype))
+    result = ax.arrange(Ref(leaf, (*rows, first.columns)), ax.resolve(out).dims, p.exprs)
+    if result is None:
+        return None
+    params = {"activation": name, "out_dtype": e.dtype}
+    return Match(op, arrays, params, p.result(e, result), inner, p.source(parts[0][0].dot))
+
+
+__all__ = ["Projection", "find", "projection"]

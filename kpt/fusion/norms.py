@@ -1,0 +1,280 @@
+"""rms_norm: x rsqrt(mean(x^2) + eps) w.  layer_norm: (x - mean) rsqrt(var + eps) w + b."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from kpt.fusion.formula import factors, mean, scalar, terms
+from kpt.fusion.program import Match, NearMiss, Program, Refuse
+from kpt.fusion.view import TRANSPARENT, Axes, Ref
+from kpt.graph.expr import Expr
+from kpt.ops.base import Spec
+
+_HALF = Fraction(-1, 2)
+_STEPS = TRANSPARENT | {"mul", "add", "sub", "div", "sqrt", "pow", "neg"}
+
+
+def find(p: Program) -> Iterator[Match | NearMiss]:
+    done: set[int] = set()
+    for root in list(p.exprs_with("rsqrt", "sqrt", "pow")):
+        if root.op == "pow" and root["y"] not in (-0.5, 0.5) or id(root) in done:
+            continue
+        done.add(id(root))
+        why: str | None = None
+        try:
+            if not _is_statistic(p, root):
+                continue
+        except Refuse as refusal:
+            yield NearMiss("rms_norm", root.origins[0], str(refusal), p.source(root))
+            continue
+        for e in reversed(_downstream(p, root)):
+            try:
+                match = _match(p, e, root)
+            except Refuse as refusal:
+                why = str(refusal)
+                continue
+            if match is not None:
+                yield match
+                break
+        else:
+            yield NearMiss("rms_norm", root.origins[0], why or "what follows the root mean square is not x times it", p.source(root))
+
+
+def _downstream(p: Program, root: Expr, limit: int = 48) -> list[Expr]:
+    """What is made from `root` by products, sums and views, nearest first."""
+    out, at = [], [root]
+    while at and len(out) < limit:
+        e = at.pop(0)
+        for u in p.users(e):
+            if u.op in _STEPS and u not in out:
+                out.append(u)
+                at.append(u)
+    return out
+
+
+def _statistic(ax: Axes, root: Ref) -> tuple[float, Ref, str, tuple[int, ...]] | None:
+    """(eps, x, "rms" | "layer", axis) where `root` is rsqrt or sqrt of mean square + eps or variance + eps."""
+    inner = Ref(root.expr.args[0], root.dims)
+    eps, parts = terms(ax, inner, lambda r: r.expr.op in ("max", "reduce_sum"))
+    if len(parts) == 1:
+        c, r = parts[0]
+        if r.expr.op == "max":  # max(var, 0) against rounding
+            a, b = (Ref(v, r.dims) for v in r.expr.args)
+            r = a if scalar(ax.strip(b)) == 0 else b if scalar(ax.strip(a)) == 0 else r
+            e0, parts = terms(ax, r, lambda q: q.expr.op == "reduce_sum")
+            if e0:
+                return None
+            parts = [(c * k, q) for k, q in parts]
+    got = []
+    for c, r in parts:
+        n = _mean_of(ax, c, r)
+        if n is None:
+            return None
+        got.append(n)
+    if len(got) == 1 and got[0][0] == 1:
+        _, m, axis = got[0]
+        base = _square_of(ax, m)
+        if base is None:
+            return None
+        centred = _centred(ax, base, axis)
+        return (eps, base, "rms", axis) if centred is None else (eps, centred, "layer", axis)
+    return None
+
+
+def _mean_of(ax: Axes, c: float, r: Ref) -> tuple[float, Ref, tuple[int, ...]] | None:
+    if r.expr.op != "reduce_sum":
+        return None
+    if len(r.expr["axes"]) != 1:
+        raise Refuse("the norm runs over two axes; the kernels normalise the last axis of a matrix")
+    inner, fresh = ax.reduced(r)
+    if abs(c * ax.extent(fresh[0]) - 1.0) > 1e-5:
+        return None
+    return 1.0, ax.strip(inner), fresh[0]
+
+
+def _square_of(ax: Axes, r: Ref) -> Ref | None:
+    if r.expr.op == "square":
+        return ax.strip(Ref(r.expr.args[0], r.dims))
+    if r.expr.op == "mul":
+        a, b = (ax.strip(Ref(v, r.dims)) for v in r.expr.args)
+        return a if ax.same(a, b) else None
+    return None
+
+
+def _centred(ax: Axes, r: Ref, axis: tuple[int, ...]) -> Ref | None:
+    """x where `r` is x - mean(x) over `axis`."""
+    if r.expr.op != "sub":
+        return None
+    x, m = (ax.strip(Ref(v, r.dims)) for v in r.expr.args)
+    got = mean(ax, m)
+    if got is None:
+        return None
+    inner, over = got
+    # The mean's own axis is a fresh one; everything else must run as x does.
+    here, there = ax.resolve(x), ax.resolve(inner)
+    if here.expr is not there.expr:
+        return None
+    swap = {tuple(ax.flat(over)): tuple(ax.flat(axis))}
+    dims = tuple(swap.get(d, d) for d in there.dims)
+    return x if dims == here.dims else None
+
+
+def _is_statistic(p: Program, root: Expr) -> bool:
+    ax = Axes()
+    r = ax.root(root)
+    return _statistic(ax, r) is not None or _fast_variance(ax, r) is not None
+
+
+def _fast_variance(ax: Axes, root: Ref) -> tuple[float, Ref, str, tuple[int, ...]] | None:
+    """var = mean(x^2) - mean(x)^2, perhaps clipped at 0."""
+    eps, parts = terms(ax, Ref(root.expr.args[0], root.dims), lambda r: r.expr.op in ("max", "square"))
+    if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].expr.op == "max":
+        r = parts[0][1]
+        a, b = (Ref(v, r.dims) for v in r.expr.args)
+        r = a if scalar(ax.strip(b)) == 0 else b
+        e0, parts = terms(ax, r, lambda q: q.expr.op in ("square", "reduce_sum"))
+        if e0:
+            return None
+    plus = [(c, r) for c, r in parts if c > 0]
+    minus = [(c, r) for c, r in parts if c < 0]
+    if len(plus) != 1 or len(minus) != 1 or minus[0][0] != -1:
+        return None
+    second = _mean_of(ax, *plus[0])
+    m = _square_of(ax, minus[0][1])
+    first = None if m is None else mean(ax, m)
+    if second is None or first is None:
+        return None
+    x = _square_of(ax, second[1])
+    if x is None:
+        return None
+    a, b = ax.resolve(x), ax.resolve(first[0])
+    swap = {tuple(ax.flat(first[1])): tuple(ax.flat(second[2]))}
+    same = a.expr is b.expr and tuple(swap.get(d, d) for d in b.dims) == a.dims
+    return (eps, x, "layer", second[2]) if same else None
+
+
+def _match(p: Program, e: Expr, root: Expr) -> Match | None:
+    ax = Axes()
+    out = ax.root(e)
+    is_root = lambda r: r.expr is root  # noqa: E731
+    const, parts = terms(ax, out, lambda r: r.expr.op in ("mul", "div") and _holds(r.expr, root))
+    if const:
+        return None
+    main = [(c, r) for c, r in parts if _holds(r.expr, root)]
+    rest = [(c, r) for c, r in parts if not _holds(r.expr, root)]
+    if len(main) != 1 or len(rest) > 1:
+        return None
+    scale, product = main[0]
+    # First find the statistic, to know x; then read the product again without opening x.
+    _, fs = factors(ax, product, is_root)
+    at = [(f, r) for f, r in fs if r.expr is root]
+    if len(at) != 1:
+        loose = [r for f, r in fs if f == -1 and r.expr.op == "add" and _holds(r.expr, root)]
+        if loose:
+            raise Refuse("epsilon is added outside the root: x / (sqrt(mean) + eps) is another function")
+        return None
+    power = at[0][0] * (Fraction(1) if root.op == "rsqrt" else Fraction(root["y"] if root.op == "pow" else Fraction(1, 2)) / _HALF)
+    if power != 1:
+        return None
+    stat = _statistic(ax, at[0][1]) or _fast_variance(ax, at[0][1])
+    if stat is None:
+        return None
+    eps, x, kind, axis = stat
+    axis = ax.flat(axis)
+    x = ax.resolve(x)
+
+    def is_x(r: Ref) -> bool:
+        return r.expr is x.expr or r.expr is root or (kind == "layer" and r.expr.op == "sub")
+
+    c, fs = factors(ax, product, is_x)
+    hits = [(f, r) for f, r in fs if r.expr is not root]
+    numer = [r for f, r in hits if f == 1 and _numerator(ax, r, x, kind)]
+    if len(numer) != 1:
+        return None
+    numer_ref = numer[0]
+    own_axis = _norm_axis(ax, numer_ref, x, axis, kind)
+    if own_axis is None:
+        return None
+    weights = [(f, r) for f, r in hits if r is not numer_ref]
+    arrays: dict[str, Expr] = {}
+    xs = p.exprs
+    params: dict = {"eps": eps, "out_dtype": e.dtype}
+    if weights:
+        if len(weights) != 1 or weights[0][0] != 1:
+            return None
+        w = weights[0][1]
+        k, inner = terms(ax, w, lambda r: bool(r.expr.origins) and r.expr.op != "add")
+        if k and kind == "rms" and len(inner) == 1 and inner[0][0] == 1:
+            w, params["weight_offset"] = inner[0][1], k
+        weight = ax.arrange(ax.strip(w), (own_axis,), xs, fill=False)
+        if weight is None or weight.shape != (ax.extent(own_axis),):
+            return None
+        arrays["weight"] = weight
+    if c * scale != 1.0:
+        return None
+    if rest:
+        if kind != "layer" or rest[0][0] != 1:
+            return None
+        bias = ax.arrange(ax.strip(rest[0][1]), (own_axis,), xs, fill=False)
+        if bias is None or bias.shape != (ax.extent(own_axis),):
+            return None
+        arrays["bias"] = bias
+    base = _source(ax, numer_ref, x, kind)
+    lead = [d for d in ax.resolve(out).dims if d != own_axis]
+    lead = tuple(d for d in lead)
+    if any(set(d) & set(own_axis) for d in lead):
+        return None
+    target = (*lead, own_axis)
+    arranged = ax.arrange(base, target, xs)
+    if arranged is None:
+        return None
+    if "int" in arranged.dtype:
+        raise Refuse("integer input; cast it to a float dtype first")
+    arrays["x"] = arranged
+    leaf = xs.out(0, Spec(arranged.shape, e.dtype))
+    result = ax.arrange(Ref(leaf, target), ax.resolve(out).dims, xs)
+    if result is None:
+        return None
+    # Every row gives its one result; a result that is narrower than x (sliced) is another thing.
+    inner_values = (root,)
+    return Match(f"{kind}_norm", arrays, params, p.result(e, result), inner_values, p.source(root))
+
+
+def _holds(e: Expr, target: Expr, depth: int = 0) -> bool:
+    """Whether `target` is reached from `e` through products, sums and views."""
+    if e is target:
+        return True
+    return depth < 10 and e.op in _STEPS and any(_holds(a, target, depth + 1) for a in e.args)
+
+
+def _numerator(ax: Axes, r: Ref, x: Ref, kind: str) -> bool:
+    if kind == "rms":
+        return r.expr is x.expr
+    return r.expr.op == "sub" and ax.strip(Ref(r.expr.args[0], r.dims)).expr is x.expr
+
+
+def _source(ax: Axes, r: Ref, x: Ref, kind: str) -> Ref:
+    return ax.resolve(r) if kind == "rms" else ax.strip(Ref(r.expr.args[0], r.dims))
+
+
+def _norm_axis(ax: Axes, r: Ref, x: Ref, axis: tuple[int, ...], kind: str) -> tuple[int, ...] | None:
+    """The axis of the result over which the statistic was taken; every other axis must agree."""
+    mine = ax.resolve(_source(ax, r, x, kind))
+    theirs = ax.resolve(x)
+    if mine.expr is not theirs.expr:
+        return None
+    own = None
+    for a, b in zip(mine.dims, theirs.dims, strict=True):
+        if b == axis:
+            own = a
+        elif a != b:
+            return None
+    if own is None:
+        return None
+    if kind == "layer":
+        return own if _centred(ax, r, own) is not None else None
+    return own
+
+
+__all__ = ["find"]

@@ -1,0 +1,197 @@
+"""A graph made ready for matching, and what a pattern gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kpt.graph.expr import ELEMENTWISE, Expr
+from kpt.graph.graph import Graph, Node
+from kpt.graph.normalize import normalize
+
+# What a front end can compute between a program and a kernel.
+GROUND = frozenset({"full", "const", "iota", "out"})
+EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concatenate".split())) - frozenset(
+    "erf erfc erf_inv log1p expm1 exp2 cbrt ceil round pow power atan2".split()
+)
+
+
+class Refuse(Exception):
+    """Raised inside a pattern once it knows what the code means but cannot honour it. The text is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """An op found in a graph.
+
+    Attributes:
+      op: name in `kpt.ops`.
+      arrays: the op's arrays, as expressions over the program's values.
+      params: the op's parameters.
+      results: program value id -> the expression, over "out" leaves, that it equals.
+      inner: expressions that the kernel will not produce; nothing else may use them.
+      source: where the code stands.
+    """
+
+    op: str
+    arrays: Mapping[str, Expr]
+    params: Mapping[str, Any]
+    results: Mapping[int, Expr]
+    inner: tuple[Expr, ...]
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class NearMiss:
+    """Code that looks like an op and was left alone, and why."""
+
+    op: str
+    value: int
+    reason: str
+    source: str = ""
+
+
+class Program:
+    """A graph with its expressions and users; what patterns look at."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.exprs, self.env = normalize(graph)
+        self.node_of = graph.producers()
+        self._users = graph.users()
+        self._order = {id(n): i for i, n in enumerate(graph.nodes)}
+        self._outputs = set(graph.outputs)
+
+    def exprs_with(self, *ops: str) -> Iterator[Expr]:
+        """Expressions of the program's values with one of these ops, in execution order, each once."""
+        seen: set[int] = set()
+        for n in self.graph.nodes:
+            for v in n.outputs:
+                e = self.env[v]
+                if e.op in ops and id(e) not in seen and e.origins:
+                    seen.add(id(e))
+                    yield e
+
+    def users(self, e: Expr) -> list[Expr]:
+        """Expressions made directly from `e`, each once, in execution order."""
+        nodes = {id(n): n for v in e.origins for n in self._users.get(v, ())}
+        found: dict[int, Expr] = {}
+        for n in sorted(nodes.values(), key=lambda n: self._order[id(n)]):
+            for v in n.outputs:
+                u = self.env[v]
+                if u is e:  # an identity: look through it
+                    continue
+                found.setdefault(id(u), u)
+        return list(found.values())
+
+    def source(self, e: Expr) -> str:
+        """Where in the user's code `e` is computed."""
+        for v in e.origins:
+            n = self.node_of.get(v)
+            if n is not None and n.source:
+                return n.source
+        return ""
+
+    def result(self, e: Expr, out: Expr) -> dict[int, Expr]:
+        """`results` of a match: every program value that `e` is becomes `out`."""
+        return dict.fromkeys(e.origins, out)
+
+    def grounded(self, e: Expr, depth: int = 0) -> bool:
+        """Whether a front end can compute `e` from the program's values."""
+        if e.origins or e.op in GROUND:
+            return True
+        return e.op in EMITTABLE and depth < 64 and all(self.grounded(a, depth + 1) for a in e.args)
+
+    def leaves(self, e: Expr) -> set[int]:
+        """The program values that computing `e` reads."""
+        out: set[int] = set()
+        todo, seen = [e], set()
+        while todo:
+            x = todo.pop()
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            if x.origins:
+                out.add(x.origins[0])
+            else:
+                todo.extend(x.args)
+        return out
+
+    def consumed(self, match: Match) -> list[Node]:
+        """The nodes between a match's arrays and its results: what the kernel takes the place of."""
+        stop: set[int] = set()
+        for a in match.arrays.values():
+            for leaf in self.leaves(a):
+                stop.update(self.env[leaf].origins)
+        todo = [v for v in match.results]
+        nodes: dict[int, Node] = {}
+        while todo:
+            v = todo.pop()
+            n = self.node_of.get(v)
+            if n is None or id(n) in nodes or (v in stop and v not in match.results):
+                continue
+            nodes[id(n)] = n
+            todo.extend(i for i in n.inputs if i not in stop)
+        return sorted(nodes.values(), key=lambda n: self._order[id(n)])
+
+    def unsafe(self, match: Match) -> str | None:
+        """Why the match may not be swapped in, or None."""
+        return validate_fusion_safety(self, match)
+
+
+def validate_fusion_safety(p: Program, match: Match) -> str | None:
+    """Why replacing `match` would change more than the values it names, or None where it is safe.
+
+    No other user of an inner value; no effect crossed; no derivative rule cut in two; the result keeps
+    its dtype and shape; every array can be computed from the program.
+    """
+    for name, a in match.arrays.items():
+        if not p.grounded(a):
+            return f"array {name!r} is not a value of the program"
+    for v, e in match.results.items():
+        if p.graph.specs[v] != e.spec:
+            return f"the kernel's result is {e.spec}, the program's {p.graph.specs[v]}"
+    nodes = p.consumed(match)
+    inside = {id(n) for n in nodes}
+    if any(n.effect for n in nodes):
+        return "an effect (print, callback, state) stands between its inputs and its result"
+    results = set(match.results)
+    dying = {v for e in match.inner for v in e.origins}
+    for n in nodes:  # whatever is made from a dying value dies too
+        if any(v in dying for v in n.inputs):
+            dying.update(n.outputs)
+    dying -= results
+    reached = {v for n in nodes for v in n.outputs} & dying
+    for v in sorted(reached):
+        if v in p._outputs:
+            return f"an inner value ({p.env[v].op}) is also returned; drop it from the outputs to let a kernel in"
+        for user in p._users.get(v, ()):
+            if id(user) not in inside:
+                where = f" at {user.source}" if user.source else ""
+                return f"an inner value ({p.env[v].op}) is also used by {user.op}{where}"
+    leaf_nodes = {id(p.node_of[v]): v for a in match.arrays.values() for v in p.leaves(a) if v in p.node_of}
+    for n in nodes:
+        r = n.region
+        while r is not None:
+            if not _region_falls(p, r, inside, results):
+                return f"it cuts through {r.name}, which has a derivative rule of its own"
+            r = r.parent
+    for i, v in leaf_nodes.items():
+        n = p.node_of[v]
+        r = n.region
+        while r is not None:
+            if v not in r.outputs and i not in inside:
+                return f"one of its inputs is made inside {r.name}, which has a derivative rule of its own"
+            r = r.parent
+    return None
+
+
+def _region_falls(p: Program, region: Any, inside: set[int], results: set[int]) -> bool:
+    """Whether all that a region gives to the program is replaced."""
+    for v in region.outputs:
+        if v in results:
+            continue
+        if v in p._outputs or any(id(u) not in inside for u in p._users.get(v, ())):
+            return False
+    return True

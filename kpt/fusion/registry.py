@@ -1,0 +1,91 @@
+"""Which patterns exist, and how their finds become disjoint sites."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+from kpt.errors import GraphError
+from kpt.fusion import attention, cross_entropy, linear, norms, rope
+from kpt.fusion.program import Match, NearMiss, Program
+from kpt.graph.graph import Graph
+
+Pattern = Callable[[Program], Iterator[Match | NearMiss]]
+
+
+@dataclasses.dataclass
+class FusionRegistry:
+    """Patterns by name, tried in the order of registration: an earlier find keeps what it takes."""
+
+    patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
+
+    def register(self, name: str, pattern: Pattern) -> None:
+        """Adds a pattern: a function from a `Program` to the matches and near misses in it.
+
+        Raises:
+          GraphError: the name is taken.
+        """
+        if name in self.patterns:
+            raise GraphError(f"pattern {name!r} is registered twice", "names are unique", "choose another name")
+        self.patterns[name] = pattern
+
+    def find(self, graph: Graph, accept: Callable[[Match], str | None] = lambda m: None) -> tuple[Program, list[Match], list[NearMiss]]:
+        """Disjoint, safe matches of one graph (not of its bodies), and what was left alone with the reason.
+
+        Args:
+          accept: returns why a match must not be taken (no kernel, a level), or None to take it. Where a
+            match is declined, a smaller one over the same code may still be taken.
+        """
+        program = Program(graph)
+        taken: list[Match] = []
+        missed: list[NearMiss] = []
+        claimed: set[int] = set()
+        for pattern in self.patterns.values():
+            for found in pattern(program):
+                if isinstance(found, NearMiss):
+                    missed.append(found)
+                    continue
+                value = next(iter(found.results))
+                why = program.unsafe(found)
+                nodes = {id(n) for n in program.consumed(found)} if why is None else set()
+                core = _core(program, found) if why is None else set()
+                if why is None and core & claimed:
+                    continue
+                why = why or accept(found)
+                if why is not None:
+                    missed.append(NearMiss(found.op, value, why, found.source))
+                    continue
+                claimed |= core
+                taken.append(found)
+                del nodes
+        done = {v for m in taken for v in m.results}
+        inside = {id(n) for m in taken for n in program.consumed(m)}
+        missed = [m for m in _unique(missed) if m.value not in done and id(program.node_of.get(m.value)) not in inside]
+        return program, taken, missed
+
+
+def _core(p: Program, m: Match) -> set[int]:
+    """The nodes that only this match may take: those made from its inner values, and their makers."""
+    nodes = p.consumed(m)
+    dying = {v for e in m.inner for v in e.origins}
+    out: set[int] = set()
+    for n in nodes:
+        if any(v in dying for v in (*n.inputs, *n.outputs)):
+            out.add(id(n))
+            dying.update(n.outputs)
+    return out
+
+
+def _unique(missed: Iterable[NearMiss]) -> list[NearMiss]:
+    return list({(m.op, m.value): m for m in missed}.values())
+
+
+def default_fusion() -> FusionRegistry:
+    """A registry with one pattern per op that kpt knows, larger ones first."""
+    r = FusionRegistry()
+    r.register("attention", attention.find)
+    r.register("cross_entropy", cross_entropy.find)
+    r.register("linear", linear.find)
+    r.register("norms", norms.find)
+    r.register("rope", rope.find)
+    return r

@@ -1,0 +1,41 @@
+"""The kernels that come with kpt, as data."""
+
+from kpt.kernels.spec import KernelSpec
+
+EVERYWHERE = ("cpu", "cuda", "rocm", "tpu", "xpu")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "quick_gelu", "relu2", "softplus",
+               "elu", "mish")  # fmt: skip
+EVERY_MASK = frozenset({"causal", "window", "segments", "lengths", "explicit", "bias"})
+INVALID_LABELS = ("nan", "zero", "clip")
+
+
+def _xla(op: str, level: str = "conservative", **honours) -> KernelSpec:
+    """Plain JAX with a backward of its own: compiled by XLA for whatever XLA compiles for."""
+    return KernelSpec(
+        name=f"{op}.xla",
+        op=op,
+        version=1,
+        provider="xla",
+        framework="jax",
+        platforms=EVERYWHERE,
+        dtypes=FLOATS,
+        level=level,
+        requires=("jax>=0.7.2",),
+        loader=f"pallas_kernels.{op}.xla:{op}",
+        **honours,
+    )
+
+
+KERNELS: tuple[KernelSpec, ...] = (
+    _xla("attention", masks=EVERY_MASK, additive=True),
+    _xla("rms_norm"),
+    _xla("layer_norm"),
+    _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
+    _xla("glu", level="balanced", params={"activation": ACTIVATIONS}),
+    _xla("rope", params={"interleaved": (False, True)}),
+    _xla("cross_entropy", params={"invalid": INVALID_LABELS}),
+    _xla("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
+    _xla("matmul", level="balanced"),
+    _xla("ragged_matmul", level="balanced"),
+)

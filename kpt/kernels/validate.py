@@ -1,0 +1,132 @@
+"""Certifying a kernel: random inputs of its op, forward and gradients, against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from kpt.errors import ValidationError
+from kpt.ops.base import Op, Specs
+from kpt.validation import Certificate, certify, sensitivity
+
+Arrays = dict[str, np.ndarray]
+
+
+def validate(
+    kernel: Callable[..., Any],
+    op: Op,
+    specs: Specs,
+    params: Mapping[str, Any],
+    *,
+    run: Callable[[Callable[..., Any], Arrays, Mapping[str, Any]], Any],
+    run_vjp: Callable[..., Mapping[str, Any]] | None = None,
+    seeds: Iterable[int] = (0, 1),
+    dtype: str | None = None,
+) -> Certificate:
+    """Runs `kernel` on samples of `op` and holds outputs and gradients to the reference.
+
+    Args:
+      kernel: takes the op's arrays and parameters by keyword.
+      specs: the arrays to sample.
+      run: `run(kernel, arrays, params)` returns its output or tuple of outputs; arrays are NumPy's (bfloat16 from
+        ml_dtypes), and results are whatever NumPy can read.
+      run_vjp: `run_vjp(kernel, arrays, params, cotangents)` returns the gradients by array name, for one cotangent per
+        output in the output's dtype. Without it, gradients are not certified, and the certificate shows none.
+      seeds: one sample each; the record names them.
+      dtype: that the tolerance is for; by default that of the first array. "tfloat32" where float32 products run on
+        tensor cores.
+
+    Raises:
+      OpError: the op does not take these specs and parameters.
+      ValidationError: no seed was given.
+    """
+    outputs = op.infer(specs, **params)
+    names = tuple(f"output {i}" if len(outputs) > 1 else "output" for i in range(len(outputs)))
+    held_to = dtype or specs[op.arrays[0]].dtype
+    differentiable = [n for n in op.differentiable if n in specs] if run_vjp else []
+    certificate = None
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        arrays = op.sample(rng, specs, **params)
+        wide = {n: a.astype(np.float64) if _is_float(a) else a for n, a in arrays.items()}
+        cotangents = tuple(rng.standard_normal(o.shape).astype(_dtype(o.dtype)) for o in outputs)
+        wide_cotangents = tuple(np.asarray(c, np.float64) for c in cotangents)
+
+        def reference(given: Mapping[str, np.ndarray], cotangents=wide_cotangents) -> Arrays:
+            exact = dict(zip(names, op.reference(**given, **params), strict=True))
+            if differentiable:
+                gradients = op.reference_vjp(cotangents, **given, **params)
+                exact |= {n: gradients[n] for n in differentiable}
+            return exact
+
+        exact = reference(wide)
+        moved = sensitivity(reference, wide, rng, exact)
+        terms = _cancelling_terms(op.name, wide, names, exact, wide_cotangents, differentiable)
+        moved |= {n: np.maximum(moved[n], scale) for n, scale in terms.items()}
+        results = run(kernel, arrays, params)
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        actual = {n: np.asarray(r) for n, r in zip(names, results, strict=False)}
+        if run_vjp:
+            found = run_vjp(kernel, arrays, params, cotangents)
+            actual |= {n: np.asarray(found[n]) for n in differentiable if n in found}
+        lengths = {n: _reduction_length(op, specs, params, np.size(v)) for n, v in exact.items()}
+        where = f"random sample, seed {seed}"
+        one = certify(actual, exact, held_to, lengths, gradients=differentiable, sensitivity=moved, where=where)
+        certificate = certificate.merge(one) if certificate else one
+    if certificate is None:
+        raise ValidationError(f"{op.name} was validated without a sample", advice="Pass at least one seed")
+    return certificate
+
+
+def _is_float(a: np.ndarray) -> bool:
+    return a.dtype.kind == "f" or a.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+def _dtype(name: str) -> np.dtype:
+    import ml_dtypes  # registers bfloat16
+
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _reduction_length(op: Op, specs: Specs, params: Mapping[str, Any], elements: int) -> int:
+    """Terms summed into one element: an op does two operations per term, spread over the elements of what it makes.
+
+    Exact for a product and for both of its gradients: `2 M K N` operations over `M N`, `M K` or `K N` elements.
+    """
+    return math.ceil(op.cost(specs, **params).flops / (2 * max(elements, 1)))
+
+
+def _cancelling_terms(
+    op: str,
+    arrays: Arrays,
+    outputs: tuple[str, ...],
+    exact: Arrays,
+    cotangents: tuple[np.ndarray, ...],
+    differentiable: list[str],
+) -> dict[str, np.ndarray | float]:
+    """Size of the terms whose difference a result is, where moving the inputs cannot show it.
+
+    - A cross entropy is `logsumexp - logit`; both move together when the logit does.
+    - A gradient may vanish for every input (that of a query which sees one key). What is left of `p (dp - sum p dp)` is
+      then rounding, and the only scale there is comes from the units: cotangent times output, per input.
+    """
+    terms: dict[str, np.ndarray | float] = {}
+    if op in ("cross_entropy", "linear_cross_entropy"):
+        logits = arrays["logits"] if op == "cross_entropy" else arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
+        terms[outputs[0]] = _largest(logits, axis=-1)
+    for name in differentiable:
+        per_input = _largest(arrays[name])
+        pairs = zip(outputs, cotangents, strict=True)
+        scale = sum(float(_largest(exact[o]) * _largest(c)) for o, c in pairs) / per_input if per_input else 0.0
+        # 1e-12: float64 rounding of an exact zero, not a gradient.
+        if float(_largest(exact[name])) <= 1e-12 * scale:
+            terms[name] = scale
+    return terms
+
+
+def _largest(a: np.ndarray, axis: int | None = None) -> Any:
+    """Largest finite magnitude; 0 of nothing."""
+    return np.where(np.isfinite(a), np.abs(a), 0.0).max(axis=axis, initial=0.0)

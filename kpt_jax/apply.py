@@ -1,0 +1,235 @@
+"""Runs a graph with kernels in place of its sites, as the program it was captured from.
+
+What no site touches runs as it stood: primitives by their own `bind`, functions with a derivative
+rule whole, loops and branches through jax's public functions where a body changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from kpt.fusion.program import Match, Program
+from kpt.graph.graph import Graph, Node, Region
+from kpt_jax import _compat
+from kpt_jax.emit import emit
+
+
+@dataclasses.dataclass(eq=False)
+class Rewrite:
+    """A graph, what replaces its sites, and the rewrites of its bodies (by node, where any site is in them)."""
+
+    graph: Graph
+    program: Program | None = None
+    sites: list[tuple[Match, Callable[..., Any]]] = dataclasses.field(default_factory=list)
+    bodies: dict[int, tuple[Rewrite, ...]] = dataclasses.field(default_factory=dict)
+    steps: list[tuple[str, Any]] | None = None
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.sites) or any(b.changed for bs in self.bodies.values() for b in bs)
+
+
+def run(rw: Rewrite, args: Sequence[Any]) -> list[Any]:
+    """The graph's outputs for these inputs."""
+    if rw.steps is None:
+        rw.steps = _schedule(rw)
+    g = rw.graph
+    env: dict[int, Any] = dict(g.consts)
+    env.update(zip(g.inputs, args, strict=True))
+    for kind, what in rw.steps:
+        if kind == "node":
+            outs = _run_node(rw, what, [env[v] for v in what.inputs])
+            env.update(zip(what.outputs, outs, strict=True))
+        elif kind == "region":
+            outs = _compat.bind(what.payload, [env[v] for v in what.inputs])
+            env.update(zip(what.outputs, outs, strict=True))
+        else:
+            env.update(_run_site(rw, what, env))
+    return [env[v] for v in g.outputs]
+
+
+def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
+    """What to run, in order: only what the outputs and effects need."""
+    g = rw.graph
+    maker = g.producers()
+    site_of = {v: i for i, (m, _) in enumerate(rw.sites) for v in m.results}
+    consumed: set[int] = set()
+    reads: list[tuple[int, ...]] = []
+    for m, _ in rw.sites:
+        assert rw.program is not None
+        consumed |= {id(n) for n in rw.program.consumed(m)}
+        leaves = set()
+        for a in m.arrays.values():
+            leaves |= rw.program.leaves(a)
+        for r in m.results.values():
+            leaves |= rw.program.leaves(r)
+        reads.append(tuple(sorted(leaves)))
+
+    def step_for(v: int) -> tuple[str, Any] | None:
+        if v in site_of:
+            return "site", site_of[v]
+        n = maker.get(v)
+        if n is None:
+            return None
+        region: Region | None = n.region
+        whole = None
+        while region is not None:
+            if v in region.outputs:
+                whole = region
+            region = region.parent
+        return ("region", whole) if whole is not None else ("node", n)
+
+    def needs(step: tuple[str, Any]) -> Sequence[int]:
+        return reads[step[1]] if step[0] == "site" else step[1].inputs
+
+    done: set[tuple[str, int]] = set()
+    steps: list[tuple[str, Any]] = []
+
+    def demand(roots: Sequence[int]) -> None:
+        stack: list[tuple[int | None, tuple[str, Any] | None]] = [(v, None) for v in reversed(roots)]
+        while stack:
+            v, ready = stack.pop()
+            if ready is not None:
+                steps.append(ready)
+                continue
+            assert v is not None
+            step = step_for(v)
+            if step is None:
+                continue
+            key = (step[0], step[1] if step[0] == "site" else id(step[1]))
+            if key in done:
+                continue
+            done.add(key)
+            stack.append((None, step))
+            stack.extend((u, None) for u in reversed(needs(step)))
+
+    for n in g.nodes:
+        if n.effect:
+            demand(n.inputs)
+            if ("node", id(n)) not in done:
+                done.add(("node", id(n)))
+                steps.append(("node", n))
+    demand(g.outputs)
+    return steps
+
+
+def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
+    match, kernel = rw.sites[i]
+    assert rw.program is not None
+    x = rw.program.exprs
+    memo: dict[int, Any] = {}
+
+    def known(e: Any) -> Any:
+        return env[e.origins[0]] if e.origins and e.op != "out" else None
+
+    arrays = {name: emit(e, x, known, memo) for name, e in match.arrays.items()}
+    outs = kernel(**arrays, **match.params)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+
+    def with_outs(e: Any) -> Any:
+        return outs[e["index"]] if e.op == "out" else known(e)
+
+    out_memo: dict[int, Any] = {}
+    # A result's own origins are what is being computed: look only below them.
+    return {v: emit(e, x, with_outs, out_memo) for v, e in match.results.items()}
+
+
+def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:
+    if n.op == "identity":
+        return args
+    if n.op == "opaque:outer":
+        return [n.payload]
+    if n.op == "select":
+        return _compat.bind(n.payload, [args[0], args[2], args[1]])
+    bodies = rw.bodies.get(id(n))
+    if not bodies or not any(b.changed for b in bodies):
+        return _compat.bind(n.payload, args)
+    return _AGAIN[n.op](n, bodies, args)
+
+
+def _scan(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    p = n.payload.params
+    k, c = _compat.scan_layout(n.payload)
+    consts, init, xs = args[:k], args[k : k + c], args[k + c :]
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = run(bodies[0], [*consts, *carry, *x])
+        return outs[:c], outs[c:]
+
+    carry, ys = jax.lax.scan(body, init, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    return [*carry, *ys]
+
+
+def _while(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    a, b = n.payload.params["cond_nconsts"], n.payload.params["body_nconsts"]
+    cc, bc, init = args[:a], args[a : a + b], args[a + b :]
+    return jax.lax.while_loop(lambda s: run(bodies[0], [*cc, *s])[0], lambda s: run(bodies[1], [*bc, *s]), init)
+
+
+def _cond(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    def branch(b: Rewrite) -> Callable[..., Any]:
+        return lambda *xs: run(b, xs)
+
+    return jax.lax.switch(args[0], [branch(b) for b in bodies], *args[1:])
+
+
+def _remat(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    p = n.payload.params
+    fn = jax.checkpoint(lambda *xs: run(bodies[0], xs), policy=p["policy"], prevent_cse=p["prevent_cse"])
+    return fn(*args)
+
+
+def _jit(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    p = n.payload.params
+    fn = jax.jit(
+        lambda *xs: run(bodies[0], xs),
+        in_shardings=tuple(_given(s) for s in p["in_shardings"]) if _any_given(p["in_shardings"]) else None,
+        out_shardings=[_given(s) for s in p["out_shardings"]] if _any_given(p["out_shardings"]) else None,
+        keep_unused=True,
+    )
+    return fn(*args)
+
+
+def _given(s: Any) -> Any:
+    return None if "Unspecified" in type(s).__name__ else s
+
+
+def _any_given(shardings: Any) -> bool:
+    return any(_given(s) is not None for s in shardings)
+
+
+def _shard_map(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    p = n.payload.params
+    fn = jax.shard_map(
+        lambda *xs: tuple(run(bodies[0], xs)),
+        mesh=p["mesh"],
+        in_specs=tuple(p["in_specs"]),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=frozenset(p.get("newly_manual_axes", p.get("manual_axes", ()))),
+        check_vma=p.get("check_vma", True),
+    )
+    return list(fn(*args))
+
+
+def _custom_jvp(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    """The rewritten primal; derivatives by the rule that came with the code."""
+    fn = jax.custom_jvp(lambda *xs: tuple(run(bodies[0], xs)))
+    fn.defjvp(lambda primals, tangents: jax.jvp(lambda *xs: tuple(_compat.bind(n.payload, list(xs))), primals, tangents))
+    return list(fn(*args))
+
+
+def _custom_vjp(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    fn = jax.custom_vjp(lambda *xs: tuple(run(bodies[0], xs)))
+    fn.defvjp(lambda *xs: jax.vjp(lambda *ys: tuple(_compat.bind(n.payload, list(ys))), *xs), lambda vjp, cts: vjp(cts))
+    return list(fn(*args))
+
+
+_AGAIN: dict[str, Callable[..., list[Any]]] = {
+    "scan": _scan, "while": _while, "cond": _cond, "remat": _remat, "jit": _jit, "shard_map": _shard_map,
+    "custom_jvp": _custom_jvp, "custom_vjp": _custom_vjp,
+}  # fmt: skip
+REBUILT = frozenset(_AGAIN)
