@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -80,9 +80,20 @@ def bind(eqn: Any, args: list) -> list:
     """Run one equation as it stands, in the context (mesh, precision, ...) in which it was traced."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)  # one dict since 0.11
-    with eqn.ctx.manager:
+    with eqn.ctx.manager, _at_source_of(eqn):
         out = eqn.primitive.bind(*subfuns, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _at_source_of(eqn: Any) -> contextlib.AbstractContextManager:
+    """Keeps the user's own line as the source of what is bound, for profiles, error messages and plans."""
+    try:
+        from jax._src import source_info_util
+
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        return source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()
 
 
 def scan_layout(eqn: Any) -> tuple[int, int]:

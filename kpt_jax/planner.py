@@ -1,0 +1,264 @@
+"""From a captured program to its plan and its rewrite: match, choose, certify, in every body of the program."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from kpt import kernels as kernel_room
+from kpt import ops
+from kpt.config import config
+from kpt.fusion.program import Match, NearMiss, Program
+from kpt.fusion.registry import FusionRegistry, default_fusion
+from kpt.graph.graph import Graph
+from kpt.hardware import HardwareProfile
+from kpt.kernels import KernelSpec
+from kpt.kernels.validate import validate
+from kpt.strategy import Plan, Site, choose
+from kpt.validation import Certificate
+from kpt_jax.apply import REBUILT, Rewrite
+from kpt_jax.certify import certify_site, original_bytes, reduced_specs
+
+log = logging.getLogger("kpt")
+ORIGINAL = "original"
+
+
+@functools.cache
+def patterns() -> FusionRegistry:
+    return default_fusion()
+
+
+@dataclasses.dataclass
+class Planner:
+    """Gathers the sites of one program, nested parts included, while it is traced.
+
+    Attributes:
+      wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
+      examples: values of a graph's inputs, for certificates on the user's data: `id(graph) -> arrays`.
+    """
+
+    level: str
+    hardware: HardwareProfile
+    wanted: Mapping[tuple[str, str, str], Site] | None = None
+    banned: frozenset[str] = frozenset()
+    certify: str = "full"
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    skipped: list[Site] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    nested: int = 0
+
+    def plan(self, function: str) -> Plan:
+        return Plan(function, self.level, self.hardware.name, "jax", versions(), tuple(self.sites), tuple(self.skipped),
+                    tuple(dict.fromkeys(self.notes)))  # fmt: skip
+
+    def rewrite(self, graph: Graph, path: str = "", example: Sequence[Any] | None = None) -> Rewrite:
+        """The graph with the kernels that were chosen and proved, bodies included."""
+        chosen: dict[int, tuple[KernelSpec, Callable[..., Any], str, dict[str, str]]] = {}
+        refusals: dict[int, dict[str, str]] = {}
+
+        def accept(match: Match) -> str | None:
+            specs = {n: e.spec for n, e in match.arrays.items()}
+            kernel, reason, others = choose(match.op, _first_array_first(match.op, specs), match.params,
+                                            hardware=self.hardware, level=self.level, framework="jax")  # fmt: skip
+            if kernel is None:
+                refusals[next(iter(match.results))] = others
+                return reason
+            try:
+                chosen[id(match)] = kernel, kernel_room.registry.load(kernel), reason, others
+            except Exception as error:  # a broken kernel costs a site, never the user's run
+                return f"{kernel.name} cannot be loaded: {error}"
+            return None
+
+        program, matches, missed = patterns().find(graph, accept)
+        kept: list[tuple[Match, Callable[..., Any]]] = []
+        values = _Example(graph, example)
+        for i, match in enumerate(sorted(matches, key=lambda m: max(m.results))):
+            kernel, fn, reason, others = chosen[id(match)]
+            where = f"{path}/{match.op}{i}" if path else f"{match.op}{i}"
+            site = _site(program, match, kernel, where, reason, others)
+            why = self._unwanted(site)
+            if why is None:
+                site, why = self._proved(program, match, kernel, fn, site, values)
+            if why is not None:
+                self._skip(match.op, where, match.source, why, site)
+                continue
+            kept.append((match, fn))
+            self.sites.append(site)
+        for miss in missed:
+            if self.nested and not path and miss.reason.startswith("an inner value"):
+                continue  # forward and backward woven together: what was offered before differentiation is under grad<n>
+            self._skip(miss.op, path, miss.source, miss.reason, None, refusals.get(miss.value, {}))
+        rw = Rewrite(graph, program, kept)
+        count: dict[str, int] = {}
+        for n in graph.nodes:
+            if not n.bodies:
+                continue
+            i = count[n.op] = count.get(n.op, -1) + 1
+            here = f"{path}/{n.op}{i}" if path else f"{n.op}{i}"
+            if n.op not in REBUILT:
+                continue
+            rw.bodies[id(n)] = tuple(self.rewrite(b, here if len(n.bodies) == 1 else f"{here}.{k}") for k, b in enumerate(n.bodies))
+        return rw
+
+    def _unwanted(self, site: Site) -> str | None:
+        if f"{site.path}" in self.banned:
+            return "The whole program disagreed with the original while this site was in; a bisection found it."
+        if self.wanted is None:
+            return None
+        asked = self.wanted.get((site.path, site.op, site.fingerprint))
+        if asked is None:
+            return "The plan that was given does not name this site; make a plan on this machine to include it."
+        if asked.kernel != site.kernel:
+            return f"The plan asks for {asked.kernel}, which cannot be had here (this machine would take {site.kernel})."
+        if asked.version != site.version:
+            self.notes.append(f"{asked} was planned with version {asked.version}; version {site.version} runs here.")
+        return None
+
+    def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, others: Mapping[str, str] | None = None) -> None:
+        base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(others or {}))
+        self.skipped.append(dataclasses.replace(base, kernel=ORIGINAL, version=None, reason=reason))
+
+    def _proved(
+        self, program: Program, match: Match, kernel: KernelSpec, fn: Callable[..., Any], site: Site, values: _Example
+    ) -> tuple[Site, str | None]:
+        if self.certify == "off":
+            return site, None
+        key = (kernel.name, kernel.version, site.fingerprint, jax.default_backend())
+        example = values.leaves(program, match) if self.certify == "full" else None
+        if example is not None:
+            key = (*key, "example", site.path)
+        certificate = _CERTIFICATES.get(key)
+        needed = original_bytes(program, match)
+        note = ""
+        try:
+            if certificate is None:
+                if needed <= config().certify_bytes:
+                    certificate = certify_site(program, match, fn, example=example)
+                else:
+                    certificate = _against_reference(match, fn)
+                _CERTIFICATES[key] = certificate
+        except Exception as error:  # whatever a kernel does wrong, the user's own code goes on running
+            log.warning("%s failed while it was certified: %s", site, error)
+            return site, f"{kernel.name} failed while it was certified: {_one_line(error)}"
+        if needed > config().certify_bytes:
+            note = (f" Certified at reduced size against float64, because its own code may need {needed / 2**30:.1f} GiB;"
+                    " raise KPT_CERTIFY_BYTES to compare the two at full size.")  # fmt: skip
+        site = dataclasses.replace(
+            site,
+            reason=site.reason + note,
+            error=certificate.worst(gradient=False),
+            error_gradient=certificate.worst(gradient=True),
+            certificate=certificate.to_json(),
+        )
+        if certificate.passed:
+            return site, None
+        log.warning("%s disagrees with the code it replaces: %s", site, certificate.summary())
+        return site, f"{kernel.name} disagrees with the original: {certificate.summary()}."
+
+
+_CERTIFICATES: dict[Any, Certificate] = {}
+"""Proofs made in this process: equal code with the same kernel is proved once."""
+
+active: contextvars.ContextVar[Planner | None] = contextvars.ContextVar("kpt_planner", default=None)
+"""The planner of the program being traced, for the parts of it that are differentiated inside."""
+
+
+def _against_reference(match: Match, fn: Callable[..., Any]) -> Certificate:
+    """Where the user's own code is too large to run: the kernel against float64, long dimensions cut short."""
+
+    def call(kernel: Callable[..., Any], arrays: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
+        return jax.device_get(jax.jit(lambda a: kernel(**a, **params))(arrays))
+
+    op = ops.op(match.op)
+
+    def vjp(kernel: Callable[..., Any], arrays: Mapping[str, np.ndarray], params: Mapping[str, Any], cts: Any) -> dict:
+        diff = {n: a for n, a in arrays.items() if n in op.differentiable}
+        rest = {n: a for n, a in arrays.items() if n not in diff}
+
+        def run(d: Any, c: Any) -> Any:
+            out, pull = jax.vjp(lambda d: kernel(**d, **rest, **params), d)
+            return pull(tuple(c) if isinstance(out, tuple) else c[0])[0]
+
+        return jax.device_get(jax.jit(run)(diff, list(cts)))
+
+    with jax.ensure_compile_time_eval():
+        return validate(fn, op, reduced_specs(match), match.params, run=call, run_vjp=vjp)
+
+
+class _Example:
+    """The values that a graph takes on the user's inputs, computed when a certificate first asks."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[Any] | None):
+        self.graph, self.inputs = graph, inputs
+        self.seen: set[str] = set()
+
+    def leaves(self, program: Program, match: Match) -> dict[int, Any] | None:
+        """Values of a match's leaves, for the first site of each shape of site; None where they are not known."""
+        if self.inputs is None:
+            return None
+        print_ = fingerprint(program, match)
+        if print_ in self.seen:
+            return None
+        self.seen.add(print_)
+        from kpt_jax.apply import run
+        from kpt_jax.certify import leaf_values
+
+        wanted = leaf_values(program, match)
+        part = dataclasses.replace(self.graph, outputs=wanted).without_dead_nodes()
+        if any(n.effect for n in part.nodes):
+            return None
+        got = jax.device_get(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
+        return dict(zip(wanted, got, strict=True))
+
+
+def fingerprint(program: Program, match: Match) -> str:
+    """Structure of a site: its code, shapes, dtypes and parameters; not where it stands."""
+    number: dict[int, int] = {}
+    parts: list[Any] = [match.op, sorted((n, e.shape, e.dtype) for n, e in match.arrays.items())]
+    parts.append(sorted((k, repr(v)) for k, v in match.params.items()))
+    for n in program.consumed(match):
+        ins = [number.setdefault(v, len(number)) for v in n.inputs]
+        outs = [number.setdefault(v, len(number)) for v in n.outputs]
+        consts = [repr(np.asarray(program.graph.consts[v])) if v in program.graph.consts and program.graph.specs[v].shape == () else ""
+                  for v in n.inputs]  # fmt: skip
+        parts.append((n.op, ins, outs, sorted(n.attrs.items()), [(s.shape, s.dtype) for s in map(program.graph.specs.__getitem__, n.outputs)], consts))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason: str, others: dict[str, str]) -> Site:
+    specs = {n: e.spec for n, e in match.arrays.items()}
+    return Site(match.op, kernel.name, kernel.version, path, match.source, reason, params=dict(match.params),
+                specs=_first_array_first(match.op, specs), fingerprint=fingerprint(program, match), alternatives=others)  # fmt: skip
+
+
+def _first_array_first(op: str, specs: dict[str, Any]) -> dict[str, Any]:
+    names = [n for n in (*ops.op(op).arrays, *ops.op(op).optional) if n in specs]
+    return {n: specs[n] for n in names}
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("jax", "jaxlib", "flax", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["NearMiss", "Planner", "active", "fingerprint", "patterns", "versions"]
