@@ -64,8 +64,7 @@ def validate(
 
         exact = reference(wide)
         moved = sensitivity(reference, wide, rng, exact)
-        terms = _cancelling_terms(op.name, wide, names, exact, wide_cotangents, differentiable)
-        moved |= {n: np.maximum(moved[n], scale) for n, scale in terms.items()}
+        terms = _cancelling_terms(op.name, wide, params, names, exact, wide_cotangents, differentiable)
         results = run(kernel, arrays, params)
         results = results if isinstance(results, (tuple, list)) else (results,)
         actual = {n: np.asarray(r) for n, r in zip(names, results, strict=False)}
@@ -74,7 +73,9 @@ def validate(
             actual |= {n: np.asarray(found[n]) for n in differentiable if n in found}
         lengths = {n: _reduction_length(op, specs, params, np.size(v)) for n, v in exact.items()}
         where = f"random sample, seed {seed}"
-        one = certify(actual, exact, held_to, lengths, gradients=differentiable, sensitivity=moved, where=where)
+        one = certify(
+            actual, exact, held_to, lengths, gradients=differentiable, sensitivity=moved, terms=terms, where=where
+        )
         certificate = certificate.merge(one) if certificate else one
     if certificate is None:
         raise ValidationError(f"{op.name} was validated without a sample", advice="Pass at least one seed")
@@ -102,31 +103,42 @@ def _reduction_length(op: Op, specs: Specs, params: Mapping[str, Any], elements:
 def _cancelling_terms(
     op: str,
     arrays: Arrays,
+    params: Mapping[str, Any],
     outputs: tuple[str, ...],
     exact: Arrays,
     cotangents: tuple[np.ndarray, ...],
     differentiable: list[str],
 ) -> dict[str, np.ndarray | float]:
-    """Size of the terms whose difference a result is, where moving the inputs cannot show it.
+    """Size of the terms whose difference a result is, where moving the inputs does not show it.
 
     - A cross entropy is `logsumexp - logit`; both move together when the logit does.
-    - A gradient may vanish for every input (that of a query which sees one key). What is left of `p (dp - sum p dp)` is
-      then rounding, and the only scale there is comes from the units: cotangent times output, per input.
+    - An activation may be all but zero, as gelu is below -4: `1 + tanh` is then the difference of ones.
+    - A gradient may vanish for every input, as that of a query which sees one key does. What is left of
+      `p (dp - sum(p dp))` is rounding, and the only scale there is comes from units: cotangent times output, per input.
     """
-    terms: dict[str, np.ndarray | float] = {}
+    terms: dict[str, np.ndarray | float] = dict.fromkeys(outputs, 0.0)
     if op in ("cross_entropy", "linear_cross_entropy"):
         logits = arrays["logits"] if op == "cross_entropy" else arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
-        terms[outputs[0]] = _largest(logits, axis=-1)
+        terms[outputs[0]] = np.abs(logits).max(axis=-1, initial=0.0)
+    elif op == "linear_act":
+        terms[outputs[0]] = arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
+    elif op == "glu":
+        gate, up = (arrays["x"] @ arrays[f"w_{n}"] + arrays.get(f"b_{n}", 0.0) for n in ("gate", "up"))
+        terms[outputs[0]] = gate * up
+    flowing = sum(_rms(c) * max(_rms(exact[o]), _rms(terms[o])) for o, c in zip(outputs, cotangents, strict=True))
     for name in differentiable:
-        per_input = _largest(arrays[name])
-        pairs = zip(outputs, cotangents, strict=True)
-        scale = sum(float(_largest(exact[o]) * _largest(c)) for o, c in pairs) / per_input if per_input else 0.0
-        # 1e-12: float64 rounding of an exact zero, not a gradient.
-        if float(_largest(exact[name])) <= 1e-12 * scale:
-            terms[name] = scale
+        per_input = _rms(arrays[name])
+        terms[name] = flowing / per_input if per_input else 0.0
+        if op in ("layer_norm", "rms_norm") and name in ("x", "residual"):
+            h = arrays["x"] + arrays.get("residual", 0.0)
+            # A norm divides by the deviation of each row, which may be far below the size of its elements.
+            deviation = np.sqrt((h.var(-1) if op == "layer_norm" else (h * h).mean(-1)) + params.get("eps", 1e-6))
+            terms[name] = (flowing / deviation)[..., None]
     return terms
 
 
-def _largest(a: np.ndarray, axis: int | None = None) -> Any:
-    """Largest finite magnitude; 0 of nothing."""
-    return np.where(np.isfinite(a), np.abs(a), 0.0).max(axis=axis, initial=0.0)
+def _rms(a: np.ndarray | float) -> float:
+    """Root mean square of the finite values; 0 of none."""
+    finite = np.asarray(a, np.float64)
+    finite = finite[np.isfinite(finite)]
+    return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -119,20 +119,20 @@ def certify(
     *,
     gradients: Collection[str] = (),
     sensitivity: Mapping[str, np.ndarray] | None = None,
+    terms: Mapping[str, np.ndarray | float] | None = None,
     where: str = "",
 ) -> Certificate:
     """Holds a program's arrays to the exact ones.
 
     An array passes when its NaNs and infinities stand where the reference's do, and
 
-        ||a - r||_2 <= rtol_l2 * (1 + 2 / sqrt(size)) * max(||r||_2, ||s||_2)
-        max|a - r|  <= atol_max * max(max|r|, max|s|)
+        ||a - r||_2 <= (1 + 2 / sqrt(size)) * (rtol_l2 * max(||r||_2, ||s||_2) + rtol_sum * ||t||_2)
+        max|a - r|  <= 3 * (rtol_l2 * max(max|r|, max|s|) + rtol_sum * max|t|)
 
     up to the smallest subnormal of the dtype. `s` is the sensitivity: how far each element moves per unit of relative
-    change of the inputs (`kpt.validation.sensitivity` measures it) or of the terms that it is the difference of. For
-    most data `s` is below `r`. Where the result is what is left after cancellation, as `logsumexp - logit` of a
-    confident classifier is, a program in finite precision errs by the last bit of what cancels, not of what is left
-    (Higham, "Accuracy and Stability of Numerical Algorithms", sections 1.6 and 1.7).
+    change of the inputs (`kpt.validation.sensitivity` measures it). For most data it is below `r`; where inputs cancel,
+    a program errs by their last bit times `s`. `t` is the size of the terms that cancel inside, where the inputs do not
+    show it; 0 for most (Higham, "Accuracy and Stability of Numerical Algorithms", sections 1.6 and 1.7).
 
     Args:
       actual: what the program returned, in the dtype that it returns.
@@ -140,7 +140,8 @@ def certify(
       dtype: what the program stores its arrays in.
       reduction_length: terms summed into one element; one number, or one for each name.
       gradients: the names that are gradients.
-      sensitivity: by name, in the shape of the reference; may lack names.
+      sensitivity: `s`, by name, in the shape of the reference; may lack names.
+      terms: `t`, by name, in the shape of the reference or one number for all of its elements; may lack names.
       where: what the arrays were computed on, for the record: "seed 3", "example".
 
     Returns:
@@ -149,7 +150,11 @@ def certify(
     Raises:
       ValidationError: for a dtype without a tolerance.
     """
-    return _hold(actual, reference, dtype, reduction_length, gradients, sensitivity, where, 1.0, "float64")
+
+    def tolerances(name: str) -> Tolerance:
+        return tolerance(dtype, _length(reduction_length, name), gradient=name in gradients)
+
+    return _hold(actual, reference, dtype, tolerances, gradients, sensitivity, terms, where, "float64")
 
 
 def compare(
@@ -160,33 +165,44 @@ def compare(
     *,
     gradients: Collection[str] = (),
     sensitivity: Mapping[str, np.ndarray] | None = None,
+    terms: Mapping[str, np.ndarray | float] | None = None,
     where: str = "",
 ) -> Certificate:
     """Holds a kernel's arrays to those of the user's own code, both in `dtype`.
 
     Neither side is exact. If each is within `t` of the exact result, they are within `2 t` of each other by the
-    triangle inequality, so the tolerance is that of `certify`, doubled. Arguments and result are as there.
+    triangle inequality, so the tolerance is that of `certify`, doubled. User code also rounds inner results to `dtype`
+    that a kernel keeps in float32, so the terms that cancel count with rtol_l2 in place of rtol_sum. Arguments and
+    result are as there.
     """
-    return _hold(actual, original, dtype, reduction_length, gradients, sensitivity, where, 2.0, "the original")
+
+    def tolerances(name: str) -> Tolerance:
+        one = tolerance(dtype, _length(reduction_length, name), gradient=name in gradients)
+        return Tolerance(2 * one.rtol_l2, 2 * one.atol_max, 2 * one.rtol_l2, 2 * one.atol)
+
+    return _hold(actual, original, dtype, tolerances, gradients, sensitivity, terms, where, "the original")
+
+
+def _length(reduction_length: int | Mapping[str, int], name: str) -> int:
+    return reduction_length if isinstance(reduction_length, int) else reduction_length[name]
 
 
 def _hold(
     actual: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
     dtype: str,
-    reduction_length: int | Mapping[str, int],
+    tolerances: Callable[[str], Tolerance],
     gradients: Collection[str],
     sensitivity: Mapping[str, np.ndarray] | None,
+    terms: Mapping[str, np.ndarray | float] | None,
     where: str,
-    factor: float,
     against: str,
 ) -> Certificate:
     checks = []
     for name in dict.fromkeys((*reference, *actual)):
-        length = reduction_length if isinstance(reduction_length, int) else reduction_length[name]
-        bound = tolerance(dtype, length, gradient=name in gradients).times(factor)
-        given = (sensitivity or {}).get(name)
-        checks.append(_check(name, name in gradients, where, actual.get(name), reference.get(name), given, bound))
+        pair = actual.get(name), reference.get(name)
+        moved, cancelling = (sensitivity or {}).get(name), (terms or {}).get(name, 0.0)
+        checks.append(_check(name, name in gradients, where, *pair, moved, cancelling, tolerances(name)))
     return Certificate(dtype, against, tuple(checks))
 
 
@@ -197,6 +213,7 @@ def _check(
     actual: np.ndarray | None,
     reference: np.ndarray | None,
     sensitivity: np.ndarray | None,
+    terms: np.ndarray | float,
     bound: Tolerance,
 ) -> Check:
     if actual is None or reference is None:
@@ -206,13 +223,10 @@ def _check(
         found = metrics(actual, reference)
     except ValidationError as e:
         return Check(name, gradient, where, None, 0.0, 0.0, str(e))
-    norm, magnitude = found.reference_l2, found.reference_max
-    if sensitivity is not None:
-        moved = np.abs(np.asarray(sensitivity, np.float64))
-        moved = moved[np.isfinite(moved)]
-        norm = max(norm, float(np.linalg.norm(moved)))
-        magnitude = max(magnitude, float(moved.max(initial=0.0)))
-    allowed_l2, allowed_max = bound.allowed_l2(norm, found.size), bound.allowed_max(magnitude)
+    s_norm, s_max = _size(sensitivity, reference) if sensitivity is not None else (0.0, 0.0)
+    t_norm, t_max = _size(terms, reference)
+    allowed_l2 = bound.allowed_l2(max(found.reference_l2, s_norm), found.size, t_norm)
+    allowed_max = bound.allowed_max(max(found.reference_max, s_max), t_max)
     if found.nonfinite_mismatch:
         problem = f"{found.nonfinite_mismatch} of {found.size} elements are NaN or infinite on one side only"
     elif found.abs_l2 > allowed_l2:
@@ -222,3 +236,10 @@ def _check(
     else:
         problem = ""
     return Check(name, gradient, where, found, allowed_l2, allowed_max, problem)
+
+
+def _size(values: np.ndarray | float, like: np.ndarray) -> tuple[float, float]:
+    """Euclidean norm and largest magnitude of the finite values, spread over the shape of `like`."""
+    spread = np.abs(np.broadcast_to(np.asarray(values, np.float64), np.shape(like)))
+    finite = spread[np.isfinite(spread)]
+    return float(np.linalg.norm(finite)), float(finite.max(initial=0.0))

@@ -23,6 +23,11 @@ array in use, while rtol_l2 leaves a factor of about 2 over the expected root me
 
     atol_max = 3 * rtol_l2, times the largest magnitude of the reference.
 
+What cancels inside. Some results are the small difference of large terms that do not show in the inputs: the loss
+`logsumexp - logit` of a confident classifier, `1 + tanh` in the tail of gelu, `dp - sum(p dp)` in the gradient of a
+saturated softmax. Sums and elementary functions err by `rtol_sum = g (8 + sqrt(n)) eps_acc` of those terms, whatever is
+left of them.
+
 A relative L2 error over few elements is not yet an average; its allowance is `1 + 2 / sqrt(m)` times as large.
 """
 
@@ -50,24 +55,23 @@ class Tolerance:
     Attributes:
       rtol_l2: bound on `||actual - reference||_2 / ||reference||_2` over a large array.
       atol_max: bound on `max|actual - reference|`, in units of `max|reference|`.
+      rtol_sum: the part of rtol_l2 that sums and elementary functions cause, relative to the terms that cancel.
       atol: absolute spacing below which the dtype cannot tell numbers apart (its smallest subnormal).
     """
 
     rtol_l2: float
     atol_max: float
+    rtol_sum: float
     atol: float
 
-    def allowed_l2(self, norm: float, size: int) -> float:
-        """Largest `||actual - reference||_2` for `size` elements of Euclidean norm `norm`."""
-        return self.rtol_l2 * (1 + 2 / math.sqrt(max(size, 1))) * norm + self.atol * math.sqrt(size)
+    def allowed_l2(self, norm: float, size: int, terms: float = 0.0) -> float:
+        """Largest `||actual - reference||_2` for `size` elements of norm `norm`, left of terms of norm `terms`."""
+        few = 1 + 2 / math.sqrt(max(size, 1))
+        return few * (self.rtol_l2 * norm + self.rtol_sum * terms) + self.atol * math.sqrt(size)
 
-    def allowed_max(self, magnitude: float) -> float:
-        """Largest `|actual - reference|` where the reference reaches `magnitude`."""
-        return self.atol_max * magnitude + self.atol
-
-    def times(self, factor: float) -> Tolerance:
-        """The same bounds, `factor` times as wide."""
-        return Tolerance(self.rtol_l2 * factor, self.atol_max * factor, self.atol * factor)
+    def allowed_max(self, magnitude: float, terms: float = 0.0) -> float:
+        """Largest `|actual - reference|` where the reference reaches `magnitude`, left of terms of size `terms`."""
+        return self.atol_max * (magnitude + self.rtol_sum / self.rtol_l2 * terms) + self.atol
 
 
 def epsilon(dtype: str) -> float:
@@ -103,5 +107,7 @@ def tolerance(dtype: str, reduction_length: int, *, gradient: bool = False) -> T
         )
     accumulator = min(eps, _EPS["float32"][0])
     storage = eps if eps > accumulator else 0.0
-    rtol = (2.0 if gradient else 1.0) * (storage + (8 + math.sqrt(reduction_length)) * accumulator)
-    return Tolerance(rtol_l2=rtol, atol_max=3 * rtol, atol=_EPS[dtype][1])
+    twice = 2.0 if gradient else 1.0
+    sums = twice * (8 + math.sqrt(reduction_length)) * accumulator
+    rtol = twice * storage + sums
+    return Tolerance(rtol_l2=rtol, atol_max=3 * rtol, rtol_sum=sums, atol=_EPS[dtype][1])
