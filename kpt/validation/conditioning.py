@@ -31,7 +31,7 @@ def sensitivity(
     """
     base = function(arrays) if outputs is None else outputs
     # One draw may miss the direction that matters. Many elements average over directions, few do not.
-    draws = 1 if sum(np.size(v) for v in base.values()) > 4096 else 4
+    draws = min(16, max(1, 4096 // max(1, sum(np.size(v) for v in base.values()))))
     moved = {name: np.zeros(np.shape(v)) for name, v in base.items()}
     with np.errstate(all="ignore"):
         for _ in range(draws):

@@ -355,6 +355,71 @@ def test_a_wrong_gradient_alone_fails(monkeypatch):
         KernelRegistry([BASE]).validate("scale.fast", SPECS, {"twice": True}, seeds=(), **call)
 
 
+def sample_of(shift, spread):
+    """Rows near `shift`, so that what an op computes is what is left after large terms cancel."""
+
+    def sample(rng, specs, **params):
+        arrays = {n: rng.standard_normal(s.shape) for n, s in specs.items()}
+        arrays[next(iter(specs))] = shift + spread * rng.standard_normal(next(iter(specs.values())).shape)
+        return {n: a.astype(np.float32) for n, a in arrays.items()}
+
+    return sample
+
+
+def norm(x, eps=1e-6):
+    return (x / np.sqrt((x * x).mean(-1, keepdims=True) + np.asarray(eps, x.dtype)),)
+
+
+def norm_vjp(cotangents, x, eps=1e-6):
+    r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + np.asarray(eps, x.dtype))
+    g = cotangents[0]
+    return {"x": r * g - x * r**3 * (g * x).mean(-1, keepdims=True)}
+
+
+def first_label_loss(logits):
+    top = logits.max(-1)
+    return (np.log(np.exp(logits - top[:, None]).sum(-1)) + top - logits[:, 0],)
+
+
+def first_label_loss_vjp(cotangents, logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    p = e / e.sum(-1, keepdims=True)
+    p[:, 0] -= 1
+    return {"logits": cotangents[0][:, None] * p}
+
+
+def op_of(name, array, reference, reference_vjp, outputs, sample):
+    return Op(name, (array,), (), {}, (array,), outputs, reference, reference_vjp, sample,
+              cost=lambda specs, **params: Cost(4 * math.prod(specs[array].shape), 0))  # fmt: skip
+
+
+CANCELLING = [
+    # op, its array, forward, gradient, outputs, inputs: near rows of one element the gradient all but vanishes
+    ("rms_norm", "x", norm, norm_vjp, lambda specs, **p: (specs["x"],), sample_of(3.0, 1.0), (64, 1)),
+    ("cross_entropy", "logits", first_label_loss, first_label_loss_vjp,
+     lambda specs: (Spec(specs["logits"].shape[:1], "float32"),), sample_of(np.eye(1, 50) * 25, 1.0), (64, 50)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "array", "forward", "backward", "outputs", "sample", "shape"), CANCELLING)
+def test_validate_forgives_what_cancels_in_float32_and_nothing_larger(
+    monkeypatch, name, array, forward, backward, outputs, sample, shape
+):
+    op = op_of(name, array, forward, backward, outputs, sample)
+    monkeypatch.setattr(sys.modules[__name__], "double", forward, raising=False)
+
+    def certificate(error):
+        def gradients(kernel, arrays, params, cotangents):
+            found = backward(cotangents, **arrays)[array]
+            return {array: (found + np.float32(error)).astype(np.float32)}
+
+        specs = {array: Spec(shape, "float32")}
+        return KernelRegistry([BASE]).validate("scale.fast", specs, {}, run=run, run_vjp=gradients, op=op)
+
+    assert certificate(0).passed, certificate(0).summary()
+    assert not certificate(1e-3).passed
+
+
 def test_selection_imports_no_kernel():
     code = """
 import sys, types
