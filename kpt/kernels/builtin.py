@@ -1,5 +1,7 @@
 """The kernels that come with kpt, as data."""
 
+from typing import Any
+
 from kpt.kernels.spec import KernelSpec
 
 EVERYWHERE = ("cpu", "cuda", "rocm", "tpu", "xpu")
@@ -10,7 +12,7 @@ EVERY_MASK = frozenset({"causal", "window", "segments", "lengths", "explicit", "
 INVALID_LABELS = ("nan", "zero", "clip")
 
 
-def _xla(op: str, level: str = "conservative", **honours) -> KernelSpec:
+def _xla(op: str, level: str = "conservative", **honours: Any) -> KernelSpec:
     """Plain JAX with a backward of its own: compiled by XLA for whatever XLA compiles for."""
     return KernelSpec(
         name=f"{op}.xla",

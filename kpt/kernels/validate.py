@@ -55,7 +55,7 @@ def validate(
         cotangents = tuple(rng.standard_normal(o.shape).astype(_dtype(o.dtype)) for o in outputs)
         wide_cotangents = tuple(np.asarray(c, np.float64) for c in cotangents)
 
-        def reference(given: Mapping[str, np.ndarray], cotangents=wide_cotangents) -> Arrays:
+        def reference(given: Mapping[str, np.ndarray], cotangents: tuple = wide_cotangents) -> Arrays:
             exact = dict(zip(names, op.reference(**given, **params), strict=True))
             if differentiable:
                 gradients = op.reference_vjp(cotangents, **given, **params)

@@ -94,13 +94,14 @@ def metrics(actual: np.ndarray, reference: np.ndarray) -> ErrorMetrics:
         error, size_of_r = np.abs(a - r), np.abs(r)
         abs_l2, reference_l2 = _norm(error), _norm(r)
         nonzero = r != 0
+        percentiles = np.percentile(error, [float(p) for p in _PERCENTILES])
         return ErrorMetrics(
             size=actual.size,
             max_abs=float(error.max()),
             max_rel=float((error[nonzero] / size_of_r[nonzero]).max(initial=0.0)),
             rel_l2=abs_l2 / reference_l2 if reference_l2 else (math.inf if abs_l2 else 0.0),
             max_ulp=float((error / _spacing(r, actual.dtype)).max()),
-            percentiles={p: float(np.percentile(error, float(p))) for p in _PERCENTILES},
+            percentiles=dict(zip(_PERCENTILES, map(float, percentiles), strict=True)),
             abs_l2=abs_l2,
             reference_l2=reference_l2,
             reference_max=float(size_of_r.max()),

@@ -225,11 +225,7 @@ KERNEL = KernelSpec("attention.xla", "attention", 1, "xla", "jax", ("cpu",), "m:
 
 @pytest.mark.parametrize(
     ("kernels", "words"),
-    [
-        ([KERNEL], None),
-        ([dataclasses.replace(KERNEL, version=2)], "version 2 is installed"),
-        ([], "not installed"),
-    ],
+    [([KERNEL], None), ([dataclasses.replace(KERNEL, version=2)], "version 2 is installed"), ([], "not installed")],
 )
 def test_a_plan_made_with_an_older_kernel_says_so(kernels, words):
     found = dataclasses.replace(PLAN, sites=(ATTENTION,)).outdated(KernelRegistry(kernels))
