@@ -1,0 +1,76 @@
+"""A report as one HTML file: text, charts and the plan, with nothing to load from elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kpt.strategy import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under named columns. Cells are text; those of the columns in `numbers` are set flush right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A chart (SVG text), what it shows, and the same numbers as a table for those who want or need them.
+
+    `legend` holds (style, label) for each curve, in the styles of `kpt.report.svg`.
+    """
+
+    title: str
+    svg: str
+    caption: str
+    table: Table | None = None
+    legend: Sequence[tuple[str, str]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a report says, in reading order.
+
+    Attributes:
+      title: the heading.
+      verdict: the outcome in one sentence.
+      passed: whether the numbers agree; the verdict is marked accordingly, in words too.
+      headline: (figure, what it is) for the few numbers a reader takes away: ("2.1×", "faster step").
+      facts: (name, value): hardware, versions, sizes.
+      figures: the evidence.
+      plan: what was swapped and why, if there is a plan.
+      command: what makes this report again.
+    """
+
+    title: str
+    verdict: str
+    passed: bool
+    headline: Sequence[tuple[str, str]]
+    facts: Sequence[tuple[str, str]]
+    figures: Sequence[Figure]
+    plan: Plan | None
+    command: str
+
+
+def render(report: Report) -> str:
+    """The report as the text of an HTML page. Needs jinja2."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["error"] = lambda e: "not measured" if e is None else f"{e:.1e}"
+    return environment.get_template("template.html").render(report=report)
+
+
+def write(report: Report, path: str | os.PathLike[str]) -> Path:
+    """Renders the report into a file; makes its folder; returns its absolute path."""
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(report), encoding="utf-8")
+    return target
