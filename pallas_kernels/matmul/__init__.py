@@ -1,0 +1,1 @@
+"""matmul: a b with a float32 accumulator."""
