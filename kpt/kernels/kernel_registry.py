@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -272,6 +274,7 @@ def _slower(time: float | None, best: float | None, measured: bool) -> str:
     return f"{how} {seconds(time)} against {seconds(best)} for the choice"
 
 
+@functools.cache
 def _op(name: str) -> Op | None:
     """The op that `kpt/ops/<name>.py` defines; None for one that only a third party's kernels know."""
     if importlib.util.find_spec(f"kpt.ops.{name}") is None:

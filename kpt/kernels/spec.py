@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -129,14 +130,21 @@ def resolve(reference: str) -> Any:
 def unmet(requirement: str) -> str | None:
     """Why a requirement like "jax>=0.11.1" is not met here, or None; reads package metadata, imports nothing."""
     package, bounds = _parse_requirement(requirement)
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    found = _installed(package)
+    if found is None:
         return f"needs {requirement}, and {package} is not installed"
     for operator, bound in bounds:
         if not _COMPARE[operator](*_pad(_release(found), _release(bound))):
             return f"needs {requirement}, and {package} {found} is installed"
     return None
+
+
+@functools.cache  # a look-up reads the disk, and a model asks once for each of its sites
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {

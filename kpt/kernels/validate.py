@@ -64,7 +64,7 @@ def validate(
 
         exact = reference(wide)
         moved = sensitivity(reference, wide, rng, exact)
-        terms = _cancelling_terms(op.name, wide, params, names, exact, wide_cotangents, differentiable)
+        terms = cancelling_terms(op.name, wide, params, names, exact, wide_cotangents, differentiable)
         results = run(kernel, arrays, params)
         results = results if isinstance(results, (tuple, list)) else (results,)
         actual = {n: np.asarray(r) for n, r in zip(names, results, strict=False)}
@@ -100,7 +100,7 @@ def _reduction_length(op: Op, specs: Specs, params: Mapping[str, Any], elements:
     return math.ceil(op.cost(specs, **params).flops / (2 * max(elements, 1)))
 
 
-def _cancelling_terms(
+def cancelling_terms(
     op: str,
     arrays: Arrays,
     params: Mapping[str, Any],
@@ -109,12 +109,20 @@ def _cancelling_terms(
     cotangents: tuple[np.ndarray, ...],
     differentiable: list[str],
 ) -> dict[str, np.ndarray | float]:
-    """Size of the terms whose difference a result is, where moving the inputs does not show it.
+    """Size of the terms whose difference a result is, where moving the inputs does not show it; `terms` of `certify`.
 
     - A cross entropy is `logsumexp - logit`; both move together when the logit does.
     - An activation may be all but zero, as gelu is below -4: `1 + tanh` is then the difference of ones.
     - A gradient may vanish for every input, as that of a query which sees one key does. What is left of
       `p (dp - sum(p dp))` is rounding, and the only scale there is comes from units: cotangent times output, per input.
+
+    Args:
+      op: the op's name.
+      arrays: its inputs, in float64.
+      outputs: names of its outputs, as in `exact`.
+      exact: the reference's outputs and gradients.
+      cotangents: one for each output.
+      differentiable: the arrays whose gradients are held to the reference.
     """
     terms: dict[str, np.ndarray | float] = dict.fromkeys(outputs, 0.0)
     if op in ("cross_entropy", "linear_cross_entropy"):
