@@ -132,6 +132,15 @@ class Planner:
     ) -> tuple[Site, str | None]:
         if self.certify == "off":
             return site, None
+        token = active.set(None)  # the derivatives that a proof takes are not the user's
+        try:
+            return self._prove(program, match, kernel, fn, site, values)
+        finally:
+            active.reset(token)
+
+    def _prove(
+        self, program: Program, match: Match, kernel: KernelSpec, fn: Callable[..., Any], site: Site, values: _Example
+    ) -> tuple[Site, str | None]:
         key = (kernel.name, kernel.version, site.fingerprint, jax.default_backend())
         example = values.leaves(program, match) if self.certify == "full" else None
         if example is not None:
