@@ -102,3 +102,31 @@ class Mask:
         by_name = {c.__name__.lower(): c for c in _ORDER}
         terms = [by_name[t["kind"]](**{k: v for k, v in t.items() if k != "kind"}) for t in data["terms"]]
         return Mask(tuple(terms), float(data["fill"]), data["additive"])
+
+
+def visible(mask: Mask, batch: int, heads: int, queries: int, keys: int, operands: Any) -> Any:
+    """The mask as a bool array `[B, N, T, S]` (True = visible), for references and tests.
+
+    Args:
+      operands: the arrays of the terms, by name.
+    """
+    import numpy as np
+
+    i, j = np.arange(queries)[:, None], np.arange(keys)[None, :]
+    see = np.ones((batch, heads, queries, keys), bool)
+    for t in mask.terms:
+        if isinstance(t, Causal):
+            see &= j <= i + t.offset
+        elif isinstance(t, Window):
+            if t.left is not None:
+                see &= j >= i + t.offset - t.left
+            if t.right is not None:
+                see &= j <= i + t.offset + t.right
+        elif isinstance(t, Segments):
+            q, k = np.asarray(operands["q_segment_ids"]), np.asarray(operands["kv_segment_ids"])
+            see &= (q[:, :, None] == k[:, None, :])[:, None]
+        elif isinstance(t, Lengths):
+            see &= j < np.asarray(operands["kv_lengths"])[:, None, None, None]
+        elif isinstance(t, Explicit):
+            see &= np.asarray(operands["keep"], bool)
+    return see

@@ -1,0 +1,53 @@
+"""glu: act(x w_gate + b_gate) * (x w_up + b_up) (arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kpt.ops import shapes as sh
+from kpt.ops.activations import ACTIVATIONS
+from kpt.ops.base import Cost, Op, Spec, Specs
+from kpt.ops.linear_act import project, project_infer, project_vjp
+from kpt.ops.linear_act import sample as sample
+
+NAME = "glu"
+
+
+def infer(specs: Specs, activation: str = "silu", out_dtype: str | None = None) -> tuple[Spec, ...]:
+    """`[..., N]`.
+
+    Raises:
+      OpError: shapes, dtypes or the activation do not fit.
+    """
+    sh.one_of(NAME, "activation", activation, tuple(ACTIVATIONS))
+    return project_infer(NAME, specs, (("w_gate", "b_gate"), ("w_up", "b_up")), out_dtype)
+
+
+def reference(*, x: Any, w_gate: Any, w_up: Any, b_gate: Any = None, b_up: Any = None, activation: str = "silu",
+              out_dtype: str | None = None) -> tuple[np.ndarray, ...]:  # fmt: skip
+    with np.errstate(all="ignore"):
+        return (ACTIVATIONS[activation][0](project(x, w_gate, b_gate)) * project(x, w_up, b_up),)
+
+
+def reference_vjp(cotangents: tuple, *, x: Any, w_gate: Any, w_up: Any, b_gate: Any = None, b_up: Any = None,
+                  activation: str = "silu", out_dtype: str | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+    gate, up = project(x, w_gate, b_gate), project(x, w_up, b_up)
+    act, slope = ACTIVATIONS[activation]
+    g = sh.wide(cotangents[0])
+    with np.errstate(all="ignore"):
+        dx1, dwg, dbg = project_vjp(g * up * slope(gate), x, w_gate)
+        dx2, dwu, dbu = project_vjp(g * act(gate), x, w_up)
+        out = {"x": dx1 + dx2, "w_gate": dwg, "w_up": dwu}
+    return out | ({} if b_gate is None else {"b_gate": dbg}) | ({} if b_up is None else {"b_up": dbu})
+
+
+def cost(specs: Specs, **params: Any) -> Cost:
+    """Two products: `4 M K N`."""
+    flops = 4.0 * sh.size(specs["x"]) * specs["w_gate"].shape[1]
+    return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
+
+
+OP = Op(NAME, ("x", "w_gate", "w_up"), ("b_gate", "b_up"), {"activation": "silu", "out_dtype": None},
+        ("x", "w_gate", "w_up", "b_gate", "b_up"), infer, reference, reference_vjp, sample, cost)  # fmt: skip

@@ -1,0 +1,61 @@
+"""linear_cross_entropy: cross entropy of the logits x w + b, which no kernel need ever write down."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kpt.ops import shapes as sh
+from kpt.ops.base import Cost, Op, Spec, Specs
+from kpt.ops.cross_entropy import INVALID, loss_and_gradient, loss_spec
+from kpt.ops.linear_act import project, project_vjp
+
+NAME = "linear_cross_entropy"
+
+
+def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | None = None, invalid: str = "nan") -> tuple[Spec, ...]:
+    """`[...]`, float32 (float64 for float64).
+
+    Raises:
+      OpError: shapes, dtypes or parameters do not fit.
+    """
+    sh.at_least(NAME, specs, "x", 1, "[..., K]")
+    sh.rank(NAME, specs, "w", 2, "[K, V]")
+    sh.floats(NAME, specs, "x", "w", "b")
+    sh.integers(NAME, specs, "labels")
+    sh.shaped(NAME, specs, "w", (specs["x"].shape[-1], specs["w"].shape[1]))
+    sh.shaped(NAME, specs, "b", specs["w"].shape[1:])
+    sh.shaped(NAME, specs, "labels", specs["x"].shape[:-1])
+    sh.one_of(NAME, "invalid", invalid, INVALID)
+    return loss_spec(specs["x"].dtype, specs["labels"].shape)
+
+
+def reference(*, x: Any, w: Any, labels: Any, b: Any = None, label_smoothing: float = 0.0,
+              logits_soft_cap: float | None = None, invalid: str = "nan") -> tuple[np.ndarray, ...]:  # fmt: skip
+    return (loss_and_gradient(project(x, w, b), labels, label_smoothing, logits_soft_cap, invalid)[0],)
+
+
+def reference_vjp(cotangents: tuple, *, x: Any, w: Any, labels: Any, b: Any = None, label_smoothing: float = 0.0,
+                  logits_soft_cap: float | None = None, invalid: str = "nan") -> dict[str, np.ndarray]:  # fmt: skip
+    grad = loss_and_gradient(project(x, w, b), labels, label_smoothing, logits_soft_cap, invalid)[1]
+    with np.errstate(all="ignore"):
+        dx, dw, db = project_vjp(grad * sh.wide(cotangents[0])[..., None], x, w)
+    return {"x": dx, "w": dw} | ({} if b is None else {"b": db})
+
+
+def sample(rng: np.random.Generator, specs: Specs, **params: Any) -> dict[str, np.ndarray]:
+    k, vocab = 1 / math.sqrt(max(specs["x"].shape[-1], 1)), max(specs["w"].shape[1], 1)
+    out = {n: sh.normal(rng, s, k if n == "w" else 1.0) for n, s in specs.items() if n != "labels"}
+    return out | {"labels": rng.integers(0, vocab, specs["labels"].shape).astype(specs["labels"].dtype)}
+
+
+def cost(specs: Specs, **params: Any) -> Cost:
+    """`2 M K V`; the logits do not cross memory."""
+    flops = 2.0 * sh.size(specs["x"]) * specs["w"].shape[1]
+    return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
+
+
+OP = Op(NAME, ("x", "w", "labels"), ("b",), {"label_smoothing": 0.0, "logits_soft_cap": None, "invalid": "nan"},
+        ("x", "w", "b"), infer, reference, reference_vjp, sample, cost)  # fmt: skip

@@ -1,0 +1,76 @@
+"""Shape and dtype rules that several ops share; each raises an `OpError` that names the array."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kpt.errors import OpError
+from kpt.ops.base import Spec, Specs
+
+FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+_BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2,
+          "int16": 2, "uint16": 2}  # fmt: skip
+
+
+def size(spec: Spec) -> int:
+    """Number of elements."""
+    return math.prod(spec.shape)
+
+
+def nbytes(*specs: Spec | None) -> float:
+    """Bytes that these arrays take."""
+    return float(sum(size(s) * _BYTES.get(s.dtype, 1) for s in specs if s is not None))
+
+
+def floats(op: str, specs: Specs, *names: str) -> None:
+    for n in names:
+        if n in specs and specs[n].dtype not in FLOATS:
+            raise OpError(f"{op} was given {n} of {specs[n].dtype}", f"it takes {', '.join(sorted(FLOATS))}", "cast it first")
+
+
+def integers(op: str, specs: Specs, *names: str) -> None:
+    for n in names:
+        if n in specs and not specs[n].dtype.startswith(("int", "uint")):
+            raise OpError(f"{op} was given {n} of {specs[n].dtype}", "it takes integers", "cast it first")
+
+
+def rank(op: str, specs: Specs, name: str, wanted: int, layout: str) -> None:
+    if len(specs[name].shape) != wanted:
+        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"{name} has layout {layout}", "reshape or transpose it")
+
+
+def at_least(op: str, specs: Specs, name: str, least: int, layout: str) -> None:
+    if len(specs[name].shape) < least:
+        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"{name} has layout {layout}", "reshape it")
+
+
+def shaped(op: str, specs: Specs, name: str, wanted: Sequence[int]) -> None:
+    if name in specs and specs[name].shape != tuple(wanted):
+        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"beside the other arrays it must be {list(wanted)}",
+                      "check the order of its dimensions")  # fmt: skip
+
+
+def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise OpError(f"{op} was asked for {name}={value!r}", f"it takes {', '.join(map(repr, allowed))}", "choose one of these")
+
+
+def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`g` summed over the dimensions along which an array of `shape` was repeated."""
+    axes = tuple(i for i, (a, b) in enumerate(zip(g.shape, shape, strict=True)) if b == 1 and a != 1)
+    return g.sum(axes, keepdims=True) if axes else g
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def normal(rng: np.random.Generator, spec: Spec, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    """Normal samples in the spec's dtype."""
+    from kpt.graph.expr import numpy_dtype
+
+    return np.asarray(rng.standard_normal(spec.shape) * scale + shift).astype(numpy_dtype(spec.dtype))
