@@ -54,6 +54,7 @@ def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid:
     z = logits if cap is None else cap * jnp.tanh(logits / cap)
     classes = z.shape[-1]
     m = jnp.max(z, -1, initial=-jnp.inf)
+    m = jnp.where(jnp.isfinite(m), m, 0)  # a row with +inf has loss inf, as logsumexp has, not inf - inf
     total = jnp.sum(jnp.exp(z - m[..., None]), -1)
     # Picking by comparison is one fused pass over what is read anyway, and stays local where classes are sharded.
     picked = jnp.sum(jnp.where(_is_label(labels, classes, invalid), z, 0), -1)

@@ -1,0 +1,20 @@
+"""Every op's providers on random cases against float64, forward and gradients. `python -m tests.fuzz` runs any seed."""
+
+import pytest
+
+pytest.importorskip("jax", reason="the JAX providers are fuzzed; pip install 'kpt-kernels[jax]'")
+
+from tests.cases import CASES
+from tests.fuzz import fuzz, providers
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_a_slice(op):
+    assert providers(op), f"no provider of {op} runs everywhere"
+    assert not fuzz(op, cases=36, seed=20261123)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CASES)
+def test_two_thousand(op):
+    assert not fuzz(op, cases=2000, seed=20261124)
