@@ -222,15 +222,16 @@ def _unknown(
     host: Host, platform: str, architecture: str, model: str, cores: int | None, memory: int | None
 ) -> HardwareProfile:
     host.notes.append(f"{platform}: the table has no {model}; its peak rates and memory bandwidth are not known")
-    read = {"cores": cores or None, "memory_bytes": memory or None}
+    read = {"cores": cores, "memory_bytes": memory}
+    read = {figure: value for figure, value in read.items() if value and value > 0}
     return HardwareProfile(
         name=f"{platform}-{architecture}",
         model=model,
         platform=platform,
         architecture=architecture,
-        cores=read["cores"],
+        cores=read.get("cores"),
         peak_flops={},
-        memory_bytes=read["memory_bytes"],
+        memory_bytes=read.get("memory_bytes"),
         memory_bandwidth=None,
-        sources={figure: "the driver" for figure, value in read.items() if value},
+        sources=dict.fromkeys(read, "the driver"),
     )
