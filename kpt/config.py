@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kpt.errors import ConfigError
+from kpt.errors import ConfigError, HardwareError
 
 PREFIX = "KPT_"
 CERTIFY = ("full", "random", "off")
@@ -59,12 +59,14 @@ def _one_of(name: str, text: str, allowed: tuple[str, ...]) -> str:
 
 
 def _hardware(name: str, text: str) -> str:
-    from kpt.hardware.profiles import PROFILES, canonical_name
+    from kpt.hardware.profiles import hardware_profile
 
-    found = "auto" if text.lower() == "auto" else canonical_name(text)
-    if found is None:
-        raise _bad(name, text, f"auto, {', '.join(PROFILES)}")
-    return found
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return hardware_profile(text).name
+    except HardwareError as e:
+        raise ConfigError(f"{PREFIX}{name.upper()} is {text!r}", e.possible, "Correct it, or unset it") from None
 
 
 def _level(name: str, text: str) -> str:

@@ -189,7 +189,7 @@ NVIDIA = (
     Chip("h200", "NVIDIA H200 SXM", "cuda", "sm90", {
         xla("h200"): {**_gh100(132, 1.8295201e9, 1.98e9), **_HOPPER, "memory_bytes": 151397597184,
                       "memory_bandwidth": 4800e9, "interconnect": 18 * 50e9},
-    }),
+    }, remarks=("the source's L2 is the H100's; H200s have been seen to report 60 MiB",)),
     Chip("b200", "NVIDIA B200", "cuda", "sm100", {
         xla("b200"): {"cores": 148, "float32": 148 * 256 * 1.965e9, "memory_bytes": 191514411008,
                       "memory_bandwidth": 7672.32e9, "l2": 132644864, "interconnect": 18 * 100e9, **_BLACKWELL},

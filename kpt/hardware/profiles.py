@@ -227,21 +227,15 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 """Other names that `hardware_profile` takes."""
 
 
-def canonical_name(name: str) -> str | None:
-    """The table's name for `name`, in any case, with spaces or underscores for hyphens; None where there is none."""
-    key = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
-    key = ALIASES.get(key, key)
-    return key if key in PROFILES else None
-
-
 def hardware_profile(name: str) -> HardwareProfile:
-    """The profile of that name or alias ("h100" is "h100-sxm", "v5e" is "tpu-v5e").
+    """The profile of that name or alias ("h100" is "h100-sxm", "v5e" is "tpu-v5e"), in any case, with any separators.
 
     Raises:
-      HardwareError: the table has no such chip.
+      HardwareError: the table has no such chip. `possible` has the names near to it.
     """
-    key = canonical_name(name)
-    if key is None:
+    key = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
+    key = ALIASES.get(key, key)
+    if key not in PROFILES:
         near = difflib.get_close_matches(name.lower(), [*PROFILES, *ALIASES], n=3, cutoff=0.5)
         near = list(dict.fromkeys(ALIASES.get(n, n) for n in near))
         raise HardwareError(

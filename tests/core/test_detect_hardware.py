@@ -404,7 +404,8 @@ PATHS = [*FOUND_IN_FILES[0][1], *kfd(1, 90402, 304, 192), *drm("card0", 0x8086, 
          f"{CACHE}/index0/type", f"{CACHE}/index0/size"]  # fmt: skip
 WORDS = ["0x1ae0", "0x0063", "0x8086", "0xe20b", "0x", "-1", "0", "1", "9" * 30, "9" * 5000, "max", "processor",
          ": ", "::", "/..", "\n", "\n\n", " ", "flags", "fma", "core id", "simd_count", "simd_per_cu",
-         "gfx_target_version", "heap_type 1", "size_in_bytes", "device_id", "vendor_id 4098", "MemTotal: ", " kB", "Unified", "K",
+         "gfx_target_version", "heap_type 1", "size_in_bytes", "device_id", "vendor_id 4098", "MemTotal: ",
+         " kB", "Unified", "K",
          "PCI_SLOT_NAME=", "cpu MHz", "1e400", "\0", "٣", "NaN"]  # fmt: skip
 CONTENT = st.one_of(
     st.binary(max_size=60),

@@ -8,9 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kpt.hardware import hardware_profile
 
-# Since jax 0.8: the versions before it describe only the TPU they run on.
 if not hasattr(pltpu, "get_tpu_info_for_chip"):
-    pytest.skip("this jax has no table of TPUs that are elsewhere", allow_module_level=True)
+    pytest.skip("this jax describes only the TPU that it runs on", allow_module_level=True)
 
 VERSIONS = {"tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p", "tpu-v6e": "v6e", "tpu-v7x": "7x"}
 PER_CHIP = {
