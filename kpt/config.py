@@ -1,97 +1,139 @@
-"""Settings, read from environment variables; docs/config.md is their table."""
+"""Settings: one frozen dataclass, read from environment variables that start with `KPT_`; docs/config.md lists them."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import pathlib
+import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from kpt.errors import ConfigError
+from kpt.errors import ConfigError, HardwareError
+
+PREFIX = "KPT_"
+CERTIFY = ("full", "random", "off")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def _cache_dir() -> pathlib.Path:
+    try:
+        import platformdirs
+    except ImportError:  # the XDG rule, which platformdirs follows on Linux
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "kpt"
+    return pathlib.Path(platformdirs.user_cache_dir("kpt", appauthor=False))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Attributes:
+    """The settings of this process.
 
-    hardware: profile to plan for, or "auto" for what is found here.
-    level: that `optimize` uses when none is given.
-    certify: "full" (random and example inputs), "random", or "off".
-    certify_bytes: memory that the user's own code may take while one site is certified; above it the kernel is held
-      to the float64 reference at reduced size.
-    cache_dir: where measurements are kept.
-    log_level: of the logger "kpt".
+    Attributes:
+      hardware: "auto" (detect it), or the name of a profile to plan for.
+      level: how much a rewrite may change: "conservative", "balanced" or "aggressive".
+      certify: on which inputs a swap is compared with the original before it is used: "full" (random ones and the
+        caller's examples), "random", or "off".
+      certify_bytes: the most memory that the certificate of one site may take.
+      cache_dir: where measurements and histories are kept.
+      log_level: of the logger "kpt".
     """
 
     hardware: str = "auto"
     level: str = "balanced"
     certify: str = "full"
     certify_bytes: int = 2 << 30
-    cache_dir: Path | None = None
-    log_level: str = "WARNING"
-
-    @property
-    def cache(self) -> Path:
-        """`cache_dir`, or the platform's place for caches."""
-        if self.cache_dir is not None:
-            return self.cache_dir
-        import platformdirs
-
-        return Path(platformdirs.user_cache_dir("kpt"))
+    cache_dir: pathlib.Path = dataclasses.field(default_factory=_cache_dir)
+    log_level: str = "warning"
 
 
-def _one_of(*allowed: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in allowed:
-            raise ValueError(f"one of {', '.join(allowed)}")
-        return text
-
-    return parse
+def _bad(name: str, text: str, allowed: str) -> ConfigError:
+    return ConfigError(f"{PREFIX}{name.upper()} is {text!r}", f"Allowed are {allowed}", "Correct it, or unset it")
 
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+def _one_of(name: str, text: str, allowed: tuple[str, ...]) -> str:
+    if text.lower() not in allowed:
+        raise _bad(name, text, ", ".join(allowed))
+    return text.lower()
 
 
-def _bytes(text: str) -> int:
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+def _hardware(name: str, text: str) -> str:
+    from kpt.hardware.profiles import hardware_profile
+
+    if text.lower() == "auto":
+        return "auto"
     try:
-        size = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise ValueError("a number of bytes, such as 2000000000, 512M or 4G")
-    return size
+        return hardware_profile(text).name
+    except HardwareError as e:
+        raise ConfigError(f"{PREFIX}{name.upper()} is {text!r}", e.possible, "Correct it, or unset it") from None
 
 
-def _upper(*allowed: str) -> Callable[[str], str]:
-    return lambda text: _one_of(*allowed)(text.upper())
+def _level(name: str, text: str) -> str:
+    from kpt.kernels.spec import LEVELS
+
+    return _one_of(name, text, LEVELS)
 
 
-_PARSE: dict[str, Callable[[str], Any]] = {
-    "hardware": str,
-    "level": _one_of("conservative", "balanced", "aggressive"),
-    "certify": _one_of("full", "random", "off"),
+def _bytes(name: str, text: str) -> int:
+    match = re.fullmatch(r"(\d{1,18})\s*([a-z]*)", text.lower(), re.ASCII)
+    if not match or match[2] not in _UNITS:
+        raise _bad(name, text, "a number of bytes, alone or followed by KiB, MiB, GiB or TiB")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _directory(name: str, text: str) -> pathlib.Path:
+    try:
+        path = pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise _bad(name, text, "directories whose home can be found") from None
+    if path.exists() and not path.is_dir():
+        raise _bad(name, text, "directories, existing or not; this is a file")
+    return path.absolute()
+
+
+_READ: Mapping[str, Callable[[str, str], Any]] = {
+    "hardware": _hardware,
+    "level": _level,
+    "certify": lambda name, text: _one_of(name, text, CERTIFY),
     "certify_bytes": _bytes,
-    "cache_dir": Path,
-    "log_level": _upper("DEBUG", "INFO", "WARNING", "ERROR"),
+    "cache_dir": _directory,
+    "log_level": lambda name, text: _one_of(name, text, LOG_LEVELS),
 }
 
 
 def config(environ: Mapping[str, str] | None = None) -> Config:
-    """The settings as the environment has them now. An empty variable counts as unset.
+    """The settings as the environment has them now; a variable that is unset or empty has its default.
+
+    Args:
+      environ: read instead of `os.environ`.
 
     Raises:
       ConfigError: a variable has a value that is not allowed.
     """
-    env = os.environ if environ is None else environ
-    given = {}
-    for name, parse in _PARSE.items():
-        text = env.get(f"KPT_{name.upper()}", "")
-        if not text:
-            continue
-        try:
-            given[name] = parse(text)
-        except ValueError as wanted:
-            raise ConfigError(f"KPT_{name.upper()}={text!r} was set", f"it takes {wanted}", "change or unset it") from None
-    return Config(**given)
+    given = os.environ if environ is None else environ
+    return Config(**{name: setting(name, given) for name in _READ if _text(name, given)})
+
+
+def setting(name: str, environ: Mapping[str, str]) -> Any:
+    """One setting as the environment has it, whatever the other variables hold.
+
+    Raises:
+      ConfigError: its variable has a value that is not allowed.
+    """
+    text = _text(name, environ)
+    return _READ[name](name, text) if text else getattr(Config(), name)
+
+
+def _text(name: str, environ: Mapping[str, str]) -> str:
+    return environ.get(PREFIX + name.upper(), "").strip()
+
+
+def start_logging(settings: Config) -> None:
+    """Sets the level of the logger "kpt", and shows its records where the program has set up no logging of its own."""
+    log = logging.getLogger("kpt")
+    log.setLevel(settings.log_level.upper())
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        log.addHandler(handler)
