@@ -286,7 +286,7 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
                 fields |= {"asked": error.asked, "possible": error.possible, "advice": error.advice}
             _print_json(fields)
         else:
-            _console(stderr=True).print(message, style="red", highlight=False, markup=False)
+            _console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
             if code == CRASHED:
                 typer.echo("kpt --debug ... shows where this comes from.", err=True)
         raise typer.Exit(code) from None
