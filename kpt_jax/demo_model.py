@@ -15,11 +15,11 @@ class Config:
     """Sizes of the model; `context` is the number of tokens in one sequence."""
 
     vocab: int = 256
-    context: int = 1024
-    width: int = 128
-    heads: int = 4
-    hidden: int = 384
-    layers: int = 3
+    context: int = 1536
+    width: int = 64
+    heads: int = 2
+    hidden: int = 192
+    layers: int = 2
 
 
 def rotary(x: jax.Array) -> jax.Array:

@@ -4,15 +4,51 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Grid
 
-from kpt.hardware import HardwareProfile
-from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart
-from kpt_jax.demo import BATCH, TOLERANCE, Demo, Variant, versions
+from kpt.hardware import HardwareProfile, detect_hardware
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, write
+from kpt_jax.demo import BATCH, STEPS, TOLERANCE, Demo, Variant, prepare, train, versions
 
 COMMAND = "kpt demo"
+
+
+def run(steps: int | None, out: Path, console: Console) -> dict[str, Any]:
+    """The whole demo: plans, trains, prints to `console`, writes the report to `out`; returns the figures."""
+    steps = steps or STEPS
+    hardware = detect_hardware()
+    console.print(f"[bold]Hardware[/]  {hardware.model} ({hardware.name})", highlight=False)
+    with console.status("starting") as status:
+        demo = prepare(steps, announce=status.update)
+    for name, value in facts(demo, hardware)[1:4]:
+        console.print(f"[bold]{name:<9}[/] {value}", highlight=False)
+    console.print()
+    console.print(demo.plan.explain(), highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    _grid(
+        console,
+        "Certificates, largest relative L2 error",
+        ("op", "sites", "forward", "gradients"),
+        certificate_rows(demo),
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("training both, in turn", total=steps)
+        for done in train(demo):
+            losses = f"loss {demo.before.losses[-1]:.4f} as written, {demo.after.losses[-1]:.4f} through kpt"
+            progress.update(task, completed=done, description=losses)
+    _grid(console, "Loss, nats per byte", ("step", "as written", "through kpt", "difference"), curve_rows(demo))
+    _grid(console, "Before and after", ("", "as written", "through kpt", "change"), summary(demo))
+    console.print(verdict(demo), style="green" if demo.coincide else "bold red", highlight=False)
+    path = write(report(demo, hardware), out)
+    console.print(f"Report: {path}", highlight=False, markup=False, soft_wrap=True)
+    return demo.to_json() | {"report": str(path)}
 
 
 def verdict(demo: Demo) -> str:
@@ -21,6 +57,20 @@ def verdict(demo: Demo) -> str:
     if demo.coincide:
         return f"The loss curves coincide; {difference} (allowed {TOLERANCE:.0e})."
     return f"The loss curves do not coincide; {difference}, allowed {TOLERANCE:.0e}. Please report this."
+
+
+def facts(demo: Demo, hardware: HardwareProfile) -> list[tuple[str, str]]:
+    """What the numbers were measured on: (name, value)."""
+    config, packages = demo.config, {"Python": platform.python_version(), **versions()}
+    model = f"{config.layers} layers, width {config.width}, {config.heads} heads; {demo.parameters:,} parameters"
+    return [
+        ("Hardware", f"{hardware.model} ({hardware.name}); {platform.platform()}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
+        ("Model", model),
+        ("Data", f"{len(demo.text):,} bytes of Python's standard library; {BATCH} × {config.context} a step"),
+        ("Training", f"{demo.steps} steps of AdamW, the same seeds and batches for both, steps taken in turn"),
+        ("Planning", f"{demo.plan_seconds:.1f} s to trace, match, choose and certify"),
+    ]
 
 
 def summary(demo: Demo) -> list[tuple[str, str, str, str]]:
@@ -53,24 +103,6 @@ def certificate_rows(demo: Demo) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def show(demo: Demo, hardware: HardwareProfile, console: Any) -> None:
-    """Prints what was measured; the plan was printed before the training."""
-    from rich.table import Table as Grid
-
-    def grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Grid(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-
-    grid("Loss, nats per byte", ("step", "as written", "through kpt", "difference"), curve_rows(demo))
-    grid("Before and after", ("", "as written", "through kpt", "change"), summary(demo))
-    console.print(verdict(demo), style="green" if demo.coincide else "bold red", highlight=False)
-
-
 def report(demo: Demo, hardware: HardwareProfile) -> Report:
     """The same, with charts, as a report."""
     before, after = demo.before, demo.after
@@ -92,22 +124,27 @@ def report(demo: Demo, hardware: HardwareProfile) -> Report:
     apart = Figure(
         "How far the losses are apart",
         line_chart(
-            [Line("difference", steps, difference, "difference")],
+            [
+                Line("difference", steps, difference, "after", dots=True),
+                Line("allowed", steps, [TOLERANCE] * demo.steps, "limit"),
+            ],
             title="Absolute difference of the two losses at each step",
             description=f"The largest is {demo.max_difference:.1e} nats, and {TOLERANCE:.0e} is allowed.",
             x_label="step",
             y_label="difference, nats",
             log_y=True,
         ),
-        f"Sums taken in another order round differently, and training carries that on; {TOLERANCE:.0e} is allowed. "
-        "Steps with equal losses have no point.",
+        "Sums taken in another order round differently, and training carries that on. Where the losses are "
+        "equal to the last bit there is no point.",
+        legend=(("dots", "difference at one step"), ("limit", f"allowed: {TOLERANCE:.0e}")),
     )
     memory = Figure(
         "Memory",
         bar_chart(
             [Bar(v.name, v.temporary_bytes, mebibytes(v.temporary_bytes), s) for v, s in _styled(demo)],
             title="Temporary memory of a compiled training step",
-            description=f"As written {mebibytes(before.temporary_bytes)}, through kpt {mebibytes(after.temporary_bytes)}.",
+            description=f"As written {mebibytes(before.temporary_bytes)}, "
+            f"through kpt {mebibytes(after.temporary_bytes)}.",
         ),
         "What a compiled training step needs besides parameters, optimizer state and data, by XLA's memory analysis.",
     )
@@ -122,26 +159,17 @@ def report(demo: Demo, hardware: HardwareProfile) -> Report:
         f"Median of {demo.steps} steps each, taken in turn in one process; the whisker spans the quartiles.",
         Table(("", "as written", "through kpt", "change"), summary(demo), frozenset({1, 2, 3})),
     )
-    config = demo.config
-    facts = [
-        ("Hardware", f"{hardware.name}; {platform.platform()}"),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in {"Python": platform.python_version(), **versions()}.items())),
-        ("Model", f"{config.layers} layers, width {config.width}, {config.heads} heads, {demo.parameters:,} parameters, float32"),
-        ("Data", f"{len(demo.text):,} bytes of the Python standard library's sources; {BATCH} × {config.context} bytes a step"),
-        ("Training", f"{demo.steps} steps of AdamW, the same seeds and batches for both, steps taken in turn"),
-        ("Planning", f"{demo.plan_seconds:.1f} s to trace, match, choose and certify"),
-    ]  # fmt: skip
     return Report(
         title="A language model, trained as written and through kpt",
         verdict=verdict(demo),
         passed=demo.coincide,
         headline=(
-            (f"{demo.memory_ratio:.1f}×", "less temporary memory"),
-            (f"{demo.speedup:.2f}×", "step time, before over after"),
+            (*ratio(demo.memory_ratio, "less temporary memory", "more temporary memory").split(" ", 1),),
+            (*ratio(demo.speedup, "faster step", "slower step").split(" ", 1),),
             (str(len(demo.plan.sites)), "sites with a kernel"),
             (f"{demo.max_difference:.0e}", "nats, largest loss difference"),
         ),
-        facts=facts,
+        facts=facts(demo, hardware),
         figures=(curves, apart, memory, speed),
         plan=demo.plan,
         command=COMMAND,
@@ -159,6 +187,18 @@ def milliseconds(s: float) -> str:
 def ratio(r: float, better: str, worse: str) -> str:
     """ "2.10× faster", or "1.05× slower" for a ratio below one."""
     return f"{r:.2f}× {better}" if r >= 1 else f"{1 / r:.2f}× {worse}"
+
+
+def _grid(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    table = Grid(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
 
 
 def _styled(demo: Demo) -> tuple[tuple[Variant, str], tuple[Variant, str]]:

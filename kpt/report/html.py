@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kpt.strategy import Plan
+from kpt.strategy import Plan, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,40 @@ class Report:
     command: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Sites that a reader takes for one: the same code with the same kernel for the same reason, in several layers."""
+
+    site: Site
+    paths: tuple[str, ...]
+    error: float | None
+    error_gradient: float | None
+
+
+def groups(sites: Sequence[Site]) -> list[Group]:
+    """Sites by op, kernel, source line and reason, with the worst error of each group."""
+    members: dict[tuple[object, ...], list[Site]] = {}
+    for s in sites:
+        members.setdefault((s.op, s.kernel, s.version, s.source, s.reason), []).append(s)
+
+    def worst(errors: list[float | None]) -> float | None:
+        return max((e for e in errors if e is not None), default=None)
+
+    return [
+        Group(
+            g[0], tuple(s.path for s in g if s.path), worst([s.error for s in g]), worst([s.error_gradient for s in g])
+        )
+        for g in members.values()
+    ]
+
+
 def render(report: Report) -> str:
     """The report as the text of an HTML page. Needs jinja2."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["groups"] = groups
     environment.filters["error"] = lambda e: "not measured" if e is None else f"{e:.1e}"
     return environment.get_template("template.html").render(report=report)
 

@@ -13,12 +13,13 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve. `style` is a class of the style sheet: "before", "after" or "difference"."""
+    """A curve, or with `dots` its points alone. `style` is a class of the style sheet: "before", "after", "limit"."""
 
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
     style: str
+    dots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,11 @@ def line_chart(
             if v is None:
                 pen = "M"
                 continue
-            path.append(f"{pen}{px(x):.1f} {py(v):.1f}")
+            # A path of no length under a round pen is a dot.
+            path.append(f"M{px(x):.1f} {py(v):.1f}h0" if line.dots else f"{pen}{px(x):.1f} {py(v):.1f}")
             pen = "L"
-        parts.append(f'<path class="line {line.style}" d="{" ".join(path)}"/>')
+        kind = "dots" if line.dots else "line"
+        parts.append(f'<path class="{kind} {line.style}" d="{" ".join(path)}"/>')
     return _svg(parts, HEIGHT, title, description)
 
 
@@ -125,7 +128,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def _decades(low: float, high: float) -> list[float]:
     first, last = math.floor(low), math.ceil(high)
     step = max(1, math.ceil((last - first) / 6))
-    return [float(i) for i in range(first, last + step, step)] if last > first else [first - 1.0, first + 0.0, first + 1.0]
+    return (
+        [float(i) for i in range(first, last + step, step)] if last > first else [first - 1.0, first + 0.0, first + 1.0]
+    )
 
 
 def _number(value: float, scale: Sequence[float]) -> str:

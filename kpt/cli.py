@@ -1,0 +1,467 @@
+"""The command line. Everything but the words of --help is imported when a command needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kpt._version import __version__
+from kpt.errors import ConfigError, KptError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kpt.hardware import HardwareProfile
+    from kpt.kernels import KernelSpec
+
+OK, NO, REFUSED, MISSING, CRASHED = range(5)
+EPILOG = """
+Exit codes: 0 done; 1 done, and the answer is no (the demo's curves do not coincide, no kernel can run here);
+2 the request cannot be met (wrong usage, unknown name, a function that cannot be planned); 3 an optional package
+is missing; 4 an unexpected error, in kpt or in your code (--debug shows where).
+"""
+DISTRIBUTION = "kpt-kernels"
+# What the numbers depend on, in the order in which `kpt doctor` lists it.
+PACKAGES = (
+    "numpy",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "torch",
+    "triton",
+    "torch_xla",
+    "transformers",
+    "tokamax",
+)
+
+app = typer.Typer(
+    name="kpt",
+    help="Finds what a better kernel computes in code you already have, swaps it in, and proves the numbers.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+hardware_app = typer.Typer(help="Chips: what they can do, and which one is here.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Kernels: who can compute an op, and where.", no_args_is_help=True)
+app.add_typer(hardware_app, name="hardware")
+app.add_typer(kernels_app, name="kernels")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; 200 unless given.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the HTML report goes.")] = Path("kpt-report/demo.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Train a small model as written and through kpt.
+
+    A byte-level language model learns from Python's own sources, once as a Flax user would write it and once through
+    kpt_jax.optimize, with the same seeds. Shown are the plan, the certificates, memory, time and both loss curves.
+    Exits with 1 if the two loss curves do not coincide.
+    """
+    with answering(context, as_json):
+        run = _front_end("kpt_jax.demo_report", "run")
+        # Progress goes where it does not mix with the JSON.
+        result = run(steps, out, _console(stderr=as_json))
+        if as_json:
+            _print_json(result)
+        if not result["coincide"]:
+            raise typer.Exit(NO)
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="The function to plan for.")],
+    args_from: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's."),
+    ] = None,
+    level: Annotated[str | None, typer.Option(help="conservative, balanced or aggressive.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be swapped in a function, and why.
+
+    Modules are found as by `python -m`, in the current directory first.
+    """
+    with answering(context, as_json):
+        target = _attribute(function)
+        arguments: Any = ()
+        if args_from is not None:
+            arguments = _attribute(args_from)()
+        elif required := _required_parameters(target):
+            raise KptError(
+                f"A plan for {function} was asked for",
+                f"It takes {', '.join(required)}, and a plan is for arguments of certain shapes and dtypes",
+                "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
+            )
+        made = _front_end("kpt_jax", "plan")(
+            target, *(arguments if isinstance(arguments, tuple) else (arguments,)), level=level
+        )
+        typer.echo(made.to_json() if as_json else made.explain())
+
+
+@hardware_app.command("list")
+def hardware_list(context: typer.Context, as_json: AsJson = False) -> None:
+    """The chips that kpt has figures for."""
+    with answering(context, as_json):
+        from kpt.hardware import PROFILES
+
+        profiles = list(PROFILES.values())
+        if as_json:
+            _print_json([dataclasses.asdict(p) for p in profiles])
+            return
+        _print_table(
+            ("name", "chip", "platform", "bfloat16", "memory", "bandwidth"),
+            [
+                (
+                    p.name,
+                    p.model,
+                    p.platform,
+                    _flops(p.peak("bfloat16")),
+                    _bytes(p.memory_bytes),
+                    _rate(p.memory_bandwidth),
+                )
+                for p in profiles
+            ],
+        )
+
+
+@hardware_app.command("show")
+def hardware_show(context: typer.Context, name: str, as_json: AsJson = False) -> None:
+    """Every figure of one chip, and where it is from."""
+    with answering(context, as_json):
+        from kpt.hardware import hardware_profile
+
+        _print_profile(hardware_profile(name), as_json)
+
+
+@hardware_app.command("detect")
+def hardware_detect(context: typer.Context, as_json: AsJson = False) -> None:
+    """The chip of this machine, found without loading a framework."""
+    with answering(context, as_json):
+        from kpt.hardware import detect_hardware
+
+        _print_profile(detect_hardware(), as_json)
+
+
+@kernels_app.command("list")
+def kernels_list(context: typer.Context, as_json: AsJson = False) -> None:
+    """The kernels that kpt and the installed packages offer."""
+    with answering(context, as_json):
+        from kpt.kernels import registry
+
+        if as_json:
+            _print_json([_kernel(k) for k in registry.kernels()])
+            return
+        _print_table(
+            ("kernel", "version", "framework", "platforms", "dtypes", "from level"),
+            [
+                (k.name, str(k.version), k.framework, ", ".join(k.platforms), ", ".join(k.dtypes), k.level)
+                for k in registry.kernels()
+            ],
+        )
+
+
+@kernels_app.command("show")
+def kernels_show(context: typer.Context, name: str, as_json: AsJson = False) -> None:
+    """What one kernel takes, honours and needs."""
+    with answering(context, as_json):
+        from kpt.hardware import detect_hardware
+        from kpt.kernels import registry
+
+        kernel = registry.get(name)
+        fields = _kernel(kernel) | {"refused_here": _refused_here(kernel, detect_hardware())}
+        if as_json:
+            _print_json(fields)
+            return
+        fields["here"] = fields.pop("refused_here") or "can run"
+        _print_table(("", ""), [(key.replace("_", " "), _words(value)) for key, value in fields.items()])
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show versions, the chip, and which kernels can run.
+
+    Of each kernel that cannot, it says why, and of missing packages, what to install.
+    Exits with 1 if no kernel can run.
+    """
+    with answering(context, as_json):
+        from kpt.hardware import detect_hardware
+        from kpt.kernels import registry
+
+        hardware = detect_hardware()
+        versions = {"python": platform.python_version(), "kpt": __version__}
+        versions |= {name: _installed(name) or "not installed" for name in PACKAGES}
+        kernels = {k.name: _refused_here(k, hardware) for k in registry.kernels()}
+        advice = _advice(hardware, versions)
+        if as_json:
+            _print_json(
+                {
+                    "versions": versions,
+                    "hardware": dataclasses.asdict(hardware),
+                    "kernels": {name: {"can_run": why is None, "why_not": why} for name, why in kernels.items()},
+                    "broken_entry_points": registry.broken,
+                    "advice": advice,
+                }
+            )
+        else:
+            console = _console()
+            _print_table(("package", "version"), list(versions.items()), console)
+            console.print()
+            _print_profile(hardware, False, console, brief=True)
+            console.print()
+            _print_table(("kernel", "here"), [(name, why or "can run") for name, why in kernels.items()], console)
+            for name, why in registry.broken.items():
+                console.print(f"The entry point {name} cannot be loaded: {why}", style="red")
+            for line in advice:
+                console.print(f"\n{line}", highlight=False)
+        if all(kernels.values()):
+            raise typer.Exit(NO)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextlib.contextmanager
+def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
+    """Turns an error into one sentence (or JSON) and an exit code; with --debug, lets it through."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except BrokenPipeError:
+        # The reader has seen enough (`kpt kernels list | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(OK) from None
+    except Exception as error:
+        if context.obj:
+            raise
+        code = (
+            MISSING
+            if isinstance(error, MissingDependencyError)
+            else REFUSED
+            if isinstance(error, KptError)
+            else CRASHED
+        )
+        message = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
+        if as_json:
+            fields = {"error": type(error).__name__, "message": message}
+            if isinstance(error, KptError):
+                fields |= {"asked": error.asked, "possible": error.possible, "advice": error.advice}
+            _print_json(fields)
+        else:
+            _console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+            if code == CRASHED:
+                typer.echo("kpt --debug ... shows where this comes from.", err=True)
+        raise typer.Exit(code) from None
+
+
+def _front_end(module: str, name: str) -> Callable[..., Any]:
+    """A function of the JAX front end.
+
+    Raises:
+      MissingDependencyError: jax, flax or optax is not installed.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("jax", "jaxlib", "flax", "optax"):
+            raise
+        raise MissingDependencyError(
+            "The JAX front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[jax]'"
+        ) from None
+
+
+def _attribute(reference: str) -> Any:
+    """What "module:name" or "module:name.attribute" names."""
+    module, _, path = reference.partition(":")
+    if not module or not path:
+        raise ConfigError(
+            f"{reference!r} was given", "It is not of the form MODULE:FUNCTION", "Write it like train:loss"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is missing inside the user's own is another matter, and is reported as it is.
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        raise KptError(
+            f"{reference!r} was given", f"There is no module {error.name!r} in {os.getcwd()} or on the path",
+            "Run kpt where the module is, or install it",
+        ) from None  # fmt: skip
+    for name in path.split("."):
+        if not hasattr(found, name):
+            public = [n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n))]
+            raise KptError(
+                f"{reference!r} was given",
+                f"{module} has no {path!r}; it has {', '.join(public) or 'no functions'}",
+                "Correct the name",
+            )
+        found = getattr(found, name)
+    return found
+
+
+def _required_parameters(function: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+
+
+def _kernel(kernel: KernelSpec) -> dict[str, Any]:
+    """A kernel's fields as JSON-ready values."""
+    fields = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel)}
+    for name, value in fields.items():
+        if isinstance(value, frozenset):
+            fields[name] = sorted(value)
+        elif callable(value):
+            fields[name] = f"{value.__module__}:{value.__qualname__}"
+    return fields | {"params": dict(kernel.params)}
+
+
+def _refused_here(kernel: KernelSpec, hardware: HardwareProfile) -> str | None:
+    """Why no call at all can go to this kernel on this machine; None where the call decides."""
+    from kpt.kernels.spec import refusal
+
+    anything = dataclasses.replace(kernel, accepts=None)
+    return refusal(anything, kernel.op, hardware, kernel.dtypes[0], {}, {}, kernel.level, kernel.framework)
+
+
+def _installed(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _advice(hardware: HardwareProfile, versions: dict[str, str]) -> list[str]:
+    """Install lines for what this chip could use and has not."""
+    extra = {"cuda": "cuda", "tpu": "tpu"}.get(hardware.platform, "jax")
+    lines = []
+    if versions["jax"] == "not installed":
+        lines.append(f"For JAX: pip install '{DISTRIBUTION}[{extra}]'")
+    elif extra == "tpu" and versions["libtpu"] == "not installed":
+        lines.append(f"For the TPU: pip install '{DISTRIBUTION}[tpu]'")
+    return lines
+
+
+def _print_profile(
+    profile: HardwareProfile, as_json: bool, console: Console | None = None, brief: bool = False
+) -> None:
+    if as_json:
+        _print_json(dataclasses.asdict(profile))
+        return
+
+    def row(name: str, value: str, figure: str) -> tuple[str, str, str]:
+        return name, value, profile.sources.get(figure, "")
+
+    rows = [
+        (profile.model, profile.name, ""),
+        ("platform", f"{profile.platform}, {profile.architecture}", ""),
+        row("cores", f"{profile.cores:,}", "cores"),
+        row("memory", _bytes(profile.memory_bytes), "memory_bytes"),
+        row("bandwidth", _rate(profile.memory_bandwidth), "memory_bandwidth"),
+    ]
+    if not brief:
+        rows.append(row("interconnect", _rate(profile.interconnect), "interconnect"))
+        rows.append(("devices", str(profile.devices), ""))
+        rows += [row(f"peak {dtype}", _flops(rate), dtype) for dtype, rate in profile.peak_flops.items()]
+        rows += [row(cache, _bytes(size), cache) for cache, size in profile.caches.items()]
+    columns: tuple[str, ...] = ("", "", "source")
+    _print_table(columns[:2] if brief else columns, [r[:2] for r in rows] if brief else rows, console)
+    for note in profile.notes:
+        (console or _console()).print(f"- {note}", highlight=False, markup=False)
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    (console or _console()).print(table)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # A pipe has no width; a reader's grep should not meet wrapped lines.
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _flops(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{rate / 1e12:,.4g} TFLOP/s"
+
+
+def _bytes(size: float | None) -> str:
+    if size is None:
+        return "unknown"
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "KiB"))
+    return f"{size / unit:,.4g} {name}"
+
+
+def _rate(rate: float | None) -> str:
+    return "unknown" if rate is None else f"{rate / 1e9:,.4g} GB/s"
+
+
+if __name__ == "__main__":
+    main()

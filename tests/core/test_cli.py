@@ -1,0 +1,178 @@
+"""The command line: what it prints, in words and in JSON, and with which exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from kpt import __version__
+from kpt.cli import CRASHED, MISSING, NO, OK, REFUSED, app
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of a user into an empty current directory; returns how to name it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return name
+
+    return write
+
+
+COMMANDS = [
+    (),
+    ("demo",),
+    ("plan",),
+    ("doctor",),
+    ("hardware",),
+    ("hardware", "list"),
+    ("hardware", "show"),
+    ("hardware", "detect"),
+    ("kernels",),
+    ("kernels", "list"),
+    ("kernels", "show"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command):
+    result = call(*command, "--help")
+    assert result.exit_code == OK
+    assert "Usage:" in result.stdout
+
+
+def test_help_tells_the_exit_codes():
+    text = " ".join(call("--help").stdout.split())
+    for code in (OK, NO, REFUSED, MISSING, CRASHED):
+        assert f"{code} " in text[text.index("Exit codes") :]
+
+
+def test_help_loads_no_framework_and_no_arrays():
+    probe = (
+        "import sys; from typer.testing import CliRunner; from kpt.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([m for m in ('jax', 'torch', 'flax', 'numpy', 'jinja2') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_version():
+    assert call("--version").stdout.strip() == __version__
+
+
+# (command, what the words must contain, what must be true of the JSON)
+ANSWERS = [
+    (
+        ("hardware", "list"),
+        ["h100-sxm", "tpu-v5e", "989.", "GB/s"],
+        lambda d: len({p["name"] for p in d}) == len(d) > 20,
+    ),
+    (("hardware", "show", "tpu-v5e"), ["197 TFLOP/s", "http"], lambda d: d["peak_flops"]["bfloat16"] == 197e12),
+    (("hardware", "show", "h100"), ["NVIDIA H100 SXM", "sm90"], lambda d: d["name"] == "h100-sxm"),
+    (("hardware", "detect"), ["platform", "cores"], lambda d: d["cores"] >= 1),
+    (("kernels", "list"), ["attention.xla", "float32"], lambda d: "attention.xla" in {k["name"] for k in d}),
+    (
+        ("kernels", "show", "attention.xla"),
+        ["causal", "loader"],
+        lambda d: "causal" in d["masks"] and d["version"] >= 1,
+    ),
+    (
+        ("doctor",),
+        ["python", "attention.xla"],
+        lambda d: d["versions"]["kpt"] == __version__ and "platform" in d["hardware"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "words", "holds"), ANSWERS, ids=[" ".join(a[0]) for a in ANSWERS])
+def test_answers_in_words_and_in_json(command, words, holds):
+    said = call(*command)
+    assert said.exit_code == OK, said.output
+    for word in words:
+        assert word in said.stdout
+    data = call(*command, "--json")
+    assert data.exit_code == OK
+    assert holds(json.loads(data.stdout))
+
+
+# (arguments, exit code, what the message must contain)
+ERRORS = [
+    (("hardware", "show", "h10x"), REFUSED, ["h10x", "h100-sxm"]),
+    (("kernels", "show", "nonsense"), REFUSED, ["nonsense", "attention.xla"]),
+    (("plan", "nocolon"), REFUSED, ["MODULE:FUNCTION"]),
+    (("plan", "no_such_module:f"), REFUSED, ["no_such_module"]),
+    (("plan", "users:nothing"), REFUSED, ["nothing", "double"]),
+    (("plan", "users:double"), REFUSED, ["x", "--args-from"]),
+    (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
+    (("plan", "broken:f"), CRASHED, ["absent_dependency"]),
+]
+USERS = "def double(x):\n    return 2 * x\n\n\ndef fails():\n    1 / 0\n"
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), ERRORS, ids=[" ".join(e[0]) for e in ERRORS])
+def test_an_error_is_a_sentence_and_an_exit_code(module, arguments, code, words):
+    module("users", USERS)
+    module("broken", "import absent_dependency\n")
+    result = call(*arguments)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+    data = call(*arguments, "--json")
+    assert data.exit_code == code
+    told = json.loads(data.stdout)
+    assert told["error"] and told["message"].split("\n")[0] in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("hardware", "show"), ("demo", "--steps", "0"), ("nonsense",), ("plan", "a:b", "--no")]
+)
+def test_wrong_usage_exits_with_2(arguments):
+    assert call(*arguments).exit_code == REFUSED
+
+
+def test_debug_lets_the_error_through(module):
+    module("users", USERS)
+    result = call("--debug", "plan", "users:double", "--args-from", "users:fails")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("absent", ["jax", "flax", "optax"])
+def test_a_missing_framework_is_told_with_the_install_line(monkeypatch, absent):
+    def refuse(name):
+        raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
+
+    monkeypatch.setattr("kpt.cli.importlib.import_module", refuse)
+    result = call("demo")
+    assert result.exit_code == MISSING
+    assert absent in result.stderr and "pip install 'kpt-kernels[jax]'" in result.stderr
+
+
+def test_doctor_says_no_where_nothing_can_run(monkeypatch):
+    monkeypatch.setattr("kpt.cli._refused_here", lambda kernel, hardware: f"{kernel.name} needs another machine")
+    result = call("doctor")
+    assert result.exit_code == NO
+    assert "attention.xla needs another machine" in result.stdout
+
+
+@pytest.mark.parametrize(("coincide", "code"), [(True, OK), (False, NO)])
+def test_demo_exits_with_1_when_the_curves_part(monkeypatch, tmp_path, coincide, code):
+    monkeypatch.setattr(
+        "kpt.cli._front_end", lambda *_: lambda steps, out, console: {"steps": steps, "coincide": coincide}
+    )
+    result = call("demo", "--steps", "3", "--out", str(tmp_path / "r.html"), "--json")
+    assert result.exit_code == code
+    assert json.loads(result.stdout) == {"steps": 3, "coincide": coincide}

@@ -1,0 +1,170 @@
+"""Reports and their charts: valid, self-contained, and true to the numbers."""
+
+import html.parser
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, render, write
+from kpt.report.html import groups
+from kpt.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
+from kpt.strategy import Plan, Site
+
+NS = "{http://www.w3.org/2000/svg}"
+WORDS = {"title": "Loss", "description": "It falls.", "x_label": "step", "y_label": "loss"}
+
+
+def paths(svg, kind):
+    found = [p for p in ET.fromstring(svg).iter(f"{NS}path") if p.get("class").startswith(kind)]
+    return [[tuple(map(float, xy)) for xy in re.findall(r"[ML]([\d.]+) ([\d.]+)", p.get("d"))] for p in found]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0.13, 0.87, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (1, 200, [0, 50, 100, 150, 200]),
+        (-3, 3, [-4, -2, 0, 2, 4]),
+        (5, 5, [2, 3, 4, 5, 6, 7, 8]),
+        (0, 0, [-0.6, -0.4, -0.2, 0, 0.2, 0.4, 0.6]),
+    ],
+)
+def test_ticks_are_round_and_span_the_values(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_curve_is_where_its_numbers_are():
+    (points,) = paths(line_chart([Line("a", [0, 1, 2], [0.0, 1.0, 2.0], "before")], **WORDS), "line")
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert (x0, x2) == (LEFT, WIDTH - RIGHT)
+    assert x1 == pytest.approx((x0 + x2) / 2) and y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    assert TOP <= y2 < y0 <= HEIGHT
+
+
+@pytest.mark.parametrize(
+    ("ys", "log_y", "drawn"),
+    [
+        ([1.0, math.nan, 3.0], False, 2),
+        ([math.inf, 2.0, 3.0], False, 2),
+        ([1e-3, 0.0, 1e-6], True, 2),
+        ([0.0, 0.0, 0.0], True, 0),
+        ([4.0, 4.0, 4.0], False, 3),
+    ],
+)
+def test_values_without_a_place_are_left_out(ys, log_y, drawn):
+    (points,) = paths(line_chart([Line("a", [1, 2, 3], ys, "after", dots=True)], **WORDS, log_y=log_y), "dots")
+    assert len(points) == drawn
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+
+
+def test_bars_are_in_proportion_and_inside():
+    bars = [Bar("as written", 300.0, "300 MiB", "before"), Bar("kpt", 100.0, "100 MiB", "after", low=90.0, high=280.0)]
+    svg = ET.fromstring(bar_chart(bars, title="Memory", description="Less."))
+    first, second = (float(r.get("width")) for r in svg.iter(f"{NS}rect"))
+    assert first == pytest.approx(3 * second, rel=1e-2)
+    assert all(0 <= float(t.get("x")) <= WIDTH for t in svg.iter(f"{NS}text"))
+
+
+@pytest.mark.parametrize(
+    "chart", [line_chart([], **WORDS), bar_chart([Bar("a", 0.0, "0", "after")], title="t", description="d")]
+)
+def test_nothing_to_show_is_still_a_chart(chart):
+    assert ET.fromstring(chart).tag == f"{NS}svg"
+
+
+def test_a_chart_has_a_name_and_a_description_for_those_who_cannot_see_it():
+    svg = ET.fromstring(line_chart([], **WORDS | {"title": "a < b", "description": "c & d"}))
+    assert svg.get("role") == "img"
+    assert (svg.find(f"{NS}title").text, svg.find(f"{NS}desc").text) == ("a < b", "c & d")
+
+
+def site(path, error, reason="Measured faster."):
+    return Site("attention", "attention.xla", 2, path, "model.py:50", reason, error=error, error_gradient=2 * error,
+                alternatives={"attention.other": "does not honour <bias> masks"})  # fmt: skip
+
+
+PLAN = Plan(
+    "loss", "balanced", "cpu", "jax",
+    sites=(site("attention0", 1e-7), site("attention1", 3e-7), site("attention2", 2e-7, "Estimated faster.")),
+    skipped=(Site("glu", "original", None, "", "model.py:60", "No kernel is faster."),),
+    notes=("A note & more.",),
+)  # fmt: skip
+
+
+def test_layers_with_the_same_site_share_an_entry_with_the_worst_error():
+    first, second = groups(PLAN.sites)
+    assert first.paths == ("attention0", "attention1")
+    assert (first.error, first.error_gradient) == (3e-7, 6e-7)
+    assert second.paths == ("attention2",)
+
+
+def report(passed=True, plan=PLAN):
+    chart = line_chart([Line("a", [1, 2], [1.0, 2.0], "before")], **WORDS)
+    table = Table(("step", "loss"), [("1", "<0.5>")], frozenset({1}))
+    figures = (Figure("The same training", chart, "A caption.", table, (("before", "as written"),)),)
+    return Report(
+        "A title", "A verdict.", passed, (("2.0×", "faster step"),), (("Hardware", "a & b"),), figures, plan, "kpt demo"
+    )
+
+
+class Page(html.parser.HTMLParser):
+    """Checks nesting, and gathers the tags and all that would be loaded."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.loads = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("plan", [PLAN, None], ids=["plan", "no plan"])
+@pytest.mark.parametrize(("passed", "word"), [(True, "Passed."), (False, "Failed.")])
+def test_a_report_is_one_well_formed_page_that_loads_nothing(passed, word, plan):
+    text = render(report(passed, plan))
+    page = Page(text)
+    assert page.loads == [] and "@import" not in text and "url(" not in text
+    assert ("html", {"lang": "en"}) in page.tags
+    assert [t for t, _ in page.tags].count("h1") == 1
+    assert word in text and "prefers-color-scheme: dark" in text
+    assert ("The plan" in text) == (plan is not None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "A verdict.",
+        "2.0×",
+        "a &amp; b",
+        "&lt;0.5&gt;",
+        "attention.xla v2",
+        "attention0, attention1",
+        "forward 3.0e-07, gradients 6.0e-07",
+        "does not honour &lt;bias&gt; masks",
+        "No kernel is faster.",
+        "A note &amp; more.",
+    ],
+)
+def test_a_report_says_all_it_was_given_escaped(words):
+    assert words in render(report())
+
+
+def test_write_makes_the_folder_and_returns_the_path(tmp_path):
+    path = write(report(), tmp_path / "deep" / "er" / "report.html")
+    assert path.is_absolute() and path.read_text(encoding="utf-8") == render(report())
