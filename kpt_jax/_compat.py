@@ -174,3 +174,12 @@ def forward_mode(values: Any) -> bool:
         if isinstance(x, ad.JVPTracer):
             return True
     return False
+
+
+def placement(aval: Any) -> tuple[Any, Any]:
+    """What a type says of where an array lies: its explicit sharding, and the mesh axes over which it varies."""
+    sharding = getattr(aval, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or not getattr(mesh, "explicit_axes", ()):
+        sharding = None
+    return sharding, frozenset(getattr(aval, "vma", None) or ())

@@ -333,8 +333,7 @@ def _is_foreign(x: Any) -> bool:
 
 def _signature(x: Any) -> tuple:
     aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    where = str(getattr(aval, "sharding", "")) if _compat.is_tracer(x) else ""
-    return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False)), where
+    return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False)), *_compat.placement(aval)
 
 
 def _struct(x: Any) -> Any:

@@ -496,7 +496,7 @@ def test_errors_of_the_users_code_surface_as_they_are(depth):
     before = (jax.grad, jax.value_and_grad, jax.vjp, jax.linearize, jax._src.api.vjp)
     fast = kpt_jax.optimize(lambda w, x: derive(fn)(w, x))
     for call in (fast, fast.plan, jax.jit(fast)):
-        with pytest.raises(Mine, match="^user$"):
+        with pytest.raises(Mine, match="user"):
             call(weights(), tokens(B))
         assert before == (jax.grad, jax.value_and_grad, jax.vjp, jax.linearize, jax._src.api.vjp)
     broken[0] = False
