@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax._src.api
+import jax._src.config
+import jax._src.core
 import jax.extend.core as jex
 
 ClosedJaxpr = jex.ClosedJaxpr
@@ -110,10 +113,73 @@ def custom_vjp_body(eqn: Any) -> Any:
     return eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
 
 
-def donated(fn: Any, args: tuple, kwargs: dict) -> list[bool] | None:
-    """Which flat inputs a jitted `fn` donates, or None if it is not a jitted function or donates nothing."""
-    if not (hasattr(fn, "trace") and hasattr(fn, "lower")):
-        return None
-    info = jax.tree.leaves(fn.trace(*args, **kwargs).args_info, is_leaf=lambda x: hasattr(x, "donated"))
-    flags = [bool(i.donated) for i in info]
-    return flags if any(flags) else None
+def is_jitted(fn: Any) -> bool:
+    """Whether `fn` came from `jax.jit`."""
+    return hasattr(fn, "trace") and hasattr(fn, "lower") and hasattr(fn, "clear_cache")
+
+
+def donated_inputs(closed: Any) -> tuple[int, ...]:
+    """Which inputs of a program that is one jitted call are donated by it."""
+    jaxpr, _ = open_jaxpr(closed)
+    calls = [e for e in jaxpr.eqns if e.primitive.name in JIT_NAMES]
+    if len(calls) != 1:
+        return ()
+    flags = calls[0].params.get("donated_invars", ())
+    given = {v for v, d in zip(calls[0].invars, flags, strict=False) if d and not is_literal(v)}
+    return tuple(i for i, v in enumerate(jaxpr.invars) if v in given)
+
+
+def tracing() -> bool:
+    """Whether some function is being traced, differentiated or mapped in this thread."""
+    return not jax._src.core.trace_state_clean()
+
+
+def trace_context() -> Any:
+    """The settings that a trace depends on: x64, promotion rules, matmul precision, mesh, ..."""
+    return jax._src.config.trace_context()
+
+
+_TRACE = jax.make_user_context(None)
+
+
+def apart(token: object) -> contextlib.AbstractContextManager:
+    """Inside: inner `jit`s are traced anew, and what they were traced to is kept apart from the user's own."""
+    return _TRACE(token)
+
+
+def reverse_mode_entries() -> list[tuple[Any, str]]:
+    """Where every reverse-mode derivative passes: (module, function name)."""
+    api = jax._src.api
+    if hasattr(api, "_vjp"):  # until 0.7: takes a wrapped function
+        return [(api, "_vjp"), (jax, "linearize")]
+    return [(api, "vjp"), (jax, "vjp"), (jax, "linearize")]
+
+
+def like_function(fun: Any, change: Any) -> Any:
+    """`change(fun)`, where `fun` may be jax's own wrapping of a function."""
+    if not hasattr(fun, "call_wrapped"):
+        return change(fun)
+    from jax._src import linear_util
+
+    return linear_util.wrap_init(change(lambda *args: fun.call_wrapped(*args)), debug_info=fun.debug_info)
+
+
+def forward_mode(values: Any) -> bool:
+    """Whether some value carries a tangent of `jax.jvp`, beneath any number of `vmap`s."""
+    from jax._src.interpreters import ad, batching
+
+    for x in values:
+        while isinstance(x, batching.BatchTracer):
+            x = x.val
+        if isinstance(x, ad.JVPTracer):
+            return True
+    return False
+
+
+def placement(aval: Any) -> tuple[Any, Any]:
+    """What a type says of where an array lies: its explicit sharding, and the mesh axes over which it varies."""
+    sharding = getattr(aval, "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or not getattr(mesh, "explicit_axes", ()):
+        sharding = None
+    return sharding, frozenset(getattr(aval, "vma", None) or ())

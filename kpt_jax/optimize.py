@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,19 +21,34 @@ from kpt.strategy import Plan, level_named
 from kpt_jax import _compat
 from kpt_jax.apply import Rewrite, run
 from kpt_jax.capture import capture
+from kpt_jax.derivatives import derivatives_seen
 from kpt_jax.planner import Planner, active
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct)
+_SCALARS = (int, float, complex)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """One signature of a function: its rewrite, its plan, and how flat outputs become what it returns."""
+    """One signature of a function: its rewrite, its plan, and how flat results become what it returns.
+
+    Attributes:
+      out_statics: for each leaf of the result, whether it is a Python object that jax cannot carry, and that object.
+      donated: the flat inputs that the original, a jitted function, donates.
+    """
 
     rewrite: Rewrite
     plan: Plan
     out_tree: Any
-    closes_over_tracers: bool
+    out_statics: tuple[tuple[Any, Any], ...]
+    donated: tuple[int, ...]
+
+    def result(self, flat: Sequence[Any]) -> Any:
+        return jax.tree.unflatten(self.out_tree, _woven(self.out_statics, flat))
+
+
+class _Static(Exception):
+    """A call has arguments that are part of its signature, and not arrays."""
 
 
 class Optimized:
@@ -40,51 +56,98 @@ class Optimized:
 
     def __init__(self, fn: Callable[..., Any], level: str, hardware: str | HardwareProfile, plan: Plan | None):
         self._fn = fn
-        self._level = level_named(level) and level
+        self._level = level_named(level).name
         self._hardware = hardware
         self._given = plan
         self._traces: dict[Any, Traced] = {}
-        self._calls: dict[Any, Callable[..., Any]] = {}
+        self._calls: dict[Any, Callable[..., Any]] = {}  # where some arguments are static
+        self._jitted: Callable[..., Any] | None = None  # where none are: jax.jit's own dispatch
         self._static_scalars = False
         self._banned: frozenset[str] = frozenset()
         with contextlib.suppress(AttributeError, TypeError):
-            functools.update_wrapper(self, fn)
+            functools.update_wrapper(self, fn, updated=())
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._jitted is not None and active.get() is None and not _compat.tracing():
+            try:
+                return self._dispatch(args, kwargs)
+            except _Static:
+                pass
         key, dynamic = self._split(args, kwargs)
         if active.get() is not None or any(map(_compat.is_tracer, dynamic)):
             return self._inline(key, dynamic)
         call = self._calls.get(key)
         if call is not None:
-            return call(*dynamic)
+            return _with_example(dynamic, call, *dynamic)
         try:
             return self._first_call(key, dynamic, args, kwargs)
         except KptError:
             raise
         except Exception:
             # The original may need its Python numbers as numbers (a size, a branch), not as arrays.
-            if self._static_scalars or not any(isinstance(x, int | float | complex) for x in dynamic):
+            if self._static_scalars or not any(isinstance(x, _SCALARS) for x in dynamic):
                 raise
             self._static_scalars = True
+            self._jitted = None
             return self(*args, **kwargs)
 
+    def _dispatch(self, args: tuple, kwargs: dict) -> Any:
+        """Through jax.jit's own cache.
+
+        Raises:
+          _Static: an argument is static after all.
+        """
+        assert self._jitted is not None
+        try:
+            return _with_example((args, kwargs), self._jitted, *args, **kwargs)
+        except TypeError:  # jax.jit refuses what is no array before it traces
+            if any(fixed for fixed, _ in self._split(args, kwargs)[0][1]):
+                raise _Static from None
+            raise
+
     def _first_call(self, key: Any, dynamic: list[Any], args: tuple, kwargs: dict) -> Any:
-        self._trace(key, dynamic, example=dynamic)
-        donated = _compat.donated(self._fn, args, kwargs)
-        donate = ()
-        if donated is not None and len(donated) == len(dynamic):
-            donate = tuple(i for i, d in enumerate(donated) if d)
-        call = jax.jit(functools.partial(_named(self._fn, self._inline), key), donate_argnums=tuple(i for i in donate))
-        jitted = _flat_call(call)
-        out = jitted(*dynamic)
-        self._calls[key] = jitted
+        traced = self._trace(key, dynamic, example=dynamic)
+        if not any(fixed for fixed, _ in key[1]) and not self._static_scalars:
+            positions, names = _whole_arguments(args, kwargs, traced.donated)
+            self._jitted = jax.jit(_named(self._fn, self._traced_call), donate_argnums=positions, donate_argnames=names)
+            return _with_example((args, kwargs), self._jitted, *args, **kwargs)
+        call = jax.jit(_named(self._fn, functools.partial(self._traced_flat_call, key)), donate_argnums=traced.donated)
+        out = _with_example(dynamic, call, *dynamic)
+        self._calls[key] = call
         return out
+
+    def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
+        """What jax.jit traces, once for each signature."""
+        real_key, real = self._split(*_local.example)
+        if any(fixed for fixed, _ in real_key[1]):
+            raise _Static
+        key, dynamic = self._split(args, kwargs)
+        return self._inline(key, dynamic, real)
+
+    def _traced_flat_call(self, key: Any, *dynamic: Any) -> Any:
+        return self._inline(key, dynamic, _local.example)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """`jax.jit(self).lower(...)`: the rewritten program, for inspection and ahead-of-time compilation."""
+        return jax.jit(lambda *a, **k: self(*a, **k)).lower(*args, **kwargs)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for this signature, without running the function. `jax.ShapeDtypeStruct`s will do as arguments."""
         key, dynamic = self._split(args, kwargs)
         concrete = not any(isinstance(x, jax.ShapeDtypeStruct) or _compat.is_tracer(x) for x in dynamic)
-        return self._trace(key, dynamic, example=dynamic if concrete else None).plan
+        try:
+            return self._trace(key, dynamic, example=dynamic if concrete else None).plan
+        except KptError:
+            raise
+        except Exception:
+            if self._static_scalars or not any(isinstance(x, _SCALARS) for x in dynamic):
+                raise
+            self._static_scalars = True
+            self._jitted = None
+            return self.plan(*args, **kwargs)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """The plan for this signature in words."""
@@ -100,24 +163,42 @@ class Optimized:
 
         return certify_whole(self, args, kwargs)
 
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The function as it was given."""
+        return self._fn(*args, **kwargs)
+
+    def without(self, sites: Collection[str]) -> Optimized:
+        """The same function with these sites, by path, left as they were written."""
+        other = Optimized(self._fn, self._level, self._hardware, self._given)
+        other._static_scalars = self._static_scalars
+        other._banned = self._banned | frozenset(sites)
+        return other
+
+    def ban(self, sites: Collection[str]) -> None:
+        """From now on, these sites run as they were written."""
+        self._banned |= frozenset(sites)
+        self._traces.clear()
+        self._calls.clear()
+        self._jitted = None
+
     def _split(self, args: tuple, kwargs: dict) -> tuple[Any, list[Any]]:
         """(what identifies a compiled call, the arrays): Python values other than numbers are part of the former."""
         leaves, tree = jax.tree.flatten((args, kwargs))
         statics: list[Any] = []
         dynamic: list[Any] = []
         for x in leaves:
-            scalar = isinstance(x, int | float | complex)
+            scalar = isinstance(x, _SCALARS)
             fixed = isinstance(x, bool) or (scalar and self._static_scalars) or not isinstance(x, _NUMBERS)
             if fixed and not _compat.is_tracer(x):
-                statics.append((True, x))
+                statics.append((type(x), x))  # the type too: True == 1 == 1.0
             else:
-                statics.append((False, None))
+                statics.append((None, None))
                 dynamic.append(x)
         key = (tree, tuple(statics))
         try:
             hash(key)
         except TypeError:
-            bad = next(x for s, x in statics if s and not _hashable(x))
+            bad = next((x for s, x in statics if s and not _hashable(x)), None)
             raise KptError(
                 f"An argument of type {type(bad).__name__} was passed to an optimized function",
                 "it is neither an array nor hashable, so it can be neither traced nor part of a cache key",
@@ -125,32 +206,23 @@ class Optimized:
             ) from None
         return key, dynamic
 
-    def _flat(self, key: Any) -> Callable[..., Any]:
-        """The original over its flat arrays."""
-        tree, statics = key
-
-        def flat(*dynamic: Any) -> Any:
-            it = iter(dynamic)
-            leaves = [x if fixed else next(it) for fixed, x in statics]
-            args, kwargs = jax.tree.unflatten(tree, leaves)
-            return self._fn(*args, **kwargs)
-
-        return flat
-
-    def _inline(self, key: Any, dynamic: Sequence[Any]) -> Any:
+    def _inline(self, key: Any, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Any:
         """Runs the rewritten program on arrays or tracers, whatever trace is under way."""
-        traced = self._trace(key, dynamic)
+        if _compat.forward_mode(dynamic):
+            # Kernels carry a backward pass alone; forward derivatives are those of the code as it was written.
+            return _unsplit(self._fn, key, dynamic)
+        traced = self._trace(key, dynamic, example)
         token = active.set(None)  # what kernels differentiate inside is their own business
         try:
-            return jax.tree.unflatten(traced.out_tree, run(traced.rewrite, dynamic))
+            return traced.result(run(traced.rewrite, dynamic))
         finally:
             active.reset(token)
 
     def _trace(self, key: Any, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Traced:
         outer = active.get()
-        shapes = tuple(_signature(x) for x in dynamic)
+        signature = (key, tuple(map(_signature, dynamic)), _compat.trace_context())
         if outer is None:
-            found = self._traces.get((key, shapes))
+            found = self._traces.get(signature)
             if found is not None:
                 return found
         planner = outer or self._planner()
@@ -158,21 +230,35 @@ class Optimized:
         if outer is not None:
             path = f"grad{outer.nested}"
             outer.nested += 1
+        results: list[Any] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            leaves, tree = jax.tree.flatten(_unsplit(self._fn, key, arrays))
+            statics = tuple((True, x) if _is_foreign(x) else (False, None) for x in leaves)
+            results[:] = [tree, statics]
+            return [x for x, (fixed, _) in zip(leaves, statics, strict=True) if not fixed]
+
         token = active.set(planner)
         try:
-            with _derivatives_seen():
-                structs = [_struct(x) for x in dynamic]
-                closed, out = jax.make_jaxpr(self._flat(key), return_shape=True)(*structs)
+            with derivatives_seen(planner.token):
+                closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
         finally:
             active.reset(token)
         graph = capture(closed, getattr(self._fn, "__name__", "function"))
-        if planner.certify != "full":
-            example = None
-        rewrite = planner.rewrite(graph, path, example)
         tracers = any(n.op == "opaque:outer" for _, g in graph.walk() for n in g.nodes)
-        traced = Traced(rewrite, planner.plan(graph.name), jax.tree.structure(out), tracers)
+        if planner.certify != "full" or tracers:
+            example = None
+        # Certificates run now, whatever is being traced, and what they differentiate is not the program's.
+        token = active.set(None)
+        try:
+            with _compat.concrete():
+                rewrite = planner.rewrite(graph, path, example)
+        finally:
+            active.reset(token)
+        donated = _compat.donated_inputs(closed) if _compat.is_jitted(self._fn) else ()
+        traced = Traced(rewrite, planner.plan(graph.name), results[0], results[1], donated)
         if outer is None and not tracers:
-            self._traces[(key, shapes)] = traced
+            self._traces[signature] = traced
         return traced
 
     def _planner(self) -> Planner:
@@ -187,16 +273,49 @@ class Optimized:
         return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify)
 
 
-def _flat_call(jitted: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *dynamic: jitted(*dynamic)
+_local = threading.local()
+"""`example`: the arrays of the call under way in this thread, for certificates on the user's own data."""
 
 
-def _named(fn: Callable[..., Any], inline: Callable[..., Any]) -> Callable[..., Any]:
-    def call(key: Any, *dynamic: Any) -> Any:
-        return inline(key, dynamic)
+def _with_example(example: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before = getattr(_local, "example", None)
+    _local.example = example
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _local.example = before
+
+
+def _woven(statics: Sequence[tuple[Any, Any]], dynamic: Sequence[Any]) -> list[Any]:
+    it = iter(dynamic)
+    return [x if fixed else next(it) for fixed, x in statics]
+
+
+def _unsplit(fn: Callable[..., Any], key: Any, dynamic: Sequence[Any]) -> Any:
+    """Calls `fn` with the arguments that `Optimized._split` took apart."""
+    tree, statics = key
+    args, kwargs = jax.tree.unflatten(tree, _woven(statics, dynamic))
+    return fn(*args, **kwargs)
+
+
+def _named(fn: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return body(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = getattr(fn, "__name__", "optimized")
     return call
+
+
+def _whole_arguments(args: tuple, kwargs: dict, flat: Sequence[int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The arguments, by position and by name, all of whose leaves are among the flat inputs `flat`."""
+    chosen, first = set(flat), 0
+    found: list[int | str] = []
+    for name, value in (*enumerate(args), *sorted(kwargs.items())):
+        count = len(jax.tree.leaves(value))
+        if count and chosen.issuperset(range(first, first + count)):
+            found.append(name)
+        first += count
+    return tuple(n for n in found if isinstance(n, int)), tuple(n for n in found if isinstance(n, str))
 
 
 def _hashable(x: Any) -> bool:
@@ -207,9 +326,14 @@ def _hashable(x: Any) -> bool:
     return True
 
 
+def _is_foreign(x: Any) -> bool:
+    """Whether a result is a Python object that jax cannot carry."""
+    return not (_compat.is_tracer(x) or isinstance(x, _NUMBERS))
+
+
 def _signature(x: Any) -> tuple:
-    aval = jax.typeof(x) if hasattr(jax, "typeof") and not isinstance(x, jax.ShapeDtypeStruct) else x
-    return (aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False)), str(getattr(aval, "sharding", "")) if _compat.is_tracer(x) else "")
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False)), *_compat.placement(aval)
 
 
 def _struct(x: Any) -> Any:
@@ -220,47 +344,12 @@ def _struct(x: Any) -> Any:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
 
 
-_DERIVATIVES = ("grad", "value_and_grad", "vjp", "linearize")
-_lock = threading.RLock()
-_depth = 0
-_originals: dict[str, Callable[..., Any]] = {}
-
-
-@contextlib.contextmanager
-def _derivatives_seen() -> Iterator[None]:
-    """While a program is traced, functions that it differentiates are rewritten before they are.
-
-    A training step takes the gradient inside: what remains of attention afterwards is its forward and
-    backward parts, woven together. So jax's own entry points hand their function to the planner first,
-    in the thread that traces, and are put back afterwards.
-    """
-    global _depth
-    with _lock:
-        if _depth == 0:
-            for name in _DERIVATIVES:
-                _originals[name] = getattr(jax, name)
-                setattr(jax, name, _through_planner(_originals[name]))
-        _depth += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                for name in _DERIVATIVES:
-                    setattr(jax, name, _originals.pop(name))
-
-
-def _through_planner(derive: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(derive)
-    def wrapper(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if active.get() is not None and callable(fun) and not isinstance(fun, Optimized):
-            planner = active.get()
-            assert planner is not None
-            fun = Optimized(fun, planner.level, planner.hardware, None)
-        return derive(fun, *args, **kwargs)
-
-    return wrapper
+def nested(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """What is about to be differentiated inside the program being traced, rewritten as part of it."""
+    planner = active.get()
+    if planner is None or not callable(fun):
+        return fun
+    return Optimized(fun, planner.level, planner.hardware, None)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def patterns() -> FusionRegistry:
     return default_fusion()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Planner:
     """Gathers the sites of one program, nested parts included, while it is traced.
 
@@ -55,6 +55,7 @@ class Planner:
     skipped: list[Site] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     nested: int = 0
+    token: object = dataclasses.field(default_factory=object)
 
     def plan(self, function: str) -> Plan:
         return Plan(function, self.level, self.hardware.name, "jax", versions(), tuple(self.sites), tuple(self.skipped),
