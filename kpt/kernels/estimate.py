@@ -50,9 +50,9 @@ def estimate(
 ) -> float | None:
     """Seconds that one forward call may take, or None where the hardware's or the op's figures are not known.
 
-        max(flops / peak_flops[dtype], bytes / memory_bandwidth) / efficiency
+        (max(flops / peak_flops[dtype], bytes / memory_bandwidth) + intermediates / memory_bandwidth) / efficiency
 
-    The user's own code moves its intermediate results too. An estimate ranks candidates; it is no measurement.
+    Intermediates are those of the user's own code: passes of their own, that no product runs beside. An estimate ranks candidates; it is no measurement.
 
     Args:
       cost: `Op.cost` of the kernel's op.
@@ -63,10 +63,8 @@ def estimate(
     if not peak or not bandwidth or not (kernel.cost or cost):
         return None
     work = kernel.cost(specs, params) if kernel.cost else cost(specs, **params)  # type: ignore[misc]
-    moved = work.bytes
-    if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE:
-        moved += _INTERMEDIATE[kernel.op](specs)
-    return max(work.flops / peak, moved / bandwidth) / kernel.efficiency
+    extra = _INTERMEDIATE[kernel.op](specs) if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE else 0.0
+    return (max(work.flops / peak, work.bytes / bandwidth) + extra / bandwidth) / kernel.efficiency
 
 
 def seconds(t: float) -> str:
