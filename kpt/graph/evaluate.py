@@ -92,7 +92,7 @@ def evaluate(e: Expr, exprs: Exprs, known: Mapping[int, np.ndarray] | None = Non
         if x.op == "pow":
             return np.asarray(args[0] ** x["y"])
         if x.op.startswith("reduce_") and x.op[7:] in ("sum", "max", "min", "and", "or"):
-            reduce = {"sum": np.sum, "max": np.max, "min": np.min, "and": np.all, "or": np.any}[x.op[7:]]
+            reduce: Callable[..., Any] = {"sum": np.sum, "max": np.max, "min": np.min, "and": np.all, "or": np.any}[x.op[7:]]
             return np.asarray(reduce(args[0], axis=tuple(x["axes"]))).astype(dtype_of(x))
         fn = _FUNCTIONS.get(x.op)
         return None if fn is None else np.asarray(fn(*args)).astype(dtype_of(x))

@@ -22,8 +22,8 @@ def infer(specs: Specs, mask: Mask = Mask(), scale: float | None = None, logits_
     Raises:
       OpError: layouts, sizes or dtypes do not fit, or the mask reads an operand that is not there.
     """
-    for n, layout in (("q", "[B, T, N, H]"), ("k", "[B, S, K, H]"), ("v", "[B, S, K, Hv]")):
-        sh.rank(NAME, specs, n, 4, layout)
+    for name, layout in (("q", "[B, T, N, H]"), ("k", "[B, S, K, H]"), ("v", "[B, S, K, Hv]")):
+        sh.rank(NAME, specs, name, 4, layout)
     sh.floats(NAME, specs, "q", "k", "v", "bias")
     b, t, n, h = specs["q"].shape
     s, kv = specs["k"].shape[1:3]
@@ -55,7 +55,7 @@ def _forward(arrays: dict[str, Any], mask: Mask, scale: float | None, cap: float
     scale = 1 / math.sqrt(max(h, 1)) if scale is None else scale
     with np.errstate(all="ignore"):
         raw = np.einsum("btnh,bsnh->bnts", q, kr) * scale
-        tanh = None if cap is None else np.tanh(raw / cap)
+        tanh = np.zeros_like(raw) if cap is None else np.tanh(raw / cap)
         score = raw if cap is None else cap * tanh
         if "bias" in mask.operands:
             score = score + sh.wide(arrays["bias"])

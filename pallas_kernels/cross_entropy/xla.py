@@ -69,7 +69,7 @@ def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid:
 def row_grad(logits, labels, m, scale, g, label_smoothing: float, cap: float | None, invalid: str):
     """Gradient with respect to the logits: `g * (exp(z - m) * scale - target)`, with `scale = 1 / row sum`."""
     t = None if cap is None else jnp.tanh(logits / cap)
-    z = logits if t is None else cap * t
+    z = logits if t is None or cap is None else cap * t
     classes = z.shape[-1]
     d = jnp.exp(z - m[..., None]) * (scale * g)[..., None]
     d = d - jnp.where(_is_label(labels, classes, invalid), ((1 - label_smoothing) * g)[..., None], 0)

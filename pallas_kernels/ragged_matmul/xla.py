@@ -52,7 +52,7 @@ def _bwd(out_dtype, residuals, g):
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[:, None]
 
-    def one(_: None, bounds: tuple) -> tuple:
+    def one(_: None, bounds: tuple) -> tuple[None, jax.Array]:
         start, end = bounds
         mine = jnp.where((row >= start) & (row < end), x, 0)
         theirs = jnp.where((row >= start) & (row < end), g, 0).astype(x.dtype)

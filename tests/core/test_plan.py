@@ -269,7 +269,7 @@ def test_levels_are_ordered_each_allows_what_the_lower_one_does():
 
 
 def spec(name, **changes):
-    cost = lambda specs, params: Cost(1e6, 1e6)  # noqa: E731
+    cost = lambda specs, params: Cost(1.0, 1.0)  # noqa: E731
     return dataclasses.replace(KERNEL, name=name, op=name.split(".")[0], cost=cost, **changes)
 
 
