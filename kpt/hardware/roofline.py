@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from kpt.errors import HardwareError
 from kpt.hardware.profiles import HardwareProfile
-from kpt.ops.base import Cost
+
+if TYPE_CHECKING:  # the ops bring NumPy, which nothing else here needs
+    from kpt.ops.base import Cost
 
 
 @dataclasses.dataclass(frozen=True)

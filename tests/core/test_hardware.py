@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -294,3 +296,9 @@ def test_a_time_bound_grows_with_the_work_and_is_its_larger_half(profile, dtype,
     assert bound.seconds == {"compute": bound.compute_seconds, "memory": bound.memory_seconds}[bound.bound]
     more = time_bound(Cost(2 * flops, 2 * moved), profile, dtype)
     assert more.seconds == pytest.approx(2 * bound.seconds)
+
+
+def test_the_chips_are_known_without_numpy():
+    code = "import sys, kpt.hardware; kpt.hardware.detect_hardware(); print('numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, "False"), found.stderr
