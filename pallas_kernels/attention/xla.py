@@ -25,8 +25,11 @@ from kpt.errors import OpError
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 from pallas_kernels.attention.blocks import Blocks, data_terms, tile
 
-# Head-major layouts used inside: B batch, K kv heads, G query heads per kv head, T queries, S keys, H head dim.
-_ROWS, _KEYS = 3, 4  # axes of queries and keys in a [B, K, G, T, S] block
+# Layouts used inside: B batch, K kv heads, G query heads per kv head, T queries, S keys, H head dim. Queries come last and a block
+# of scores is `[B, K, S, G, T]`, because all five products of the backward are then plain row-major matrix products on a CPU
+# (measured: a product that contracts the major dim of the block runs at a third of the speed), and the softmax reduces a major dim,
+# which vectorises.
+_KEYS, _ROWS = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +118,13 @@ def _check(q: Any, k: Any, v: Any, operands: dict[str, Any]) -> None:
 
 
 def _block_sizes(queries: int, keys: int, heads: int) -> dict[str, int]:
-    return {"block_q": _block(queries, 512), "block_kv": _block(keys, 512)}
+    """Square blocks, 128 to 512, of about a million scores over all heads: what a step touches then stays in a CPU's caches."""
+    most = 128 if heads >= 64 else 256 if heads >= 4 else 512
+    return {"block_q": _block(queries, most), "block_kv": _block(keys, most)}
 
 
 def _block(length: int, most: int) -> int:
-    """The largest block that divides `length` among the sizes between `most / 2` and `most`, else `most`: avoids ragged tails."""
+    """The largest divisor of `length` between `most / 2` and `most`, else `most`: one shape of block is one loop to compile."""
     if length <= most:
         return max(length, 1)
     return next((b for b in range(most, most // 2 - 1, -1) if length % b == 0), most)
@@ -131,103 +136,93 @@ def _attention(static: _Static, q, k, v, operands):
 
 
 def _attention_fwd(static, q, k, v, operands):
-    out, m, l = _forward(static, q, k, v, operands)
-    return out, (q, k, v, operands, out, m, l)
+    out, m, total = _forward(static, q, k, v, operands)
+    return out, (q, k, v, operands, out, m, total)
 
 
 def _forward(static: _Static, q, k, v, operands):
-    """Returns out `[B, T, N, Hv]` and the row maxima and sums `[B, K, G, T]`."""
+    """Returns out `[B, T, N, Hv]` and the maximum and sum of each row's softmax, `[B, K, 1, G, T]`."""
     acc_dtype = _acc_dtype(q)
     kv_heads = k.shape[2]
-    qh, kh, vh = _split_heads(q, kv_heads), _heads_first(k), _heads_first(v)
-    ops = _operands_by_block(static.mask, operands, kv_heads)
+    qh, kh, vh = _queries_last(q, kv_heads), _heads_first(k), _heads_first(v)
+    ops = _operands_by_block(operands, kv_heads)
     blocks = _tiles(static, q.shape[1], k.shape[1])
 
     def step(carry, i, j, size_q, size_kv, masked):
-        q_blk, k_blk, v_blk = _cut(qh, i, size_q, 3), _cut(kh, j, size_kv, 2), _cut(vh, j, size_kv, 2)
+        q_blk, k_blk, v_blk = _cut(qh, i, size_q, _ROWS), _cut(kh, j, size_kv, _KEYS), _cut(vh, j, size_kv, _KEYS)
         s, visible, _ = _scores(static, q_blk, k_blk, ops, i, j, masked, acc_dtype)
         s = _filled(static.mask, s, visible)
+        m, total, acc = carry and [_cut(x, i, size_q, _ROWS) for x in carry] or (None, None, None)
+        block_max = jnp.max(s, _KEYS, keepdims=True)
+        m_new = block_max if carry is None else jnp.maximum(m, block_max)
+        p = jnp.exp(s - _finite(m_new))
+        p_sum, pv = jnp.sum(p, _KEYS, keepdims=True), _weigh(v_blk, p, acc_dtype)
         if carry is None:  # the only block there is
-            m_new = jnp.max(s, -1)
-            p = jnp.exp(s - _finite(m_new)[..., None])
-            return m_new, jnp.sum(p, -1), _dot("bkgts,bksh->bkgth", p, v_blk, acc_dtype)
-        m, l, acc = (_cut(x, i, size_q, 3) for x in carry)
-        m_new = jnp.maximum(m, jnp.max(s, -1))
-        p = jnp.exp(s - _finite(m_new)[..., None])
+            return m_new, p_sum, pv
         shrink = jnp.exp(m - _finite(m_new))
-        l = l * shrink + jnp.sum(p, -1)
-        acc = acc * shrink[..., None] + _dot("bkgts,bksh->bkgth", p, v_blk, acc_dtype)
-        return tuple(_put(x, new, i, 3) for x, new in zip(carry, (m_new, l, acc), strict=True))
+        new = m_new, total * shrink + p_sum, acc * shrink + pv
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, i, _ROWS) for x, y in zip(carry, new, strict=True))
 
-    rows = qh.shape[:4]
+    b, heads, h, group, t = qh.shape
     if _is_single(blocks):
         carry = _visit(blocks, static.mask, step, None)
     else:
-        start = (
-            jnp.full(rows, -jnp.inf, acc_dtype),
-            jnp.zeros(rows, acc_dtype),
-            jnp.zeros((*rows, v.shape[3]), acc_dtype),
-        )
-        carry = _visit(blocks, static.mask, step, start)
-    m, l, acc = carry
+        row = jnp.zeros((b, heads, 1, group, t), acc_dtype)
+        carry = _visit(blocks, static.mask, step, (row - jnp.inf, row, jnp.zeros((b, heads, v.shape[3], group, t), acc_dtype)))
+    m, total, acc = carry
     if _needs_skipped_keys(static.mask, blocks):
-        m, l, acc = _add_skipped_keys(static.mask, blocks, m, l, acc, vh)
-    out = acc / l[..., None] if k.shape[1] else jnp.zeros_like(acc)  # no keys at all: an empty sum
-    return _join_heads(out).astype(static.out_dtype), m, l
+        m, total, acc = _add_skipped_keys(static.mask, blocks, m, total, acc, vh)
+    out = acc / total if k.shape[1] else jnp.zeros_like(acc)  # no keys at all: an empty sum
+    return _join_heads(out).astype(static.out_dtype), m, total
 
 
 def _attention_bwd(static: _Static, residuals, g):
-    q, k, v, operands, out, m, l = residuals
+    q, k, v, operands, out, m, total = residuals
     acc_dtype = _acc_dtype(q)
     kv_heads = k.shape[2]
-    qh, kh, vh = _split_heads(q, kv_heads), _heads_first(k), _heads_first(v)
-    ops = _operands_by_block(static.mask, operands, kv_heads)
+    qh, kh, vh = _queries_last(q, kv_heads), _heads_first(k), _heads_first(v)
+    ops = _operands_by_block(operands, kv_heads)
     blocks = _tiles(static, q.shape[1], k.shape[1])
-    # p = exp(s - m) / l. Dividing g once instead of every block of p leaves the inner loop one pass shorter, and m apart from
-    # log(l) keeps p exact where |m| is so large (a mask fill) that m + log(l) rounds to m.
-    g = _split_heads(g, kv_heads).astype(acc_dtype) / l[..., None]
-    delta = jnp.sum(g * _split_heads(out, kv_heads).astype(acc_dtype), -1)
+    # p = exp(s - m) / total. Dividing g once instead of every block of p leaves the inner loop one pass shorter, and m apart from
+    # log(total) keeps p exact where |m| is so large (a mask fill) that m + log(total) rounds to m.
+    g = _queries_last(g, kv_heads).astype(acc_dtype) / total
+    delta = jnp.sum(g * _queries_last(out, kv_heads).astype(acc_dtype), 2, keepdims=True)
     m = _finite(m)
 
     def step(carry, i, j, size_q, size_kv, masked):
-        q_blk, k_blk, v_blk = _cut(qh, i, size_q, 3), _cut(kh, j, size_kv, 2), _cut(vh, j, size_kv, 2)
-        g_blk, delta_blk, m_blk = (_cut(x, i, size_q, 3) for x in (g, delta, m))
+        k_blk, v_blk = _cut(kh, j, size_kv, _KEYS), _cut(vh, j, size_kv, _KEYS)
+        q_blk, g_blk, delta_blk, m_blk = (_cut(x, i, size_q, _ROWS) for x in (qh, g, delta, m))
         s, visible, cap_slope = _scores(static, q_blk, k_blk, ops, i, j, masked, acc_dtype)
-        p = jnp.exp(_filled(static.mask, s, visible) - m_blk[..., None])
-        dp = _dot("bkgth,bksh->bkgts", g_blk, v_blk, acc_dtype)
-        ds = p * (dp - delta_blk[..., None])
+        p = jnp.exp(_filled(static.mask, s, visible) - m_blk)
+        ds = p * (_score(v_blk, g_blk, acc_dtype) - delta_blk)
         if visible is not None and not static.mask.additive:
             ds = jnp.where(visible, ds, 0)
-        new = {"v": _dot("bkgts,bkgth->bksh", p, g_blk, acc_dtype)}
+        new = {"v": _collect(p, g_blk, acc_dtype)}
         if "bias" in ops:
-            new["bias"] = _sum_to(ds, ops["bias"].shape)
+            new["bias"] = _sum_to(_rows_first(ds), ops["bias"].shape)
         if cap_slope is not None:
             ds = ds * cap_slope
-        new["q"] = _dot("bkgts,bksh->bkgth", ds, k_blk, acc_dtype)
-        new["k"] = _dot("bkgts,bkgth->bksh", ds, q_blk, acc_dtype)
+        new["q"], new["k"] = _weigh(k_blk, ds, acc_dtype), _collect(ds, q_blk, acc_dtype)
         if carry is None:
             return new
-        carry = dict(carry)
-        for name, axis, at in (("q", 3, i), ("k", 2, j), ("v", 2, j)):
-            carry[name] = _add(carry[name], new[name], {axis: at})
-        if "bias" in new:
-            shape = ops["bias"].shape
-            carry["bias"] = _add(carry["bias"], new["bias"], {a: at for a, at in ((_ROWS, i), (_KEYS, j)) if shape[a] > 1})
-        return carry
+        starts = {"q": {_ROWS: i}, "k": {_KEYS: j}, "v": {_KEYS: j}}
+        if "bias" in ops:
+            starts["bias"] = {a: at for a, at in ((3, i), (4, j)) if ops["bias"].shape[a] > 1}
+        return {name: _add(carry[name], new[name], starts[name]) for name in carry}
 
     if _is_single(blocks):
         grads = _visit(blocks, static.mask, step, None)
     else:
         like = {"q": qh, "k": kh, "v": vh} | ({"bias": ops["bias"]} if "bias" in ops else {})
         grads = _visit(blocks, static.mask, step, {name: jnp.zeros(x.shape, acc_dtype) for name, x in like.items()})
-    dq, dk, dv = grads["q"], grads["k"], grads["v"]
+    dv = grads["v"]
     if _needs_skipped_keys(static.mask, blocks):
         dv = dv + _skipped_keys_grad(static.mask, blocks, m, g)
     d_operands = {name: None for name in operands}
     if "bias" in operands:
         d_operands["bias"] = grads["bias"].reshape(operands["bias"].shape).astype(operands["bias"].dtype)
-    dq = _join_heads(dq * static.scale).astype(q.dtype)
-    dk = _heads_first(dk * static.scale).astype(k.dtype)
+    dq = _join_heads(grads["q"] * static.scale).astype(q.dtype)
+    dk = _heads_first(grads["k"] * static.scale).astype(k.dtype)
     return dq, dk, _heads_first(dv).astype(v.dtype), d_operands
 
 
@@ -275,20 +270,21 @@ def _visit(blocks: Blocks, mask: Mask, step: Callable, carry: Any) -> Any:
 
 def _scores(static: _Static, q_blk, k_blk, ops, i, j, masked, acc_dtype):
     """Scores of a block before the fill, which of them are visible (None: all), and the derivative of the cap (None: 1)."""
-    s = _dot("bkgth,bksh->bkgts", q_blk, k_blk, acc_dtype) * static.scale
+    s = _score(k_blk, q_blk, acc_dtype) * static.scale
     cap_slope = None
     if static.cap is not None:
         t = jnp.tanh(s / static.cap)
         s, cap_slope = static.cap * t, 1 - t * t
     if "bias" in ops:
-        s = s + _cut_both(ops["bias"], i, j, s.shape).astype(acc_dtype)
+        s = s + _keys_first(_cut_both(ops["bias"], i, j, s.shape)).astype(acc_dtype)
     return s, _visible(static.mask, ops, i, j, s.shape) if masked else None, cap_slope
 
 
 def _visible(mask: Mask, ops, i, j, shape):
     rows, keys = shape[_ROWS], shape[_KEYS]
-    row = i + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    key = j + lax.broadcasted_iota(jnp.int32, (1, keys), 1)
+    row = i + lax.broadcasted_iota(jnp.int32, (1, 1, rows), 2)
+    key = j + lax.broadcasted_iota(jnp.int32, (keys, 1, 1), 0)
+    operand = {name: _keys_first(_cut_both(x, i, j, shape)) for name, x in ops.items()}
     parts = []
     for term in mask.terms:
         match term:
@@ -300,11 +296,11 @@ def _visible(mask: Mask, ops, i, j, shape):
                 if right is not None:
                     parts.append(key <= row + (offset + right))
             case Segments():
-                parts.append(_cut_both(ops["q_segment_ids"], i, j, shape) == _cut_both(ops["kv_segment_ids"], i, j, shape))
+                parts.append(operand["q_segment_ids"] == operand["kv_segment_ids"])
             case Lengths():
-                parts.append(key < ops["kv_lengths"])
+                parts.append(key < operand["kv_lengths"])
             case Explicit():
-                parts.append(_cut_both(ops["keep"], i, j, shape))
+                parts.append(operand["keep"])
             case Bias():
                 pass
     return functools.reduce(jnp.logical_and, parts) if parts else None
@@ -316,8 +312,8 @@ def _filled(mask: Mask, s, visible):
     return jnp.where(visible, s, s + mask.fill if mask.additive else mask.fill)
 
 
-def _operands_by_block(mask: Mask, operands: dict[str, Any], kv_heads: int) -> dict[str, Any]:
-    """Operands as rank 5 `[B, K, G, T, S]`, dims of 1 left as they are."""
+def _operands_by_block(operands: dict[str, Any], kv_heads: int) -> dict[str, Any]:
+    """Operands as rank 5 `[B, K, G, T, S]` (as they lie in memory), dims of 1 left as they are."""
     axes = {"q_segment_ids": (1, 2, 4), "kv_segment_ids": (1, 2, 3), "kv_lengths": (1, 2, 3, 4)}
     ops = {}
     for name, x in operands.items():
@@ -349,48 +345,77 @@ def _skipped(blocks: Blocks, dtype) -> tuple[jax.Array, jax.Array, np.ndarray]:
     return keys, rows, np.repeat(blocks.hidden @ blocks.kv_sizes, blocks.q_sizes)
 
 
-def _add_skipped_keys(mask: Mask, blocks: Blocks, m, l, acc, vh):
+def _add_skipped_keys(mask: Mask, blocks: Blocks, m, total, acc, vh):
     keys, rows, count = _skipped(blocks, m.dtype)
     fill = jnp.where(count > 0, jnp.asarray(mask.fill, m.dtype), -jnp.inf)
     m_new = jnp.maximum(m, fill)
     shrink, weight = jnp.exp(m - _finite(m_new)), jnp.exp(fill - _finite(m_new))
-    v_sums = _dot("ns,bksh->bknh", keys, vh, m.dtype)
-    v_rows = _dot("nt,bknh->bkth", rows, v_sums, m.dtype)[:, :, None]
-    return m_new, l * shrink + weight * count, acc * shrink[..., None] + weight[..., None] * v_rows
+    v_sums = jnp.einsum("ns,bksh->bknh", keys, vh.astype(m.dtype))
+    v_rows = jnp.einsum("nt,bknh->bkht", rows, v_sums)[:, :, :, None]
+    return m_new, total * shrink + weight * count, acc * shrink + weight * v_rows
 
 
 def _skipped_keys_grad(mask: Mask, blocks: Blocks, m, g):
     keys, rows, count = _skipped(blocks, m.dtype)
     weight = jnp.where(count > 0, jnp.exp(jnp.asarray(mask.fill, m.dtype) - m), 0)
-    per_block = _dot("nt,bkgth->bknh", rows, weight[..., None] * g, m.dtype)
-    return _dot("ns,bknh->bksh", keys, per_block, m.dtype)
+    per_block = jnp.einsum("nt,bkhgt->bknh", rows, weight * g)
+    return jnp.einsum("ns,bknh->bksh", keys, per_block)
 
 
-# Arrays --------------------------------------------------------------------------------------------------------------
+# Products ------------------------------------------------------------------------------------------------------------
 
 
 def _acc_dtype(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _dot(spec: str, a, b, acc_dtype):
-    return jnp.einsum(spec, a.astype(acc_dtype), b.astype(acc_dtype), preferred_element_type=acc_dtype)
+def _contract(a, b, a_dims, b_dims, acc_dtype):
+    dims = ((a_dims, b_dims), ((0, 1), (0, 1)))
+    return lax.dot_general(a.astype(acc_dtype), b.astype(acc_dtype), dims, preferred_element_type=acc_dtype)
 
 
-def _split_heads(x, kv_heads: int):
-    """`[B, T, N, H] -> [B, K, G, T, H]`."""
+def _score(keys, queries, acc_dtype):
+    """`[B, K, S, H], [B, K, H, G, T] -> [B, K, S, G, T]`."""
+    return _contract(keys, queries, (3,), (2,), acc_dtype)
+
+
+def _weigh(keys, scores, acc_dtype):
+    """`[B, K, S, H], [B, K, S, G, T] -> [B, K, H, G, T]`."""
+    return _contract(keys, scores, (2,), (2,), acc_dtype)
+
+
+def _collect(scores, queries, acc_dtype):
+    """`[B, K, S, G, T], [B, K, H, G, T] -> [B, K, S, H]`."""
+    return _contract(scores, queries, (3, 4), (3, 4), acc_dtype)
+
+
+# Arrays --------------------------------------------------------------------------------------------------------------
+
+
+def _queries_last(x, kv_heads: int):
+    """`[B, T, N, H] -> [B, K, H, G, T]`."""
     b, t, n, h = x.shape
-    return x.reshape(b, t, kv_heads, n // max(kv_heads, 1), h).transpose(0, 2, 3, 1, 4)
+    return x.reshape(b, t, kv_heads, n // max(kv_heads, 1), h).transpose(0, 2, 4, 3, 1)
 
 
 def _join_heads(x):
-    """`[B, K, G, T, H] -> [B, T, N, H]`."""
-    b, kv_heads, group, t, h = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(b, t, kv_heads * group, h)
+    """`[B, K, H, G, T] -> [B, T, N, H]`."""
+    b, kv_heads, h, group, t = x.shape
+    return x.transpose(0, 4, 1, 3, 2).reshape(b, t, kv_heads * group, h)
 
 
 def _heads_first(x):
     return x.transpose(0, 2, 1, 3)
+
+
+def _keys_first(x):
+    """`[B, K, G, T, S] -> [B, K, S, G, T]`."""
+    return x.transpose(0, 1, 4, 2, 3)
+
+
+def _rows_first(x):
+    """`[B, K, S, G, T] -> [B, K, G, T, S]`."""
+    return x.transpose(0, 1, 3, 4, 2)
 
 
 def _finite(m):
@@ -403,15 +428,11 @@ def _cut(x, start, size: int, axis: int):
 
 
 def _cut_both(x, i, j, shape):
-    """The block of an operand at row `i` and key `j`; dims of 1 stay."""
-    for axis, start in ((_ROWS, i), (_KEYS, j)):
+    """The block at row `i` and key `j` of an operand `[B, K, G, T, S]`, for scores of `shape` `[B, K, S, G, T]`; dims of 1 stay."""
+    for axis, start, size in ((3, i, shape[_ROWS]), (4, j, shape[_KEYS])):
         if x.shape[axis] > 1:
-            x = _cut(x, start, shape[axis], axis)
+            x = _cut(x, start, size, axis)
     return x
-
-
-def _put(x, block, start, axis: int):
-    return lax.dynamic_update_slice_in_dim(x, block, start, axis)
 
 
 def _add(x, block, starts: dict[int, Any]):
