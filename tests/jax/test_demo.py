@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ from rich.console import Console
 
 from kpt.errors import KptError
 from kpt.strategy import Plan
-from kpt_jax import demo as demo_room
-from kpt_jax import demo_report
+from kpt_jax import demo_model, demo_report
 from kpt_jax.demo import TOLERANCE, Demo, Variant, batches, prepare, standard_library_source, train
 from kpt_jax.demo_model import Config
 
@@ -20,14 +20,14 @@ SMALL = Config(context=64, width=16, heads=2, hidden=32, layers=2)
 
 
 def test_the_model_knows_nothing_of_kpt():
-    source = open(demo_room.__file__.replace("demo.py", "demo_model.py")).read()
+    source = Path(demo_model.__file__).read_text(encoding="utf-8")
     assert not re.search(r"\bkpt\b", source.partition('"""')[2].partition('"""')[2])
 
 
 def test_the_text_is_the_same_every_time_and_is_python():
     text = standard_library_source(1 << 19)
     assert text == standard_library_source(1 << 19) and len(text) == 1 << 19
-    assert text.count(b"\ndef ") > 100
+    assert text.count(b"\ndef ") > 50
 
 
 def test_a_python_without_sources_is_told_what_to_do(tmp_path, monkeypatch):
