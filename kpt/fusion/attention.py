@@ -6,29 +6,35 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from kpt.fusion.formula import factors, scalar, softmax, strip_shape
+from kpt.fusion.formula import args, factors, scalar, softmax, strip_shape, sum_of_exp, unshifted
 from kpt.fusion.mask import Layout, Reading, finish, narrow, never_empty, read_mask
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.evaluate import evaluate
 from kpt.graph.expr import Expr
-from kpt.graph.normalize import boolean_behind
+from kpt.graph.normalize import boolean_behind, simplify
 from kpt.ops.mask import Bias, Mask
 
 _HIDDEN = -1e4  # a score this low has weight exp(-1e4) = 0 next to any that is not hidden
 
 
 def find(p: Program) -> Iterator[Match | NearMiss]:
-    for e in list(p.exprs_with("div", "mul")):
+    for e in list(p.exprs_with("div", "mul", "exp")):
         soft = softmax(e)
         if soft is None:
+            late = _normalised_late(e) if e.op != "exp" else None
+            if late is not None and _reaches_dot(late.scores):
+                try:
+                    yield _match(p, late)
+                except Refuse as why:
+                    yield NearMiss("attention", e.origins[0], str(why), p.source(e))
             continue
         scores, axis, inner = soft
         if not _reaches_dot(scores):
             continue
         try:
             product = _values_product(p, e)
-            yield _match(p, product, e, scores, axis, inner)
+            yield _match(p, _in_order(product, e, scores, axis, inner))
         except Refuse as why:
             yield NearMiss("attention", e.origins[0], str(why), p.source(e))
 
@@ -95,7 +101,7 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
         if a is not None and e.op == "mul":
             acc.scale *= a
             return _walk(p, ax, operands[1], key, acc)
-        return None
+        return _masked_product(p, ax, operands, key, acc) if e.op == "mul" else None
     if e.op == "neg":
         acc.scale *= -1.0
         return _walk(p, ax, operands[0], key, acc)
@@ -134,15 +140,31 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
                 continue
             if acc.cap is not None:
                 raise Refuse("a mask is applied before the soft cap")
-            if fill * scale > _HIDDEN:
+            if not fill * scale <= _HIDDEN:
                 raise Refuse(f"hidden scores become {fill * scale:g}, which leaves them weight; a mask needs -inf or a value below {_HIDDEN:g}")
-            pred = operands[0]
-            if i == 2:
-                pred = Ref(p.exprs.apply("not", pred.expr), pred.dims)
+            pred = operands[0] if i == 1 else _negated(p, operands[0])
             trial.masks.append((pred, fill * scale, False))
             acc.__dict__.update(trial.__dict__)
             return found
         return None
+    return None
+
+
+def _negated(p: Program, r: Ref) -> Ref:
+    return Ref(simplify(p.exprs.apply("not", r.expr), p.exprs), r.dims)
+
+
+def _masked_product(p: Program, ax: Axes, operands: list[Ref], key: frozenset[int], acc: _Scores) -> Ref | None:
+    """scores * keep, next to an added (1 - keep) * fill for the same keep: the score of a hidden pair is the fill."""
+    for inner, other in (operands, operands[::-1]):
+        seen = boolean_behind(other.expr, p.exprs)
+        if seen is None:
+            continue
+        mine = ax.strip(Ref(seen, other.dims))
+        for i, (pred, fill, additive) in enumerate(acc.masks):
+            if additive and acc.cap is None and ax.same(ax.strip(pred), mine):
+                acc.masks[i] = (pred, fill, False)
+                return _walk(p, ax, inner, key, acc)
     return None
 
 
@@ -157,7 +179,7 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
             acc.masks.append((pred, vb * factor, True))
             return
         if vb == 0 and va is not None and va * factor <= _HIDDEN:
-            acc.masks.append((Ref(p.exprs.apply("not", pred.expr), pred.dims), va * factor, True))
+            acc.masks.append((_negated(p, pred), va * factor, True))
             return
     if e.op in ("mul", "div"):  # (1 - keep) * -1e9
         c, parts = factors(ax, r, lambda q: q.expr.op in ("sub", "convert"))
@@ -184,24 +206,78 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
     acc.biases.append((factor, ref))
 
 
-def _match(p: Program, product: Expr, soft: Expr, scores: Expr, axis: int, inner: tuple[Expr, ...]) -> Match:
-    x = p.exprs
+@dataclasses.dataclass(frozen=True)
+class _Weighted:
+    """The outer half of attention: `out` = weights @ values, the weights being softmax(scores) over `axis`.
+
+    Attributes:
+      out: the result, with its axes.
+      weights, values: operands of the product.
+      axis: the dimension of the scores that softmax runs over.
+      inner: expressions that no kernel produces.
+      product: the product itself.
+    """
+
+    ax: Axes
+    out: Ref
+    weights: Ref
+    values: Ref
+    scores: Expr
+    axis: int
+    inner: tuple[Expr, ...]
+    product: Expr
+
+
+def _in_order(product: Expr, soft: Expr, scores: Expr, axis: int, inner: tuple[Expr, ...]) -> _Weighted:
+    """softmax, then the product with the values."""
     ax = Axes()
     out = ax.root(product)
     left, right, contracted = ax.dot(out)
     left, right = ax.strip(left), ax.strip(right)
     if strip_shape(left.expr) is soft:
-        prob, val = left, right
+        weights, values = left, right
     elif strip_shape(right.expr) is soft:
-        prob, val = right, left
+        weights, values = right, left
     else:
         raise Refuse("the way from softmax to the product with the values cannot be followed")
-    key = ax.flat(prob.dims[axis])
+    key = ax.flat(weights.dims[axis])
     if not key or set(key) != set(ax.flat(contracted)):
         raise Refuse("softmax runs over another axis than the one summed with the values")
+    return _Weighted(ax, out, weights, values, scores, axis, (*inner, soft), product)
 
+
+def _normalised_late(e: Expr) -> _Weighted | None:
+    """(exp(scores - shift) @ values) / sum(exp(scores - shift))."""
+    ax = Axes()
+    out = ax.root(e)
+    c, parts = factors(ax, out, lambda r: r.expr.op in ("dot_general", "reduce_sum"))
+    over = {f: r for f, r in parts}
+    if c != 1.0 or len(parts) != 2 or set(over) != {1, -1} or over[1].expr.op != "dot_general":
+        return None
+    total = sum_of_exp(ax, over[-1])
+    if total is None:
+        return None
+    exp, fresh = total
+    left, right, contracted = ax.dot(over[1])
+    for weights, values in ((left, right), (right, left)):
+        weights = ax.strip(weights)
+        if weights.expr is not exp.expr:
+            continue
+        here, there = ax.resolve(weights).dims, ax.resolve(exp).dims
+        differ = [i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
+        if len(differ) == 1 and here[differ[0]] == ax.flat(contracted) and there[differ[0]] == ax.flat(fresh):
+            scores, _ = unshifted(ax, args(weights)[0], contracted)
+            if scores.dims == here:
+                return _Weighted(ax, out, weights, ax.strip(values), scores.expr, differ[0], (exp.expr, over[1].expr), over[1].expr)
+    return None
+
+
+def _match(p: Program, found: _Weighted) -> Match:
+    x, ax, out, scores = p.exprs, found.ax, found.out, found.scores
+    prob, val, product = found.weights, found.values, found.product
+    key = ax.flat(prob.dims[found.axis])
     acc = _Scores()
-    dot = _walk(p, ax, Ref(scores, prob.dims), frozenset(key), acc)
+    dot = _walk(p, ax, Ref(scores, ax.resolve(prob).dims), frozenset(key), acc)
     if dot is None:
         raise Refuse("what stands between q k^T and softmax is not a scale, a soft cap, a bias or a mask")
     if "int" in dot.expr.args[0].dtype or "int" in dot.expr.dtype:
@@ -260,7 +336,7 @@ def _match(p: Program, product: Expr, soft: Expr, scores: Expr, axis: int, inner
     if acc.biases:
         arrays["bias"] = _joined_bias(p, ax, lay, acc.biases)
         mask = Mask((*mask.terms, Bias()), mask.fill, mask.additive)
-    dtype = q.expr.dtype if q.expr.dtype == k.expr.dtype == val.expr.dtype else dot.expr.args[0].dtype
+    dtype = _operand_dtype(p, found, dot.expr, {r.expr.dtype for r in (q, k, val)})
     if not dtype.startswith(("float", "bfloat")):
         raise Refuse(f"{dtype} operands; cast them to a float dtype first")
     for name, ref, target in (
@@ -272,16 +348,39 @@ def _match(p: Program, product: Expr, soft: Expr, scores: Expr, axis: int, inner
         if arranged is None:
             raise Refuse(f"{name} has an axis that attention does not have")
         arrays[name] = x.convert(arranged, dtype)
-    params |= {"mask": mask, "out_dtype": product.dtype}
+    params |= {"mask": mask, "out_dtype": out.expr.dtype}
     n = ax.extent(kv_heads + groups)
     shape = (ax.extent(batch), ax.extent(query), n, ax.extent(value_dim))
     from kpt.ops.base import Spec
 
-    leaf = x.out(0, Spec(shape, product.dtype))
+    leaf = x.out(0, Spec(shape, out.expr.dtype))
     result = ax.arrange(Ref(leaf, (batch, query, kv_heads + groups, value_dim)), out.dims, x)
     if result is None:
         raise Refuse("the result has an axis that attention does not have")
-    return Match("attention", arrays, params, p.result(product, result), (dot.expr, *inner, soft), p.source(soft))
+    return Match("attention", arrays, params, p.result(out.expr, result), (dot.expr, *found.inner), p.source(found.inner[-1]))
+
+
+def _operand_dtype(p: Program, found: _Weighted, dot: Expr, stored: set[str]) -> str:
+    """The dtype that q, k and v go to the kernel in: as stored, unless the code widens them and keeps the result wide.
+
+    A kernel rounds its weights to the dtype of the values; where the code multiplied in float32 and goes on in
+    float32, that rounding would be new.
+    """
+    if len(stored) != 1:
+        return dot.args[0].dtype
+    (dtype,) = stored
+    wide = found.product.args[0].dtype
+    if wide == dtype:
+        return dtype
+    ends, todo = [], [found.out.expr]
+    while todo and len(ends) < 8:
+        e = todo.pop()
+        returned = any(v in p.graph.outputs for v in e.origins)
+        for u in p.users(e):
+            (todo if u.op in ("reshape", "transpose") else ends).append(u)
+        if returned or not p.users(e):
+            return wide
+    return dtype if all(u.op == "convert" and u.dtype == dtype for u in ends) else wide
 
 
 def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref, out: list[Ref]) -> float:

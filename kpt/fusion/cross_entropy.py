@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kpt.fusion.formula import args, scalar, terms
+from kpt.fusion.formula import args, cancel, scalar, terms, unshifted
 from kpt.fusion.linear import projection
 from kpt.fusion.mask import narrow
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
@@ -75,33 +75,16 @@ def _match(p: Program, root: Expr, log: Expr) -> list[Match] | None:
     exp = ax.strip(inner)
     if exp.expr.op != "exp":
         return None
-    z = ax.strip(Ref(exp.expr.args[0], exp.dims))
+    z, shifts = unshifted(ax, args(exp)[0], fresh[0])
     own = ax.flat(fresh[0])
-    shift: Ref | None = None
-    if z.expr.op == "sub":
-        a, b = args(z)
-        b = ax.strip(b)
-        if not set(ax.of(b)) & set(own):
-            z, shift = ax.strip(a), b
-    while shift is not None and shift.expr.op == "stop_gradient":
-        shift = ax.strip(Ref(shift.expr.args[0], shift.dims))
-    # The shift must come back with the sign of the log, or be no part of the sum at all if there was none.
-    back = sum(c for c, r in acc.rest if shift is not None and _same_value(ax, r, shift))
-    other = [r for c, r in acc.rest if shift is None or not _same_value(ax, r, shift)]
-    if other or back != (c_log if shift is not None else 0):
+    # What the exponents were shifted by must come back next to the log.
+    if not cancel(ax, acc.rest + [(c_log * c, r) for c, r in shifts]):
         return None
     left, right = ax.resolve(picked), ax.resolve(z)
     to = {ax.flat(vocab): own}
     if left.expr is not right.expr or tuple(to.get(d, d) for d in left.dims) != right.dims:
         return None
     return _build(p, ax, out, root, z, own, label, kind, c_log, log, exp.expr, acc.onehot_of_all)
-
-
-def _same_value(ax: Axes, a: Ref, b: Ref) -> bool:
-    a = ax.strip(a)
-    while a.expr.op == "stop_gradient":
-        a = ax.strip(Ref(a.expr.args[0], a.dims))
-    return ax.same(a, b)
 
 
 class _Sum:
@@ -140,15 +123,9 @@ class _Sum:
     def _open(self, coef: float, source: Ref, label: Ref, kind: str, vocab: tuple[int, ...]) -> bool:
         """choose(a - m - log ...) = choose(a) - m - log ..., as the rest is constant over the vocabulary."""
         ax = self.ax
-        const, parts = terms(ax, source)
-        self.const += coef * const
-        axes = set(ax.flat(vocab))
-        along = [(c, r) for c, r in parts if set(ax.of(r)) & axes]
-        flat = [(c, r) for c, r in parts if not set(ax.of(r)) & axes]
-        if len(along) != 1 or along[0][0] != 1:
-            return False
-        self.pick = (coef, along[0][1], label, kind, vocab)
-        for c, r in flat:
+        logit, shifts = unshifted(ax, source, vocab)
+        self.pick = (coef, logit, label, kind, vocab)
+        for c, r in shifts:
             if r.expr.op == "log":
                 if self.log is not None:
                     return False
@@ -232,8 +209,8 @@ def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, .
     src, idx = e.args
     if any(s != 1 for s in e["sizes"]):
         return None
-    # The index array without its last dimension has the result's dimensions, less the window's (all of size 1).
-    index_dims = [d for i, d in enumerate(r.dims) if i not in e["offset_dims"]]
+    # Slices of one element: the dimensions that hold them have size 1.
+    index_dims = [d for i, d in enumerate(r.dims) if i not in e["offset_dims"]]  # index array without its last dimension has the result's dimensions
     if len(idx.shape) != len(index_dims) + 1:
         return None
     dims: list[tuple[int, ...] | None] = [None] * len(src.shape)
@@ -263,7 +240,6 @@ def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, .
         return None
     vocab = ax.new(src.shape[vocab_dim])
     dims[vocab_dim] = vocab
-    dims = [() if d is None and n == 1 else d for d, n in zip(dims, src.shape, strict=True)]
     if any(d is None for d in dims):
         return None
     kind = "nan" if "fill" in e["mode"] else "clip"

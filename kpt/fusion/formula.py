@@ -20,7 +20,9 @@ _MAX = 64  # parts of one sum or product; no formula of ours has more than ten
 
 
 def scalar(ref: Ref) -> float | None:
-    return float(ref.expr["value"]) if ref.expr.op == "full" and ref.expr.dtype != "bool" else None
+    """The real number that `ref` is everywhere, or None."""
+    known = ref.expr.op == "full" and ref.expr.dtype != "bool" and not ref.expr.dtype.startswith("complex")
+    return float(ref.expr["value"]) if known else None
 
 
 def args(ref: Ref) -> list[Ref]:
@@ -118,6 +120,8 @@ def softmax(e: Expr) -> tuple[Expr, int, tuple[Expr, ...]] | None:
     """
     ax = Axes()
     root = ax.root(e)
+    if e.op == "exp":
+        return _exp_of_log_softmax(ax, root)
     if e.op in ("div", "mul"):
         num, den = args(root)
         for n, d in ((num, den), (den, num)) if e.op == "mul" else ((num, den),):
@@ -134,6 +138,77 @@ def softmax(e: Expr) -> tuple[Expr, int, tuple[Expr, ...]] | None:
             axis = _aligned(ax, n, inner, n.expr)
             if axis is not None:
                 return _unshifted(ax, n.expr, axis), axis, (n.expr,)
+    return None
+
+
+def sum_of_exp(ax: Axes, r: Ref) -> tuple[Ref, tuple[int, ...]] | None:
+    """(exp, the fresh axis summed over) where `r` sums an exponential over one dimension."""
+    if r.expr.op != "reduce_sum" or len(r.expr["axes"]) != 1:
+        return None
+    inner, fresh = ax.reduced(r)
+    inner = ax.strip(inner)
+    return (inner, fresh[0]) if inner.expr.op == "exp" else None
+
+
+def unshifted(ax: Axes, r: Ref, axis: tuple[int, ...]) -> tuple[Ref, list[tuple[float, Ref]]]:
+    """`r` as base + sum of coefficient * shift, the shifts constant along `axis`."""
+    shifts: list[tuple[float, Ref]] = []
+    r = ax.strip(r)
+    while r.expr.op in ("add", "sub"):
+        a, b = args(r)
+        over = set(ax.flat(axis))
+        if not set(ax.of(ax.strip(b))) & over:
+            keep, drop, sign = a, b, 1.0 if r.expr.op == "add" else -1.0
+        elif r.expr.op == "add" and not set(ax.of(ax.strip(a))) & over:
+            keep, drop, sign = b, a, 1.0
+        else:
+            break
+        const, parts = terms(ax, drop)
+        if const:
+            break
+        shifts += [(sign * c, p) for c, p in parts]
+        r = ax.strip(keep)
+    return r, shifts
+
+
+def still(ax: Axes, r: Ref) -> Ref:
+    """`r` without views, casts and stop_gradient."""
+    r = ax.strip(r)
+    while r.expr.op == "stop_gradient":
+        r = ax.strip(args(r)[0])
+    return r
+
+
+def cancel(ax: Axes, parts: list[tuple[float, Ref]]) -> bool:
+    """Whether a sum of shifts is zero, whatever the shifts are."""
+    left = [(c, still(ax, r)) for c, r in parts]
+    while left:
+        _, r = left[0]
+        if abs(sum(k for k, q in left if ax.same(q, r))) > 1e-12:
+            return False
+        left = [(k, q) for k, q in left if not ax.same(q, r)]
+    return True
+
+
+def _exp_of_log_softmax(ax: Axes, root: Ref) -> tuple[Expr, int, tuple[Expr, ...]] | None:
+    """exp(z - log(sum(exp(z)))), with any shift inside the sum that is added again outside."""
+    z = ax.strip(args(root)[0])
+    for i, d in enumerate(ax.resolve(z).dims):
+        if not d:
+            continue
+        base, shifts = unshifted(ax, z, d)
+        logs = [(c, r) for c, r in shifts if r.expr.op == "log"]
+        if len(logs) != 1 or logs[0][0] != -1:
+            continue
+        total = sum_of_exp(ax, ax.strip(args(logs[0][1])[0]))
+        if total is None:
+            continue
+        exp, over = total
+        inner, inside = unshifted(ax, args(exp)[0], over)
+        axis = _aligned(ax, base, inner, base.expr)
+        rest = [(c, r) for c, r in shifts if r is not logs[0][1]]
+        if axis is not None and base.dims[axis] == ax.resolve(z).dims[i] and cancel(ax, rest + [(-c, r) for c, r in inside]):
+            return base.expr, axis, (exp.expr,)
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from kpt.fusion.formula import activation, terms
+from kpt.fusion.formula import activation
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.expr import ELEMENTWISE, Expr
@@ -29,17 +29,17 @@ def projection(p: Program, ax: Axes, ref: Ref) -> Projection | None:
 
     A slice of the product is the product with a slice (of the weight's columns, or of the rows of x).
     """
-    const, parts = terms(ax, ref, lambda r: r.expr.op not in ("add",))
-    if const or not 1 <= len(parts) <= 2 or any(c != 1 for c, _ in parts):
-        return None
-    dots = [(r, got) for _, r in parts if (got := _dot(p, ax, r)) is not None]
-    if len(dots) != 1 and len(parts) == 2:
-        # x w + h w: two products, or none
-        return None
-    if not dots:
+    cuts: Cuts = {}
+    parts = _summands(ax, ref, cuts)
+    dots = [(r, got) for r in parts if (got := _dot(ax, r)) is not None]
+    if len(parts) > 2 or len(dots) != 1:  # x w + h w: two products, or none
         return None
     at, (x, w, contracted, dot) = dots[0]
-    rest = [r for _, r in parts if r is not at]
+    rest = [r for r in parts if r is not at]
+    got = [_cut(p, ax, r, cuts) for r in (x, w, *rest)]
+    if any(r is None for r in got):
+        return None
+    x, w, *rest = (r for r in got if r is not None)
     columns = tuple(a for a in ax.of(w) if a not in ax.flat(contracted))
     if not columns or set(columns) & set(ax.of(x)):
         return None
@@ -51,53 +51,62 @@ def projection(p: Program, ax: Axes, ref: Ref) -> Projection | None:
     return Projection(ax.resolve(x), ax.resolve(w), b, ax.flat(contracted), columns, dot)
 
 
-def _dot(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, tuple[int, ...], Expr] | None:
-    """x, w, contracted axes of a dot_general without batch axes, the weight being the operand with fewer rows."""
+# An axis of a sliced value -> (start, limit) of the slice, and the axes that the result has in its place.
+Cuts = dict[int, tuple[int, int, tuple[int, ...]]]
+
+
+def _summands(ax: Axes, r: Ref, cuts: Cuts) -> list[Ref]:
+    """The terms of a sum, behind views and slices. Axes that a slice shortens are noted in `cuts`."""
     r = ax.strip(r)
-    cut: Expr | None = None
-    if r.expr.op == "slice" and not any(s != 1 for s in r.expr["stride"]):
-        cut = r.expr
-        inner = cut.args[0]
-        if inner.op not in TRANSPARENT and inner.op != "dot_general" and inner.op != "add":
-            return None
-        if inner.op != "dot_general":
-            return None
-        r = Ref(inner, r.dims)
+    if r.expr.op == "slice" and all(s == 1 for s in r.expr["stride"]):
+        src = r.expr.args[0]
+        dims = list(r.dims)
+        for i, (a, b, n) in enumerate(zip(r.expr["start"], r.expr["limit"], src.shape, strict=True)):
+            if b - a != n:
+                dims[i] = ax.new(n)
+                cuts[dims[i][0]] = (a, b, ax.flat(r.dims[i]))
+        return _summands(ax, Ref(src, tuple(dims)), cuts)
+    if r.expr.op == "add":
+        return [q for a in r.expr.args for q in _summands(ax, Ref(a, r.dims), cuts)]
+    return [r]
+
+
+def _cut(p: Program, ax: Axes, r: Ref, cuts: Cuts) -> Ref | None:
+    """The slice of `r` that `cuts` says, so that it runs over the result's axes."""
+    for axis, (start, limit, kept) in reversed(cuts.items()):
+        r = ax.resolve(r)
+        if ax.flat((axis,)) != (axis,):  # a view regrouped the axis that was cut
+            if set(ax.flat((axis,))) & set(ax.of(r)):
+                return None
+            continue
+        if axis not in ax.of(r):
+            continue
+        if (axis,) not in r.dims:
+            flat = ax.of(r)
+            r = Ref(p.exprs.reshape(r.expr, tuple(ax.size[a] for a in flat)), tuple((a,) for a in flat))
+        at = r.dims.index((axis,))
+        lo = tuple(start if i == at else 0 for i in range(len(r.dims)))
+        hi = tuple(limit if i == at else n for i, n in enumerate(r.expr.shape))
+        e = p.exprs.slice(r.expr, lo, hi, (1,) * len(lo))
+        r = Ref(e, tuple(kept if i == at else d for i, d in enumerate(r.dims)))
+    return ax.resolve(r)
+
+
+def _dot(ax: Axes, r: Ref) -> tuple[Ref, Ref, tuple[int, ...], Expr] | None:
+    """x, w, contracted axes of a dot_general without batch axes, the weight being the operand with fewer rows."""
     e = r.expr
     if e.op != "dot_general" or e["lhs_batch"] or not e.dtype.startswith(("float", "bfloat")):
         return None
-    whole = r if cut is None else Axes.root(ax, e)
-    left, right, contracted = ax.dot(whole)
-    if cut is not None:
-        cuts = {ax.flat(d): (a, b) for d, a, b in zip(whole.dims, cut["start"], cut["limit"], strict=True)}
-        keep = {ax.flat(d): m for d, m in zip(whole.dims, r.dims, strict=True)}
-        left, right = (_sliced(p, ax, s, cuts, keep) for s in (left, right))
-    x, w = left, right
-    ws = ax.strip(w)
-    if len(ws.expr.shape) != 2 and len(ax.strip(x).expr.shape) == 2:
-        x, w = right, left
-        ws = ax.strip(w)
-    if len(w.expr.shape) < 1 or not contracted:
+    x, w, contracted = ax.dot(r)
+    if not contracted:
         return None
+    if len(ax.strip(w).expr.shape) != 2 and len(ax.strip(x).expr.shape) == 2:
+        x, w = w, x
+    xs, ws = ax.strip(x), ax.strip(w)
     # A cast of the weight stays outside the kernel only if x is not cast alike.
-    xs = ax.strip(x)
-    if xs.expr.dtype == ws.expr.dtype:
-        x, w = xs, ws
-    else:
-        x, w = ax.strip(x, casts=False), ax.strip(w, casts=False)
-    return x, w, contracted, e
-
-
-def _sliced(p: Program, ax: Axes, s: Ref, cuts: dict, keep: dict) -> Ref:
-    start, limit, dims = [], [], []
-    for d, n in zip(s.dims, s.expr.shape, strict=True):
-        f = ax.flat(d)
-        a, b = cuts.get(f, (0, n))
-        start.append(a)
-        limit.append(b)
-        dims.append(keep.get(f, d))
-    e = p.exprs.slice(s.expr, tuple(start), tuple(limit), (1,) * len(start))
-    return Ref(e, tuple(dims))
+    if xs.expr.dtype != ws.expr.dtype:
+        xs, ws = ax.strip(x, casts=False), ax.strip(w, casts=False)
+    return xs, ws, contracted, e
 
 
 def find(p: Program) -> Iterator[Match | NearMiss]:
@@ -118,15 +127,16 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
 
 
 def _elementwise_after(p: Program, e: Expr, limit: int = 24) -> list[Expr]:
-    """Elementwise results and views made from `e` alone or with scalars, farthest last."""
-    out, at = [], [e]
+    """Elementwise results and views made from `e` alone or with scalars, in the order of execution."""
+    out: list[Expr] = []
+    at = [e]
     while at and len(out) < limit:
         u = at.pop(0)
         for n in p.users(u):
             if (n.op in ELEMENTWISE or n.op in TRANSPARENT) and n not in out and n.op != "stop_gradient":
                 out.append(n)
                 at.append(n)
-    return out
+    return sorted(out, key=lambda u: u.origins[-1] if u.origins else -1)
 
 
 def _activated(p: Program, e: Expr) -> tuple[str, Expr] | None:
@@ -159,6 +169,8 @@ def _activated(p: Program, e: Expr) -> tuple[str, Expr] | None:
 
 def _nonlinear(e: Expr, depth: int = 0) -> bool:
     if e.op in ("exp", "tanh", "erf", "erfc", "logistic", "max", "log1p", "square", "pow", "integer_pow"):
+        return True
+    if e.op in ("gt", "ge", "lt", "le", "expm1", "abs", "min", "clamp"):
         return True
     return depth < 12 and e.op in ELEMENTWISE and any(_nonlinear(a, depth + 1) for a in e.args)
 

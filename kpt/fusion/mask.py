@@ -15,6 +15,7 @@ from kpt.fusion.program import Program
 from kpt.fusion.view import Axes, Ref
 from kpt.graph.evaluate import evaluate
 from kpt.graph.expr import ELEMENTWISE, Expr
+from kpt.graph.normalize import simplify
 from kpt.ops.mask import Causal, Explicit, Lengths, Segments, Term, Window
 
 _LOOK_AT = 1 << 26  # largest constant mask (elements) that is evaluated to see what it says
@@ -51,12 +52,26 @@ def read_mask(p: Program, ax: Axes, ref: Ref, lay: Layout, reading: Reading) -> 
         for a in e.args:
             read_mask(p, ax, Ref(a, ref.dims), lay, reading)
         return
+    if e.op == "not":
+        opened = _negation(p, ax, ref)
+        if opened is not None:
+            for r in opened:
+                read_mask(p, ax, r, lay, reading)
+            return
     for attempt in (_positions, _segments, _lengths):
         if e.op in ("ge", "gt", "le", "lt", "eq") and attempt(ax, ref, lay, reading, p):
             return
     if _constant(p, ax, ref, lay, reading):
         return
     reading.arrays.append(ref)
+
+
+def _negation(p: Program, ax: Axes, ref: Ref) -> list[Ref] | None:
+    """Refs whose conjunction `ref` = not(...) is: the opposite comparison, or De Morgan's law over an or."""
+    inner = ax.strip(Ref(ref.expr.args[0], ref.dims))
+    parts = inner.expr.args if inner.expr.op == "or" else (inner.expr,)
+    out = [Ref(simplify(p.exprs.apply("not", a), p.exprs), inner.dims) for a in parts]
+    return out if len(out) > 1 or out[0].expr.op != "not" or out[0].expr is not ref.expr else None
 
 
 def finish(p: Program, ax: Axes, lay: Layout, reading: Reading) -> None:
@@ -206,6 +221,7 @@ def _lengths(ax: Axes, ref: Ref, lay: Layout, reading: Reading, p: Program) -> b
 
 def _constant(p: Program, ax: Axes, ref: Ref, lay: Layout, reading: Reading) -> bool:
     """A mask known now, that depends on positions alone: see whether it is a band."""
+    ref = narrow(p, ax, ref)
     over = set(ax.of(ref))
     if not over or not over <= set(ax.flat(lay.query)) | set(ax.flat(lay.key)):
         return False

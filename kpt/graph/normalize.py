@@ -267,6 +267,12 @@ def _boolean_behind(a: Expr, x: Exprs) -> Expr | None:
         return None if p is None else x.make(a.op, (p,), a.attrs, a.shape, "bool")
     if a.op == "full" and a["value"] in (0, 1):
         return x.full(bool(a["value"]), a.shape, "bool")
+    if a.op == "select":
+        p, q = (_boolean_behind(b, x) for b in a.args[1:])
+        return None if p is None or q is None else simplify(x.make("select", (a.args[0], p, q), (), a.shape, "bool"), x)
+    if a.op == "sub" and is_full(a.args[0], 1):
+        p = _boolean_behind(a.args[1], x)
+        return None if p is None else simplify(x.make("not", (p,), (), a.shape, "bool"), x)
     return None
 
 
@@ -279,6 +285,21 @@ def number_to_boolean(e: Expr, x: Exprs) -> Expr | None:
     if e.dtype != "bool" or e.args[0].dtype == "bool":
         return None
     return _boolean_behind(e.args[0], x)
+
+
+@rule("dot_general")
+def sum_of_squares(e: Expr, x: Exprs) -> Expr | None:
+    """A product of x with itself along every dimension that stays: sum(x * x)."""
+    a, b = e.args
+    contract = e["lhs_contract"]
+    batch = e["lhs_batch"]
+    same = a is b and contract == e["rhs_contract"] and batch == e["rhs_batch"]
+    if not same or len(batch) + len(contract) != len(a.shape) or not contract or e.dtype != a.dtype:
+        return None
+    total = x.make("reduce_sum", (x.make("square", (a,), (), a.shape, a.dtype),), (("axes", tuple(sorted(contract))),),
+                   tuple(n for d, n in enumerate(a.shape) if d not in contract), e.dtype)  # fmt: skip
+    order = sorted(batch)
+    return x.transpose(total, tuple(order.index(d) for d in batch))
 
 
 def _never_negative(e: Expr) -> bool:

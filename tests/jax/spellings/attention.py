@@ -89,7 +89,7 @@ def dot_general(q, k, v):
     s = jax.lax.dot_general(q, k, (((3,), (3,)), ((0, 2), (0, 2)))) * R
     return jax.lax.dot_general(jax.nn.softmax(s, -1), v, (((3,), (1,)), ((0, 1), (0, 2))))
 
-@table(site("attention", scale=R, q=(1, T, 8, H), k=(1, T, 8, H)))
+@table(plain)
 def batch_and_heads_merged(q, k, v):
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(8, T, H) for x in (q, k, v))
     return jax.nn.softmax(q @ k.transpose(0, 2, 1) * R, -1) @ v
@@ -107,7 +107,7 @@ def a_loop_over_heads(q, k, v):
         outs.append(jax.nn.softmax(s, -1) @ v[:, :, n])
     return jnp.stack(outs, 2)
 
-@table(site("attention", scale=R, q=(1, T, N, H), k=(1, T, N, H)))
+@table(site("attention", scale=R, q=(N, T, 1, H), k=(N, T, 1, H)))  # heads do as a batch
 def no_batch(q, k, v):
     return jnp.einsum("nts,snh->tnh", jax.nn.softmax(jnp.einsum("tnh,snh->nts", q[0], k[0]) * R, -1), v[0])
 
@@ -143,8 +143,8 @@ def normalised_late_matmul(q, k, v):
     return (e @ v) / e.sum(-1, keepdims=True)
 
 # Dtypes.
-table.add("bf16_softmax_in_f32", lambda q, k, v: attend(q, k, v, normalise=lambda s: (
-    jax.nn.softmax(s.astype(jnp.float32), -1).astype(jnp.bfloat16))), site("attention", out_dtype="bfloat16", scale=R), dtype="bfloat16")
+table.add("bf16_softmax_in_f32", lambda q, k, v: attend(q, k, v, change=lambda s: s, normalise=lambda s: (
+    jax.nn.softmax(s.astype(jnp.float32), -1).astype(jnp.bfloat16))), site("attention", out_dtype="bfloat16", scale=1.0), dtype="bfloat16")
 
 @table(site("attention", out_dtype="bfloat16", scale=R, terms=(Causal(),)), dtype="bfloat16")
 def bf16_scores_in_f32(q, k, v):
@@ -152,7 +152,7 @@ def bf16_scores_in_f32(q, k, v):
     p = jax.nn.softmax(jnp.where(tril(), s, -1e30), -1)
     return jnp.einsum("bnts,bsnh->btnh", p.astype(v.dtype), v)
 
-@table(site("attention", out_dtype="bfloat16", scale=R), dtype="bfloat16")
+@table(site("attention", out_dtype="float32", scale=R), dtype="bfloat16")
 def bf16_upcast_before(q, k, v):
     return attend(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32)).astype(jnp.bfloat16)
 
@@ -287,7 +287,8 @@ def decode(q1, kx, vx):
 def decode_from_cache(q1, k, v, position):
     return attend(q1, k, v, lambda s: jnp.where(jnp.arange(T) <= position, s * R, LOW))
 
-@table(site("attention", q=(2, 1, N, H), k=(2, T, K, H), terms=()))
+# With one query, the heads of a group do as queries of their kv head.
+@table(site("attention", q=(2, N // K, K, H), k=(2, T, K, H), terms=()))
 def decode_grouped(q1, k2, v2):
     s = jnp.einsum("btkgh,bskh->bkgts", q1.reshape(2, 1, K, N // K, H), k2) * R
     return jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(s, -1), v2)

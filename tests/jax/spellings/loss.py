@@ -78,7 +78,7 @@ table.add("masked_where", lambda x, head, labels, weights: jnp.where(weights, in
 table.add("ignore_index", lambda x, head, labels: jnp.where(
     labels > 3, integer(x @ head, jnp.where(labels > 3, labels, 0)), 0).sum(), head())
 table.add("shifted", lambda x, head, labels: integer((x @ head)[:, :-1], labels[:, 1:]).mean(), head(x=(2, T - 1, D), labels=(2, T - 1)))
-table.add("shifted_x", lambda x, head, labels: integer(x[:, :-1] @ head, labels[:, 1:]).mean(), head(x=(2, T - 1, D)))
+table.add("shifted_x", lambda x, head, labels: integer(x[:, :-1] @ head, labels[:, 1:]).mean(), head(x=(2, T - 1, D), labels=(2, T - 1)))
 table.add("flattened", lambda x, head, labels: integer((x @ head).reshape(-1, V), labels.reshape(-1)).mean(), head(x=(2 * T, D), labels=(2 * T,)))
 table.add("tied", lambda x, table, labels: integer(x @ table.T, labels).mean(), head())
 table.add("tied_einsum", lambda x, table, labels: integer(jnp.einsum("btd,vd->btv", x, table), labels).mean(), head())

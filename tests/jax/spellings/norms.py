@@ -71,7 +71,6 @@ table.add("layer_weight_on_root", lambda x, g, b: by_hand(x, jax.lax.rsqrt(x.var
 table.add("layer_no_bias", lambda x, g: by_hand(x, jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)) * g,
           site("layer_norm", arrays="x weight"))
 table.add("layer_bare", lambda x: by_hand(x, jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)), site("layer_norm", arrays="x"))
-table.add("layer_folded", lambda x, g, b: x * (s := jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * g) + (b - x.mean(-1, keepdims=True) * s), layer)
 table.add("standardize", lambda x: jax.nn.standardize(x, axis=-1, epsilon=1e-5), site("layer_norm", eps=1e-5, arrays="x"))
 table.add("layer_then_rms", lambda x, g, b: (
     lambda y: y * jax.lax.rsqrt(mean_square(y) + 1e-6))(by_hand(x, jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)) * g + b), layer, bare)

@@ -84,12 +84,6 @@ def pairs_combined_reshape(q, angles):
     a, b = p[..., 0], p[..., 1]
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(q.shape)
 
-@table(pairs, gradients=False)
-def pairs_as_complex_numbers(q, angles):
-    p = q.reshape(2, T, N, H // 2, 2)
-    z = (p[..., 0] + 1j * p[..., 1]) * jnp.exp(1j * angles)[:, None]
-    return jnp.stack([z.real, z.imag], -1).reshape(q.shape)
-
 @table(site("rope", interleaved=False, x=(2, T, N, 4), cos=(1, T, 4)))
 def partial(q, angles):
     cos, sin = (t for t in tables(angles[:, :2]))
