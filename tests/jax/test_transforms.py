@@ -50,7 +50,7 @@ def tokens(*lead, seed=1):
 @pytest.fixture(autouse=True)
 def without_example(monkeypatch):
     """Certificates on random inputs alone: they are proved once for all tests of this file."""
-    monkeypatch.setenv("KPT_CERTIFY", "fast")
+    monkeypatch.setenv("KPT_CERTIFY", "random")
 
 
 def same(got: Any, want: Any, terms: int = 4 * W * T) -> None:
