@@ -132,7 +132,7 @@ def certify_site(
     draws = [(f"seed {s}", sample(program, match, s)) for s in seeds]
     if example is not None:
         draws.append(("the example inputs", {v: np.asarray(a) for v, a in example.items()}))
-    dtype = _narrowest([program.graph.specs[v].dtype for v in (*floats, *match.results)])
+    dtype = narrowest([program.graph.specs[v].dtype for v in (*floats, *match.results)])
     certificate: Certificate | None = None
     with _compat.concrete():
         sides = _sides(program, match, kernel, floats)
@@ -175,12 +175,17 @@ def _name(program: Program, match: Match, v: int) -> str:
 
 
 def _reduction_length(match: Match, elements: int) -> int:
-    op = ops.op(match.op)
-    flops = op.cost({n: e.spec for n, e in match.arrays.items()}, **match.params).flops
-    return max(1, math.ceil(flops / (2 * max(elements, 1))))
+    return reduction_length(match.op, {n: e.spec for n, e in match.arrays.items()}, match.params, elements)
 
 
-def _narrowest(dtypes: Sequence[str]) -> str:
+def reduction_length(op: str, specs: Mapping[str, Spec], params: Mapping[str, Any], elements: int | None = None) -> int:
+    """How many terms an op sums into each of `elements` (by default, those of its results): flops / (2 elements)."""
+    if elements is None:
+        elements = sum(math.prod(s.shape) for s in ops.op(op).infer(specs, **params))
+    return max(1, math.ceil(ops.op(op).cost(specs, **params).flops / (2 * max(elements, 1))))
+
+
+def narrowest(dtypes: Sequence[str]) -> str:
     floats = [d for d in dtypes if d.startswith(("float", "bfloat"))]
     return min(floats, key=lambda d: ("bfloat16", "float16", "float32", "float64").index(d)) if floats else "float32"
 

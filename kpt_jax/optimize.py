@@ -33,7 +33,7 @@ class Traced:
     """One signature of a function: its rewrite, its plan, and how flat results become what it returns.
 
     Attributes:
-      out_statics: for each leaf of the result, whether it is a Python object that jax cannot carry, and that object.
+      out_statics: for each leaf of the result, `(type, value)` of a Python object that jax cannot carry, or `(None, None)`.
       donated: the flat inputs that the original, a jitted function, donates.
     """
 
@@ -45,6 +45,29 @@ class Traced:
 
     def result(self, flat: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.out_tree, _woven(self.out_statics, flat))
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What identifies a compiled call besides the types of its arrays.
+
+    Attributes:
+      tree: structure of `(args, kwargs)`.
+      statics: for each leaf, `(type, value)` of a Python value that is part of the signature (the type because
+        True == 1 == 1.0), and `(None, None)` for an array.
+    """
+
+    tree: Any
+    statics: tuple[tuple[Any, Any], ...]
+
+    @property
+    def has_statics(self) -> bool:
+        return any(kind is not None for kind, _ in self.statics)
+
+    def call(self, fn: Callable[..., Any], dynamic: Sequence[Any]) -> Any:
+        """`fn` on the arguments that `Optimized.split` took apart."""
+        args, kwargs = jax.tree.unflatten(self.tree, _woven(self.statics, dynamic))
+        return fn(*args, **kwargs)
 
 
 class _Static(Exception):
@@ -76,7 +99,7 @@ class Optimized:
                 return self._dispatch(args, kwargs)
             except _Static:
                 pass
-        key, dynamic = self._split(args, kwargs)
+        key, dynamic = self.split(args, kwargs)
         if active.get() is not None or any(map(_compat.is_tracer, dynamic)):
             return self._inline(key, dynamic)
         call = self._calls.get(key)
@@ -104,13 +127,13 @@ class Optimized:
         try:
             return _with_example((args, kwargs), self._jitted, *args, **kwargs)
         except TypeError:  # jax.jit refuses what is no array before it traces
-            if any(fixed for fixed, _ in self._split(args, kwargs)[0][1]):
+            if self.split(args, kwargs)[0].has_statics:
                 raise _Static from None
             raise
 
-    def _first_call(self, key: Any, dynamic: list[Any], args: tuple, kwargs: dict) -> Any:
+    def _first_call(self, key: Signature, dynamic: list[Any], args: tuple, kwargs: dict) -> Any:
         traced = self._trace(key, dynamic, example=dynamic)
-        if not any(fixed for fixed, _ in key[1]) and not self._static_scalars:
+        if not key.has_statics and not self._static_scalars:
             positions, names = _whole_arguments(args, kwargs, traced.donated)
             self._jitted = jax.jit(_named(self._fn, self._traced_call), donate_argnums=positions, donate_argnames=names)
             return _with_example((args, kwargs), self._jitted, *args, **kwargs)
@@ -121,13 +144,13 @@ class Optimized:
 
     def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
         """What jax.jit traces, once for each signature."""
-        real_key, real = self._split(*_local.example)
-        if any(fixed for fixed, _ in real_key[1]):
+        real_key, real = self.split(*_local.example)
+        if real_key.has_statics:
             raise _Static
-        key, dynamic = self._split(args, kwargs)
+        key, dynamic = self.split(args, kwargs)
         return self._inline(key, dynamic, real)
 
-    def _traced_flat_call(self, key: Any, *dynamic: Any) -> Any:
+    def _traced_flat_call(self, key: Signature, *dynamic: Any) -> Any:
         return self._inline(key, dynamic, _local.example)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +159,7 @@ class Optimized:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for this signature, without running the function. `jax.ShapeDtypeStruct`s will do as arguments."""
-        key, dynamic = self._split(args, kwargs)
+        key, dynamic = self.split(args, kwargs)
         concrete = not any(isinstance(x, jax.ShapeDtypeStruct) or _compat.is_tracer(x) for x in dynamic)
         try:
             return self._trace(key, dynamic, example=dynamic if concrete else None).plan
@@ -181,7 +204,7 @@ class Optimized:
         self._calls.clear()
         self._jitted = None
 
-    def _split(self, args: tuple, kwargs: dict) -> tuple[Any, list[Any]]:
+    def split(self, args: tuple, kwargs: dict) -> tuple[Signature, list[Any]]:
         """(what identifies a compiled call, the arrays): Python values other than numbers are part of the former."""
         leaves, tree = jax.tree.flatten((args, kwargs))
         statics: list[Any] = []
@@ -190,11 +213,11 @@ class Optimized:
             scalar = isinstance(x, _SCALARS)
             fixed = isinstance(x, bool) or (scalar and self._static_scalars) or not isinstance(x, _NUMBERS)
             if fixed and not _compat.is_tracer(x):
-                statics.append((type(x), x))  # the type too: True == 1 == 1.0
+                statics.append((type(x), x))
             else:
                 statics.append((None, None))
                 dynamic.append(x)
-        key = (tree, tuple(statics))
+        key = Signature(tree, tuple(statics))
         try:
             hash(key)
         except TypeError:
@@ -206,11 +229,11 @@ class Optimized:
             ) from None
         return key, dynamic
 
-    def _inline(self, key: Any, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Any:
+    def _inline(self, key: Signature, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Any:
         """Runs the rewritten program on arrays or tracers, whatever trace is under way."""
         if _compat.forward_mode(dynamic):
             # Kernels carry a backward pass alone; forward derivatives are those of the code as it was written.
-            return _unsplit(self._fn, key, dynamic)
+            return key.call(self._fn, dynamic)
         traced = self._trace(key, dynamic, example)
         token = active.set(None)  # what kernels differentiate inside is their own business
         try:
@@ -218,7 +241,7 @@ class Optimized:
         finally:
             active.reset(token)
 
-    def _trace(self, key: Any, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Traced:
+    def _trace(self, key: Signature, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Traced:
         outer = active.get()
         signature = (key, tuple(map(_signature, dynamic)), _compat.trace_context())
         if outer is None:
@@ -233,10 +256,10 @@ class Optimized:
         results: list[Any] = []
 
         def flat(*arrays: Any) -> list[Any]:
-            leaves, tree = jax.tree.flatten(_unsplit(self._fn, key, arrays))
-            statics = tuple((True, x) if _is_foreign(x) else (False, None) for x in leaves)
+            leaves, tree = jax.tree.flatten(key.call(self._fn, arrays))
+            statics = tuple((type(x), x) if _is_foreign(x) else (None, None) for x in leaves)
             results[:] = [tree, statics]
-            return [x for x, (fixed, _) in zip(leaves, statics, strict=True) if not fixed]
+            return [x for x, (kind, _) in zip(leaves, statics, strict=True) if kind is None]
 
         token = active.set(planner)
         try:
@@ -288,14 +311,7 @@ def _with_example(example: Any, call: Callable[..., Any], *args: Any, **kwargs: 
 
 def _woven(statics: Sequence[tuple[Any, Any]], dynamic: Sequence[Any]) -> list[Any]:
     it = iter(dynamic)
-    return [x if fixed else next(it) for fixed, x in statics]
-
-
-def _unsplit(fn: Callable[..., Any], key: Any, dynamic: Sequence[Any]) -> Any:
-    """Calls `fn` with the arguments that `Optimized._split` took apart."""
-    tree, statics = key
-    args, kwargs = jax.tree.unflatten(tree, _woven(statics, dynamic))
-    return fn(*args, **kwargs)
+    return [next(it) if kind is None else x for kind, x in statics]
 
 
 def _named(fn: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
@@ -404,6 +420,13 @@ def optimize(
     return Optimized(fn, level, hardware, plan)
 
 
-def plan(fn: Any, *args: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", **kwargs: Any) -> Plan:
+def plan(
+    fn: Any,
+    *args: Any,
+    level: str | None = None,
+    hardware: str | HardwareProfile = "auto",
+    plan: Plan | None = None,
+    **kwargs: Any,
+) -> Plan:
     """What `optimize` would do to `fn` for these arguments: the Plan alone; the function is not run."""
-    return optimize(fn, level, hardware).plan(*args, **kwargs)
+    return optimize(fn, level, hardware, plan).plan(*args, **kwargs)

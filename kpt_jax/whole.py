@@ -1,0 +1,154 @@
+"""The whole rewritten function beside the original: results, and gradients of a random projection of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kpt.errors import ValidationError
+from kpt.strategy import Plan, Site
+from kpt.validation import Certificate, compare
+from kpt_jax import _compat
+from kpt_jax.certify import narrowest, reduction_length
+from kpt_jax.optimize import Optimized
+
+log = logging.getLogger("kpt")
+_STEP = 2.0**-7  # relative size of the perturbation that shows how much a result may cancel
+
+
+def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
+    """Holds the rewritten function to the original on these arguments.
+
+    Where they disagree although each site agreed alone, halves of the sites are tried until the guilty one is
+    found; it runs as it was written from then on.
+
+    Returns:
+      The plan in force afterwards. Its notes hold the outcome; `skipped` names what was taken out.
+
+    Raises:
+      ValidationError: the two disagree with no kernel in place.
+    """
+    plan = optimized.plan(*args, **kwargs)
+    reference = Reference(optimized, args, kwargs, plan)
+    verdict = reference.compare(optimized)
+    guilty: list[str] = []
+    if not verdict.passed and not reference.compare(optimized.without([s.path for s in plan.sites])).passed:
+        raise ValidationError(
+            f"The rewritten {plan.function} was compared with the original",
+            f"They disagree with no kernel in place: {verdict.summary()}",
+            "The function may not be deterministic; if it is, please report this",
+        )
+    while not verdict.passed:
+        left = [s for s in plan.sites if s.path not in guilty]
+        guilty += _guilty(reference, optimized, left)
+        verdict = reference.compare(optimized.without(guilty))
+    if guilty:
+        log.warning("%s disagreed with the original because of %s", plan.function, ", ".join(guilty))
+        optimized.ban(guilty)
+        plan = optimized.plan(*args, **kwargs)
+    return dataclasses.replace(plan, notes=(*plan.notes, f"The whole function on example inputs: {verdict.summary()}."))
+
+
+def _guilty(reference: Reference, optimized: Optimized, sites: Sequence[Site]) -> list[str]:
+    """The sites that make the function disagree; more than one where they do so only together."""
+    every = [s.path for s in reference.plan.sites]
+    suspects = [s.path for s in sites]
+    while len(suspects) > 1:
+        middle = len(suspects) // 2
+        for half in (suspects[:middle], suspects[middle:]):
+            if not reference.compare(optimized.without([p for p in every if p not in half])).passed:
+                suspects = half
+                break
+        else:
+            return suspects
+    return suspects
+
+
+class Reference:
+    """Results and gradients of the original on given arguments, and how far those move with the inputs' last bits."""
+
+    def __init__(self, optimized: Optimized, args: tuple, kwargs: dict, plan: Plan):
+        self.plan = plan
+        self.key, self.inputs = optimized.split(args, kwargs)
+        if any(_compat.is_tracer(x) for x in self.inputs):
+            raise ValidationError(f"certify was called on {plan.function} inside of a trace", "Values are compared",
+                                  "Call it with arrays, outside of jit and grad")  # fmt: skip
+        self.diff = tuple(i for i, x in enumerate(self.inputs) if jnp.issubdtype(jax.typeof(x).dtype, jnp.floating))
+        # What takes gradients itself is compared in those; its kernels need not have a second derivative.
+        self.gradients = bool(self.diff) and not any(s.path.startswith("grad") for s in plan.sites)
+        self.run = self._compiled(optimized.original)
+        try:
+            self.want = self.run(self.inputs)
+        except Exception as error:
+            if not self.gradients:
+                raise
+            log.info("gradients of %s are not compared: %s", plan.function, error)
+            self.gradients = False  # a while loop, a callback: it has none
+            self.run = self._compiled(optimized.original)
+            self.want = self.run(self.inputs)
+        rng = np.random.default_rng(0)
+        moved = list(self.inputs)
+        for i in self.diff:
+            x = np.asarray(moved[i])
+            moved[i] = (x * (1 + _STEP * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
+        near = self.run(moved)
+        with np.errstate(all="ignore"):
+            self.sensitivity = {
+                n: np.abs(near[n].astype(np.float64) - a.astype(np.float64)) / _STEP for n, a in self.want.items()
+            }
+        floats = [jax.typeof(self.inputs[i]).dtype.name for i in self.diff]
+        floats += [spec.dtype for s in plan.sites for spec in s.specs.values()] + [a.dtype.name for a in self.want.values()]
+        self.dtype = narrowest(floats)
+        # Roundings of sites in sequence add in squares, as if all of their sums were one.
+        self.terms = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
+
+    def compare(self, fn: Callable[..., Any]) -> Certificate:
+        """The certificate of `fn`, called like the original."""
+        try:
+            got = self._compiled(fn)(self.inputs)
+        except Exception as error:  # what does not run does not agree
+            log.warning("the rewritten %s failed while it was certified: %s", self.plan.function, error)
+            got = {}
+        return compare(got, self.want, self.dtype, self.terms, gradients=[n for n in self.want if n.startswith("d")],
+                       sensitivity=self.sensitivity, where="the example inputs")  # fmt: skip
+
+    def _compiled(self, fn: Callable[..., Any]) -> Callable[[Sequence[Any]], dict[str, np.ndarray]]:
+        def results(inputs: Sequence[Any]) -> list[Any]:
+            leaves = jax.tree.leaves(self.key.call(fn, inputs))
+            return [jax.random.key_data(x) if _is_key(x) else x for x in leaves if hasattr(x, "dtype")]
+
+        def both(inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+            def projected(diff: list[Any]) -> tuple[Any, list[Any]]:
+                given = list(inputs)
+                for i, x in zip(self.diff, diff, strict=True):
+                    given[i] = x
+                outs = results(given)
+                floats = [x for x in outs if jnp.issubdtype(x.dtype, jnp.floating)]
+                keys = jax.random.split(jax.random.key(0), max(len(floats), 1))
+                onto = [jnp.sum(x * jax.random.normal(k, x.shape).astype(x.dtype), dtype=jnp.promote_types(x.dtype, "float32"))
+                        for k, x in zip(keys, floats, strict=False)]  # fmt: skip
+                return sum(onto, jnp.zeros((), "float32")), outs
+
+            if not self.gradients:
+                return results(inputs), []
+            grads, outs = jax.grad(projected, has_aux=True)([jnp.asarray(inputs[i]) for i in self.diff])
+            return outs, grads
+
+        jitted = jax.jit(both)
+
+        def run(inputs: Sequence[Any]) -> dict[str, np.ndarray]:
+            outs, grads = jax.device_get(jitted(list(inputs)))
+            named = {f"result{i}": np.asarray(x) for i, x in enumerate(outs)}
+            return named | {f"d{i}": np.asarray(g) for i, g in zip(self.diff, grads, strict=False)}
+
+        return run
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,177 @@
+"""Plans are followed to the letter, and what is wrong is taken out, named, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kpt_jax
+from kpt.errors import PlanError, ValidationError
+from kpt.kernels import KernelSpec, registry
+from kpt.strategy import Plan
+
+D = 8
+
+
+def normalised(x, w):
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * w
+
+
+def attend(q, k, v):
+    return jax.nn.softmax(q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, axis=-1) @ v
+
+
+def fn(x, w):
+    """Three norms with an attention after the second."""
+    x = normalised(x, w[0])
+    x = normalised(jnp.tanh(x), w[1])
+    x = attend(x, x, jnp.sin(x))
+    return jnp.sum(normalised(x, w[2]) ** 2)
+
+
+def arrays(special=False):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, D)).astype(np.float32)
+    if special:
+        x[0, 0, 0] = SPECIAL
+    return jnp.asarray(x), jnp.asarray(1 + 0.1 * rng.standard_normal((3, D)), jnp.float32)
+
+
+SPECIAL = 77.0
+
+
+def right(x, weight=None, eps=1e-6, weight_offset=0.0, out_dtype=None):
+    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+    return y if weight is None else y * (weight_offset + weight)
+
+
+def wrong(x, **rest):
+    return right(x, **rest) + 1e-2
+
+
+def wrong_gradient(x, **rest):
+    return right(x + 0.1 * (x - jax.lax.stop_gradient(x)), **rest)
+
+
+def raising(x, **rest):
+    raise RuntimeError("no such instruction")
+
+
+def of_another_shape(x, **rest):
+    return right(x, **rest)[..., :1]
+
+
+def wrong_at_a_special_value(x, **rest):
+    """Right on whatever a certificate draws."""
+    return right(x, **rest) * jnp.where(jnp.any(x == SPECIAL), 1.1, 1.0)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Registers a function of this file as the only kernel for rms_norm; gives it a fresh name for each test."""
+    monkeypatch.setattr(registry, "_kernels", {k: s for k, s in registry._kernels.items() if s.op != "rms_norm"})
+
+    def register(function, version=1):
+        monkeypatch.setitem(sys.modules, "kernels_of_this_test", sys.modules[__name__])
+        spec = KernelSpec(f"rms_norm.{function.__name__}", "rms_norm", version, "test", "jax", ("cpu",),
+                          f"kernels_of_this_test:{function.__name__}", ("float32",))  # fmt: skip
+        registry.register(spec)
+        return spec.name
+
+    return register
+
+
+def values_agree(fast, *args):
+    got, want = jax.value_and_grad(fast, (0, 1))(*args), jax.value_and_grad(fn, (0, 1))(*args)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max())), got, want)
+
+
+@pytest.mark.parametrize("function, says", [
+    (wrong, "disagrees with the original: .*result0"),
+    (wrong_gradient, "disagrees with the original: .*gradient of dx"),
+    (raising, "failed while it was certified: RuntimeError: no such instruction"),
+    (of_another_shape, "failed while it was certified"),
+])  # fmt: skip
+def test_a_kernel_that_is_wrong_is_taken_out_and_named(kernel, function, says, caplog):
+    name = kernel(function)
+    fast = kpt_jax.optimize(fn)
+    plan = fast.plan(*arrays())
+    assert [s.op for s in plan.sites] == ["attention"]
+    refused = [s for s in plan.skipped if s.op == "rms_norm"]
+    assert len(refused) == 3
+    for site in refused:
+        assert name in site.reason
+    import re
+
+    assert re.search(says, refused[0].reason), refused[0].reason
+    assert name in caplog.text
+    values_agree(fast, *arrays())
+
+
+def test_a_plan_made_elsewhere_swaps_exactly_what_it_names(kernel):
+    kernel(right)
+    plan = kpt_jax.plan(fn, *arrays())
+    assert [s.op for s in plan.sites] == ["rms_norm", "rms_norm", "attention", "rms_norm"]
+    for chosen in ([0], [1, 3], [2], [], [0, 1, 2, 3]):
+        given = dataclasses.replace(plan, sites=tuple(plan.sites[i] for i in chosen))
+        read = Plan.from_json(given.to_json())
+        assert read == given
+        fast = kpt_jax.optimize(fn, plan=read)
+        got = fast.plan(*arrays())
+        assert [s.path for s in got.sites] == [plan.sites[i].path for i in chosen]
+        assert got.hash == given.hash
+        left = {s.path: s.reason for s in got.skipped}
+        assert all("does not name this site" in left[s.path] for i, s in enumerate(plan.sites) if i not in chosen)
+        values_agree(fast, *arrays())
+
+
+def test_a_plan_for_another_kernel_version_or_program_says_so(kernel):
+    kernel(right)
+    plan = kpt_jax.plan(fn, *arrays())
+    other = tuple(dataclasses.replace(s, kernel="rms_norm.elsewhere") if s.op == "rms_norm" else s for s in plan.sites)
+    got = kpt_jax.plan(fn, *arrays(), plan=dataclasses.replace(plan, sites=other))
+    assert [s.op for s in got.sites] == ["attention"]
+    assert all("rms_norm.elsewhere, which cannot be had here" in s.reason for s in got.skipped if s.op == "rms_norm")
+    older = tuple(dataclasses.replace(s, version=9) for s in plan.sites)
+    got = kpt_jax.plan(fn, *arrays(), plan=dataclasses.replace(plan, sites=older))
+    assert len(got.sites) == len(plan.sites) and any("version 9" in n for n in got.notes)
+    with pytest.raises(PlanError, match="torch"):
+        kpt_jax.plan(fn, *arrays(), plan=dataclasses.replace(plan, framework="torch", sites=()))
+
+
+def test_the_whole_finds_the_site_that_certificates_could_not(kernel, monkeypatch):
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+    kernel(wrong_at_a_special_value)
+    fast = kpt_jax.optimize(fn)
+    before = fast.plan(*arrays(special=True))
+    assert len(before.sites) == 4
+    after = fast.certify(*arrays(special=True))
+    assert [s.path for s in after.sites] == [s.path for s in before.sites[1:]]
+    banned = next(s for s in after.skipped if s.path == before.sites[0].path)
+    assert "a bisection found it" in banned.reason
+    assert any(n.startswith("The whole function on example inputs: float32") for n in after.notes)
+    values_agree(fast, *arrays(special=True))
+    assert fast.plan(*arrays(special=True)).hash == after.hash
+
+
+def test_the_whole_passes_what_is_right(kernel, monkeypatch):
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+    kernel(right)
+    fast = kpt_jax.optimize(fn)
+    plan = fast.certify(*arrays())
+    assert len(plan.sites) == 4 and "within tolerance" in plan.notes[-1]
+    step = kpt_jax.optimize(lambda x, w: jax.grad(fn, 1)(x, w))
+    assert len(step.certify(*arrays()).sites) == 4
+
+
+def test_the_whole_of_a_function_that_is_not_deterministic_is_refused(monkeypatch):
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+    count = iter(range(1, 1000))
+    fast = kpt_jax.optimize(lambda x, w: fn(x, w) * next(count))
+    with pytest.raises(ValidationError, match="with no kernel in place.*deterministic"):
+        fast.certify(*arrays())
