@@ -209,8 +209,8 @@ def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, .
     src, idx = e.args
     if any(s != 1 for s in e["sizes"]):
         return None
-    # Slices of one element: the dimensions that hold them have size 1.
-    index_dims = [d for i, d in enumerate(r.dims) if i not in e["offset_dims"]]  # index array without its last dimension has the result's dimensions
+    # The index array without its last dimension has the result's dimensions, less the window's (all of size 1).
+    index_dims = [d for i, d in enumerate(r.dims) if i not in e["offset_dims"]]
     if len(idx.shape) != len(index_dims) + 1:
         return None
     dims: list[tuple[int, ...] | None] = [None] * len(src.shape)
@@ -240,6 +240,7 @@ def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, .
         return None
     vocab = ax.new(src.shape[vocab_dim])
     dims[vocab_dim] = vocab
+    dims = [() if d is None and n == 1 else d for d, n in zip(dims, src.shape, strict=True)]
     if any(d is None for d in dims):
         return None
     kind = "nan" if "fill" in e["mode"] else "clip"
