@@ -43,9 +43,7 @@ def detect_hardware(
       HardwareError: `platform` is none of these.
     """
     if platform is not None and platform not in PLATFORMS:
-        raise HardwareError(
-            f"Hardware of platform {platform!r} was asked for", f"Known are {', '.join(PLATFORMS)}", "Pass one of them"
-        )
+        raise HardwareError(f"Hardware of platform {platform!r} was asked for", f"Known are {', '.join(PLATFORMS)}", "Pass one of them")
     here = os.fspath(root) == "/"
     host = Host(pathlib.Path(root), os.environ if environ is None else environ, _affinity() if here else None)
     try:

@@ -218,9 +218,8 @@ def _with_memory(row: HardwareProfile, memory: int | None, source: str) -> Hardw
     return dataclasses.replace(row, memory_bytes=memory, sources={**row.sources, "memory_bytes": source})
 
 
-def _unknown(
-    host: Host, platform: str, architecture: str, model: str, cores: int | None, memory: int | None
-) -> HardwareProfile:
+def _unknown(host: Host, platform: str, architecture: str, model: str, cores: int | None, memory: int | None) -> HardwareProfile:
+    model = model.strip() or f"unnamed {platform} GPU"
     host.notes.append(f"{platform}: the table has no {model}; its peak rates and memory bandwidth are not known")
     read = {"cores": cores, "memory_bytes": memory}
     read = {figure: value for figure, value in read.items() if value and value > 0}

@@ -53,10 +53,7 @@ CPU_NODE = {"sys/class/kfd/kfd/topology/nodes/0/properties": "cpu_cores_count 64
 
 def cpuinfo(count, cores_per_socket=None, flags=FLAGS_V3, **more):
     per = cores_per_socket or count
-    rows = [
-        {"processor": i, "physical id": i % count // per, "core id": i % count % per, "flags": flags, **more}
-        for i in range(count)
-    ]
+    rows = [{"processor": i, "physical id": i % count // per, "core id": i % count % per, "flags": flags, **more} for i in range(count)]
     return "\n\n".join("\n".join(f"{k}\t: {v}" for k, v in row.items()) for row in rows)
 
 
@@ -145,9 +142,7 @@ FOUND_IN_FILES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("files", "environ", "name"), [c[1:] for c in FOUND_IN_FILES], ids=[c[0] for c in FOUND_IN_FILES]
-)
+@pytest.mark.parametrize(("files", "environ", "name"), [c[1:] for c in FOUND_IN_FILES], ids=[c[0] for c in FOUND_IN_FILES])
 def test_a_chip_of_the_table_is_recognised_by_its_files(tmp_path, files, environ, name):
     found = accelerator(tmp_path, files, environ)
     row = hardware_profile(name)
@@ -238,6 +233,8 @@ NOTED = [
     ("no memory from NVML", {}, {}, Nvml([gpu("NVIDIA L4", (8, 9), RuntimeError("denied"))]), "l4",
      "nvmlDeviceGetMemoryInfo failed: denied"),
     ("no capability from NVML", {}, {}, Nvml([gpu("Odd", RuntimeError("denied"))]), "cuda-unknown", "denied"),
+    ("a GPU without a name", {}, {}, Nvml([gpu(" ")]), "cuda-sm90", "no unnamed cuda GPU"),
+    ("nonsense from NVML", {}, {}, Nvml([gpu("Odd", memory=-1, lanes=-1)]), "cuda-sm90", "no Odd"),
     ("a capability that surprises", {}, {}, Nvml([gpu("NVIDIA L4", (9, 0))]), "l4", "reports sm90"),
     ("MIG", {}, {}, Nvml([gpu("NVIDIA H100 80GB HBM3", mig=(1, 1))]), "h100-sxm", "MIG is on"),
     ("a partitioned MI300X", kfd(1, 90402, 38, 24, 0x74A1), {}, None, "mi300x", "has 38 of 304"),
@@ -253,9 +250,7 @@ NOTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("files", "environ", "nvml", "name", "note"), [c[1:] for c in NOTED], ids=[c[0] for c in NOTED]
-)
+@pytest.mark.parametrize(("files", "environ", "nvml", "name", "note"), [c[1:] for c in NOTED], ids=[c[0] for c in NOTED])
 def test_what_could_not_be_read_is_noted(tmp_path, files, environ, nvml, name, note):
     found = accelerator(tmp_path, files, environ, nvml)
     assert found.name == name
@@ -332,9 +327,7 @@ CPUS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("files", "architecture", "cores", "per_clock"), [c[1:] for c in CPUS], ids=[c[0] for c in CPUS]
-)
+@pytest.mark.parametrize(("files", "architecture", "cores", "per_clock"), [c[1:] for c in CPUS], ids=[c[0] for c in CPUS])
 def test_a_cpu_is_estimated_from_its_cores_instructions_and_clock(tmp_path, files, architecture, cores, per_clock):
     clock = {"sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq": "2000000\n"}
     found = accelerator(tmp_path, files | clock | MEMORY)
@@ -420,17 +413,13 @@ VARIABLES = [
     "ROCR_VISIBLE_DEVICES",
     "KPT_HARDWARE",
 ]
-ENVIRONMENTS = st.dictionaries(
-    st.sampled_from(VARIABLES), st.one_of(st.text(max_size=8), st.sampled_from([*WORDS, "v5e-4", "0,1", ","]))
-)
+ENVIRONMENTS = st.dictionaries(st.sampled_from(VARIABLES), st.one_of(st.text(max_size=8), st.sampled_from([*WORDS, "v5e-4", "0,1", ","])))
 ANSWERS = st.one_of(st.none(), st.integers(), st.text(max_size=8), st.binary(max_size=8), st.just(RuntimeError("no")),
                     st.tuples(st.integers(), st.integers()), st.sampled_from([c[0] for c in NVML_NAMES]))  # fmt: skip
 NVMLS = st.one_of(
     st.none(),
     st.just(object()),
-    st.builds(
-        lambda **gpu: Nvml([gpu]), **{key: ANSWERS for key in ("name", "capability", "memory", "mig", "lanes", "uuid")}
-    ),
+    st.builds(lambda **gpu: Nvml([gpu]), **{key: ANSWERS for key in ("name", "capability", "memory", "mig", "lanes", "uuid")}),
 )
 
 
