@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kpt.errors import OpError
-
-INVALID = ("nan", "zero", "clip")
+from kpt.ops.cross_entropy import INVALID
 
 
 def cross_entropy(
@@ -44,18 +43,21 @@ def cross_entropy(
 def check(asked: str, rows: tuple[int, ...], labels: jax.Array, invalid: str) -> None:
     """Raises `OpError` unless the labels are integers shaped like `rows` and `invalid` is known."""
     if labels.shape != rows or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise OpError(f"{asked} with labels {labels.dtype}{list(labels.shape)}", f"labels are integers {list(rows)}", "check the axes")
+        got = f"{asked} with labels {labels.dtype}{list(labels.shape)}"
+        raise OpError(got, f"labels are integers {list(rows)}", "check the axes")
     if invalid not in INVALID:
         raise OpError(f"{asked} with invalid={invalid!r}", f"invalid is one of {INVALID}", "choose one")
 
 
 def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid: str):
-    """Loss, row maximum and row sum of `exp(z - maximum)`, each `[...]`."""
+    """Loss, row maximum (0 where that is not finite) and row sum of `exp(z - maximum)`, each `[...]`."""
     z = logits if cap is None else cap * jnp.tanh(logits / cap)
     classes = z.shape[-1]
     m = jnp.max(z, -1, initial=-jnp.inf)
-    m = jnp.where(jnp.isfinite(m), m, 0)  # a row with +inf has loss inf, as logsumexp has, not inf - inf
+    m = jnp.where(jnp.isfinite(m), m, 0)
     total = jnp.sum(jnp.exp(z - m[..., None]), -1)
+    if classes == 0:
+        return jnp.full_like(m, -jnp.inf), m, total
     # Picking by comparison is one fused pass over what is read anyway, and stays local where classes are sharded.
     picked = jnp.sum(jnp.where(_is_label(labels, classes, invalid), z, 0), -1)
     # Relative to the maximum, so that large logits do not cancel.
