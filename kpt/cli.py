@@ -299,7 +299,8 @@ def _front_end(module: str, name: str) -> Callable[..., Any]:
       MissingDependencyError: jax, flax or optax is not installed.
     """
     try:
-        return getattr(importlib.import_module(module), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("jax", "jaxlib", "flax", "optax"):

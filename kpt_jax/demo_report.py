@@ -78,9 +78,9 @@ def summary(demo: Demo) -> list[tuple[str, str, str, str]]:
     before, after = demo.before, demo.after
     return [
         ("temporary memory of a step", mebibytes(before.temporary_bytes), mebibytes(after.temporary_bytes),
-         ratio(demo.memory_ratio, "smaller", "larger")),
+         f"{ratio(demo.memory_ratio)} {'smaller' if demo.memory_ratio >= 1 else 'larger'}"),
         ("step time, median", milliseconds(before.step_seconds), milliseconds(after.step_seconds),
-         ratio(demo.speedup, "faster", "slower")),
+         f"{ratio(demo.speedup)} {'faster' if demo.speedup >= 1 else 'slower'}"),
         ("step time, quartiles", _quartiles(before), _quartiles(after), ""),
         ("XLA compile time", f"{before.compile_seconds:.1f} s", f"{after.compile_seconds:.1f} s", ""),
         ("final loss, nats per byte", f"{before.losses[-1]:.6f}", f"{after.losses[-1]:.6f}", ""),
@@ -164,8 +164,8 @@ def report(demo: Demo, hardware: HardwareProfile) -> Report:
         verdict=verdict(demo),
         passed=demo.coincide,
         headline=(
-            (*ratio(demo.memory_ratio, "less temporary memory", "more temporary memory").split(" ", 1),),
-            (*ratio(demo.speedup, "faster step", "slower step").split(" ", 1),),
+            (ratio(demo.memory_ratio), "less temporary memory" if demo.memory_ratio >= 1 else "more temporary memory"),
+            (ratio(demo.speedup), "faster step" if demo.speedup >= 1 else "slower step"),
             (str(len(demo.plan.sites)), "sites with a kernel"),
             (f"{demo.max_difference:.0e}", "nats, largest loss difference"),
         ),
@@ -184,9 +184,9 @@ def milliseconds(s: float) -> str:
     return f"{s * 1e3:,.1f} ms"
 
 
-def ratio(r: float, better: str, worse: str) -> str:
-    """ "2.10× faster", or "1.05× slower" for a ratio below one."""
-    return f"{r:.2f}× {better}" if r >= 1 else f"{1 / r:.2f}× {worse}"
+def ratio(r: float) -> str:
+    """How many times, whichever way round: "2.10×" for 2.1 and for its inverse."""
+    return f"{max(r, 1 / r):.2f}×"
 
 
 def _grid(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -57,9 +57,9 @@ def jax_runner(op: Any, params: dict[str, Any], fn: Callable[..., Any]) -> tuple
 
 # Kinds of values, and how many of each a compiled case meets: plain ones, legal edges, NaN and infinities.
 KINDS: dict[str, tuple[int, Callable[..., dict[str, np.ndarray]]]] = {
-    "plain": (6, lambda case, arrays, rng: arrays),
-    "edge": (3, edge),
-    "poisoned": (3, poisoned),
+    "plain": (20, lambda case, arrays, rng: arrays),
+    "edge": (10, edge),
+    "poisoned": (10, poisoned),
 }
 VALUES_PER_SHAPE = sum(n for n, _ in KINDS.values())  # compiling is what costs
 

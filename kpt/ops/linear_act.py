@@ -45,9 +45,9 @@ def project(x: Any, w: Any, b: Any) -> np.ndarray:
 
 def project_vjp(dz: np.ndarray, x: Any, w: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of `x w + b`: x, w, b."""
-    rows = dz.reshape(-1, dz.shape[-1]) if dz.size else np.zeros((0, dz.shape[-1]))
+    count = math.prod(dz.shape[:-1])  # not -1 in reshape: any dimension may be 0
+    rows, xs = dz.reshape(count, dz.shape[-1]), sh.wide(x).reshape(count, np.shape(x)[-1])
     with np.errstate(all="ignore"):
-        xs = sh.wide(x).reshape(rows.shape[0], np.shape(x)[-1])
         return dz @ sh.wide(w).T, xs.T @ rows, rows.sum(0)
 
 
