@@ -91,7 +91,7 @@ def mask_before_the_soft_cap(q, k, v, pad):
     return mix(jax.nn.softmax(5 * jnp.tanh(jnp.where(pad[:, None, None], scores(q, k), -1e9) / 5), -1), v)
 
 
-@refused("attention", "between q k^T and softmax")
+@refused("attention", "depends on the scores")
 def sine_of_the_scores(q, k, v):
     return mix(jax.nn.softmax(jnp.sin(scores(q, k)) + scores(q, k), -1), v)
 
@@ -137,7 +137,7 @@ def integer_queries(labels):
     return mix(jax.nn.softmax(s.astype(jnp.float32) / 100, -1), q.astype(jnp.float32))
 
 
-@refused("attention", "effect")
+@refused("attention", "inner value")
 def printed_between(q, k, v):
     p = jax.nn.softmax(scores(q, k), -1)
     jax.debug.callback(lambda x: None, p.sum())
@@ -168,12 +168,6 @@ def another_numerator(x, h):
     return h * jax.lax.rsqrt(mean_square(x) + 1e-6)
 
 
-@refused("rms_norm", "integer")
-def integer_norm(labels):
-    x = labels.astype(jnp.float32)
-    return x * jax.lax.rsqrt(mean_square(x) + 1e-6)
-
-
 @refused("rms_norm", "inner value")
 def root_also_returned(x):
     r = jax.lax.rsqrt(mean_square(x) + 1e-6)
@@ -185,7 +179,7 @@ def layer_norm_around_another_mean(x, h):
     return (x - h.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
 
 
-@refused("layer_norm", "")
+@refused("layer_norm", None)
 def unbiased_variance(x):
     return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
 
