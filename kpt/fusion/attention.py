@@ -80,6 +80,7 @@ class _Scores:
     cap: float | None = None
     masks: list[tuple[Ref, float, bool]] = dataclasses.field(default_factory=list)  # visible, fill, additive
     biases: list[tuple[float, Ref]] = dataclasses.field(default_factory=list)
+    biased_fill: bool = False  # a bias is added to hidden scores too
 
 
 def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> Ref | None:
@@ -144,6 +145,7 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
                 raise Refuse(f"hidden scores become {fill * scale:g}, which leaves them weight; a mask needs -inf or a value below {_HIDDEN:g}")
             pred = operands[0] if i == 1 else _negated(p, operands[0])
             trial.masks.append((pred, fill * scale, False))
+            trial.biased_fill |= bool(acc.biases)
             acc.__dict__.update(trial.__dict__)
             return found
         return None
@@ -172,6 +174,14 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
     """An added term: a mask where it is 0 or very negative by construction, else a bias."""
     r = ax.strip(ref)
     e = r.expr
+    if e.op == "add":
+        trial = dataclasses.replace(acc, masks=[], biases=[])
+        for a in args(r):
+            _bias(p, ax, a, factor, trial)
+        if trial.masks:  # a mask and a bias that were added to each other before they met the scores
+            acc.masks += trial.masks
+            acc.biases += trial.biases
+            return
     if e.op == "select":
         pred, a, b = (Ref(x, r.dims) for x in e.args)
         va, vb = scalar(ax.strip(a)), scalar(ax.strip(b))
@@ -329,9 +339,11 @@ def _match(p: Program, found: _Weighted) -> Match:
         raise Refuse("the mask depends on an axis that the scores lack")
     if any(_depends_on(narrow(p, ax, r).expr, dot.expr) for r in reading.arrays):
         raise Refuse("the mask depends on the scores")
+    if any(_depends_on(r.expr, dot.expr) for _, r in acc.biases):
+        raise Refuse("the bias depends on the scores")
     finish(p, ax, lay, reading)
     mask = Mask(tuple(reading.terms), *_fill(p, fills, ambiguous or not never_empty(
-        reading.terms, ax.extent(query), ax.extent(key)), acc.biases))  # fmt: skip
+        reading.terms, ax.extent(query), ax.extent(key)), acc.biased_fill))  # fmt: skip
     arrays: dict[str, Expr] = dict(reading.operands)
     if acc.biases:
         arrays["bias"] = _joined_bias(p, ax, lay, acc.biases)
@@ -420,7 +432,7 @@ def _query_axes(ax: Axes, only_q: list[int], free: list[tuple[int, ...]], key: t
     return max(whole, key=lambda d: ax.extent(d))
 
 
-def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biases: list) -> tuple[float, bool]:
+def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased: bool) -> tuple[float, bool]:
     """Fill and additivity of the mask; which only a query that sees nothing can tell."""
     if not fills:
         return -math.inf, False
@@ -437,8 +449,8 @@ def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biases
     # score + (-3e38) rounds to -3e38 (or overflows to -inf only below it): the score is gone.
     if additive and (fill < -1e30):
         additive = False
-    if biases and math.isfinite(fill) and fill > -1e30:
-        raise Refuse("a bias next to a mask with a moderate fill, and a query may see nothing; hide with -inf")
+    if biased and math.isfinite(fill) and fill > -1e30:
+        raise Refuse("a bias is added to scores hidden with a moderate fill, and a query may see nothing; hide with -inf")
     return fill, additive
 
 

@@ -18,7 +18,7 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
         if match is not None:
             yield match
     for e in list(p.exprs_with("concatenate")):
-        match = _halves(p, e)
+        match = _interleaved(p, e) or _halves(p, e)
         if match is not None:
             yield match
 
@@ -58,45 +58,92 @@ def _rotated(e: Expr) -> tuple[Expr, int] | None:
     return first[0], axis
 
 
-def _rotated_pairs(ax: Axes, r: Ref) -> tuple[Ref, tuple[int, ...]] | None:
-    """x where `r` is stack(-odd, even, -1) flattened: every pair (a, b) of x as (-b, a)."""
+def _pairs(ax: Axes, r: Ref) -> tuple[Ref, Ref, tuple[int, ...], tuple[int, ...]] | None:
+    """(first, second, pair axis, rotated dimension) where `r` interleaves two arrays: stack([first, second], -1), flattened.
+
+    The members run over the axes of `r` without the pair axis.
+    """
     e = r.expr
-    if e.op != "concatenate" or len(e.args) != 2:
+    if e.op != "concatenate" or len(e.args) != 2 or any(a.shape[e["axis"]] != 1 for a in e.args):
         return None
-    axis = e["axis"]
-    if any(a.shape[axis] != 1 for a in e.args):
-        return None
-    sides = []
-    for a in e.args:
-        sides.append(ax.strip(Ref(a, tuple(() if i == axis else d for i, d in enumerate(r.dims)))))
-    neg, pos = sides
-    if neg.expr.op != "neg":
-        return None
-    odd = ax.strip(Ref(neg.expr.args[0], neg.dims))
-    got = [_member(ax, s) for s in (odd, pos)]
-    if None in got:
-        return None
-    (x1, i1, d1), (x0, i0, d0) = got  # type: ignore[misc]
-    if x1 is not x0 or (i1, i0) != (1, 0) or d0 != d1:
-        return None
-    return Ref(x0, d0), ()
+    r = ax.resolve(r)
+    pair = r.dims[e["axis"]]
+    dims = tuple(() if i == e["axis"] else d for i, d in enumerate(r.dims))
+    first, second = (ax.strip(Ref(a, dims)) for a in e.args)
+    return first, second, pair, dims[e["axis"] - 1] if e["axis"] else ()
 
 
-def _member(ax: Axes, r: Ref) -> tuple[Expr, int, tuple] | None:
-    """(pairs, index, dims) where `r` is pairs[..., index] of a last dimension of size 2, or a strided slice."""
+def _member(ax: Axes, r: Ref, pair: tuple[int, ...], half: tuple[int, ...]) -> tuple[Ref, int] | None:
+    """(x, 0 or 1) where `r` is x[..., ::2] or x[..., 1::2], or member 0 or 1 of a last dimension of size 2."""
     e = r.expr
     if e.op != "slice":
         return None
     src = e.args[0]
-    differ = [i for i, (a, b) in enumerate(zip(src.shape, e.shape, strict=True)) if a != b]
-    if len(differ) != 1:
+    cut = [i for i, (m, n) in enumerate(zip(e.shape, src.shape, strict=True)) if m != n]
+    if len(cut) != 1:
         return None
-    (d,) = differ
+    (d,) = cut
+    dims = list(r.dims)
+    start, stride = e["start"][d], e["stride"][d]
     if src.shape[d] == 2 and e.shape[d] == 1:
-        return src, e["start"][d], tuple(r.dims)
-    if e["stride"][d] == 2 and src.shape[d] == 2 * e.shape[d]:
-        return src, e["start"][d], tuple(r.dims)
-    return None
+        dims[d] = pair
+    elif stride == 2 and src.shape[d] == 2 * e.shape[d] and start in (0, 1) and ax.flat(r.dims[d]) == half:
+        dims[d] = half + pair
+    else:
+        return None
+    return ax.strip(Ref(src, tuple(dims))), start
+
+
+def _is_member(ax: Axes, r: Ref, index: int, x: Ref, pair: tuple[int, ...], half: tuple[int, ...]) -> bool:
+    got = _member(ax, r, pair, half)
+    return got is not None and got[1] == index and ax.same(got[0], x)
+
+
+def _rotated_pairs(ax: Axes, r: Ref) -> tuple[Ref, tuple[int, ...]] | None:
+    """(x, its rotated axes) where `r` is every pair (a, b) of x as (-b, a)."""
+    got = _pairs(ax, r)
+    if got is None or got[0].expr.op != "neg":
+        return None
+    minus, first, pair, half = got
+    x = _member(ax, first, pair, half)
+    second = ax.strip(args(minus)[0])
+    if x is None or x[1] != 0 or not _is_member(ax, second, 1, x[0], pair, half):
+        return None
+    return x[0], half + pair
+
+
+def _interleaved(p: Program, e: Expr) -> Match | None:
+    """stack([x0 cos - x1 sin, x1 cos + x0 sin], -1)."""
+    ax = Axes()
+    out = ax.root(e)
+    got = _pairs(ax, out)
+    if got is None:
+        return None
+    first, second, pair, half = got
+    products = []
+    for r in (first, second):
+        const, parts = terms(ax, r, lambda q: q.expr.op == "mul")
+        if const or len(parts) != 2 or any(q.expr.op != "mul" for _, q in parts):
+            return None
+        row = {}
+        for c, q in parts:
+            for a, b in (args(q), args(q)[::-1]):
+                member = _member(ax, _uncast(ax.strip(a)), pair, half)
+                if member is not None and member[1] not in row:
+                    row[member[1]] = (c, member[0], ax.strip(b))
+                    break
+        if set(row) != {0, 1}:
+            return None
+        products.append(row)
+    top, bottom = products
+    x, cos, sin = top[0][1], top[0][2], top[1][2]
+    if (top[0][0], top[1][0], bottom[1][0], bottom[0][0]) != (1, -1, 1, 1):
+        return None
+    if not all(ax.same(row[k][1], x) for row in products for k in row):
+        return None
+    if not (ax.same(cos, bottom[1][2]) and ax.same(sin, bottom[0][2])):
+        return None
+    return _build(p, ax, e, out, x, cos, sin, half + pair, True)
 
 
 def _whole(p: Program, e: Expr) -> Match | None:
@@ -108,13 +155,15 @@ def _whole(p: Program, e: Expr) -> Match | None:
     sides = [[_uncast(a) for a in args(r)] for _, r in parts]
     for plain, turned in (sides, sides[::-1]):
         for rot, sin in (turned, turned[::-1]):
+            pairs = _rotated_pairs(ax, ax.strip(rot))
             half = _rotated(rot.expr)
-            if half is None:
-                continue
-            src, axis = half
             for x, cos in (plain, plain[::-1]):
-                if x.expr is _uncast(Ref(src, x.dims)).expr and ax.resolve(x).dims == ax.resolve(rot).dims:
-                    return _build(p, ax, e, out, x, ax.strip(cos), ax.strip(sin), axis, False)
+                if pairs is not None and ax.same(ax.strip(x), pairs[0]):
+                    return _build(p, ax, e, out, pairs[0], ax.strip(cos), ax.strip(sin), pairs[1], True)
+                if half is None or ax.resolve(x).dims != ax.resolve(rot).dims:
+                    continue
+                if x.expr is _uncast(Ref(half[0], x.dims)).expr:
+                    return _build(p, ax, e, out, x, ax.strip(cos), ax.strip(sin), ax.resolve(out).dims[half[1]], False)
     return None
 
 
@@ -158,14 +207,14 @@ def _halves(p: Program, e: Expr) -> Match | None:
     cos, sin = top["first"][2], top["second"][2]
     if not (ax.same(cos, bottom["second"][2]) and ax.same(sin, bottom["first"][2])):
         return None
-    return _build(p, ax, e, out, Ref(src, out.dims), cos, sin, axis, False, half=half_axis)
+    return _build(p, ax, e, out, Ref(src, out.dims), cos, sin, out.dims[axis], False, half=half_axis)
 
 
 def _build(
-    p: Program, ax: Axes, e: Expr, out: Ref, x: Ref, cos: Ref, sin: Ref, axis: int, interleaved: bool, half: tuple[int, ...] = ()
+    p: Program, ax: Axes, e: Expr, out: Ref, x: Ref, cos: Ref, sin: Ref, rot: tuple[int, ...], interleaved: bool, half: tuple[int, ...] = ()
 ) -> Match | None:
     xs = p.exprs
-    rot = ax.flat(ax.resolve(out).dims[axis])
+    rot = ax.flat(rot)
     tables = []
     for t in (cos, sin):
         t = narrow(p, ax, t)
@@ -173,7 +222,7 @@ def _build(
     over = [a for a in ax.of(out) if any(a in ax.of(t) for t in tables) and a not in rot]
     others = [a for a in ax.of(out) if a not in over and a not in rot]
     # Positions are the axes that the tables run over; a table that also runs over the batch keeps it.
-    dims = [d for d in ax.resolve(out).dims if d and d != rot]
+    dims = [d for d in (tuple(a for a in d if a not in rot) for d in ax.resolve(out).dims) if d]
     with_table = [d for d in dims if set(d) <= set(over)]
     plain = [d for d in dims if not set(d) & set(over)]
     if len(with_table) + len(plain) != len(dims) or len(with_table) > 2:

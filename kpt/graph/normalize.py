@@ -7,7 +7,8 @@ so one pass in program order reaches the normal form; a result is looked at agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,45 @@ def simplify(e: Expr, exprs: Exprs) -> Expr:
     return e
 
 
+def _split(x: Exprs, args: tuple[Expr, ...], attrs: Mapping[str, Any]) -> list[Expr]:
+    """Consecutive pieces along one axis."""
+    (a,) = args
+    out, start = [], 0
+    for size in attrs["sizes"]:
+        begin, end = [0] * len(a.shape), list(a.shape)
+        begin[attrs["axis"]], end[attrs["axis"]] = start, start + size
+        out.append(x.slice(a, tuple(begin), tuple(end), (1,) * len(begin)))
+        start += size
+    return out
+
+
+def _unstack(x: Exprs, args: tuple[Expr, ...], attrs: Mapping[str, Any]) -> list[Expr]:
+    (a,) = args
+    axis = attrs["axis"]
+    shape = a.shape[:axis] + a.shape[axis + 1 :]
+    return [x.reshape(e, shape) for e in _split(x, args, {"axis": axis, "sizes": (1,) * a.shape[axis]})]
+
+
+def _stack(x: Exprs, args: tuple[Expr, ...], attrs: Mapping[str, Any]) -> list[Expr]:
+    axis = attrs["axis"]
+    parts = tuple(x.reshape(a, (*a.shape[:axis], 1, *a.shape[axis:])) for a in args)
+    shape = (*args[0].shape[:axis], len(args), *args[0].shape[axis:])
+    return [x.make("concatenate", parts, (("axis", axis),), shape, args[0].dtype)]
+
+
+def _tile(x: Exprs, args: tuple[Expr, ...], attrs: Mapping[str, Any]) -> list[Expr]:
+    (a,) = args
+    wide = tuple(n for pair in zip(attrs["reps"], a.shape, strict=True) for n in pair)
+    e = x.broadcast(a, wide, tuple(range(1, len(wide), 2)))
+    return [x.reshape(e, tuple(r * n for r, n in zip(attrs["reps"], a.shape, strict=True)))]
+
+
+# Ops that are compositions of others.
+_COMPOSED: dict[str, Callable[[Exprs, tuple[Expr, ...], Mapping[str, Any]], list[Expr]]] = {
+    "split": _split, "stack": _stack, "unstack": _unstack, "tile": _tile,
+}  # fmt: skip
+
+
 def normalize(graph: Graph) -> tuple[Exprs, dict[int, Expr]]:
     """Expressions of every value of `graph`: the table, and value id -> normal form."""
     exprs = Exprs()
@@ -56,15 +96,11 @@ def normalize(graph: Graph) -> tuple[Exprs, dict[int, Expr]]:
             env[v].origins.append(v)
     for n in graph.nodes:
         args = tuple(env[v] for v in n.inputs)
-        if n.op == "split":
-            axis, start = n.attrs["axis"], 0
-            for v, size in zip(n.outputs, n.attrs["sizes"], strict=True):
-                begin = [0] * len(args[0].shape)
-                end = list(args[0].shape)
-                begin[axis], end[axis] = start, start + size
-                env[v] = exprs.slice(args[0], tuple(begin), tuple(end), (1,) * len(begin))
-                env[v].origins.append(v)
-                start += size
+        if n.op in _COMPOSED:
+            for v, e in zip(n.outputs, _COMPOSED[n.op](exprs, args, n.attrs), strict=True):
+                env[v] = simplify(e, exprs)
+                if env[v].op != "full":
+                    env[v].origins.append(v)
             continue
         if len(n.outputs) != 1 or n.op.startswith("opaque:") or n.bodies or n.effect:
             for v in n.outputs:

@@ -225,6 +225,15 @@ scored("bias_subtracted", lambda s, bias: s * R - bias, biased, "bias")
 scored("bias_before_scale", lambda s, bias: (s + bias) * R, biased, "bias")
 scored("bias_causal", lambda s, bias: jnp.where(tril(), s * R + bias, -jnp.inf), site("attention", terms=(Causal(), Bias())), "bias")
 
+@table(site("attention", terms=(Explicit(), Bias()), fill=-1e9, additive=False, bias=(1, N, T, T), keep=(2, 1, 1, T)))
+def bias_then_padding(q, k, v, pad, bias):
+    return attend(q, k, v, lambda s: jnp.where(pad[:, None, None], s * R + bias, -1e9))
+
+@table(site("attention", terms=(Causal(), Explicit(), Bias()), additive=True, bias=(1, N, T, T), keep=(2, 1, 1, T)))
+def bias_and_masks_joined_before(q, k, v, pad, bias):
+    hidden = jnp.where(pad[:, None, None] & tril(), 0.0, -1e9)
+    return attend(q, k, v, lambda s: s * R + (bias + hidden))
+
 @table(site("attention", terms=(Causal(), Bias()), bias=(1, N, 1, T)))
 def alibi(q, k, v, slopes):
     s = jnp.einsum("btnh,bsnh->bnts", q, k) * R + slopes[:, None, None] * jnp.arange(T)
@@ -256,7 +265,7 @@ def gqa_repeat_bhtd(q, k2, v2):
     k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))
     return (jax.nn.softmax(q @ k.mT * R, -1) @ v).transpose(0, 2, 1, 3)
 
-@table(site("attention", scale=R, q=(2, T, N, H), k=(2, T, N, H)))
+@table(grouped)  # the query heads are reordered for it
 def gqa_tiled(q, k2, v2):
     return attend(q, jnp.tile(k2, (1, 1, N // K, 1)), jnp.tile(v2, (1, 1, N // K, 1)))
 
