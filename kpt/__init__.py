@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from kpt._version import __version__
 
 if TYPE_CHECKING:
+    from kpt.auto import auto_optimize
     from kpt.hardware import HardwareProfile, detect_hardware, hardware_profile
     from kpt.kernels import KernelRegistry, KernelSpec, registry
     from kpt.strategy import Plan, Site
@@ -19,6 +20,7 @@ _HOMES = {
     "KernelSpec": "kpt.kernels",
     "Plan": "kpt.strategy",
     "Site": "kpt.strategy",
+    "auto_optimize": "kpt.auto",
     "detect_hardware": "kpt.hardware",
     "hardware_profile": "kpt.hardware",
     "registry": "kpt.kernels",
@@ -32,6 +34,7 @@ __all__ = [
     "Plan",
     "Site",
     "__version__",
+    "auto_optimize",
     "detect_hardware",
     "hardware_profile",
     "registry",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -16,6 +17,14 @@ def is_nnx(x: Any) -> bool:
 def is_linen(x: Any) -> bool:
     linen = sys.modules.get("flax.linen")
     return linen is not None and isinstance(x, linen.Module)
+
+
+def function_of(optimized: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple, dict]:
+    """The `Optimized` behind an optimized function or module, and its arguments for such a call."""
+    if not hasattr(type(optimized), "__kpt__"):
+        return optimized, args, kwargs
+    fast, bound = optimized.__kpt__(*args, **kwargs)
+    return fast, bound, {}
 
 
 def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> Any:
@@ -53,7 +62,12 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
     def explain(self: Any, *args: Any, **kwargs: Any) -> str:
         return plan_(self, *args, **kwargs).explain()
 
-    members = {"__call__": call, "plan": plan_, "explain": explain, "__doc__": base.__doc__, "__module__": base.__module__}
+    def certify(self: Any, *args: Any, **kwargs: Any) -> Plan:
+        return fast.certify(*as_base(self), args, kwargs)
+
+    members = {"__call__": call, "plan": plan_, "explain": explain, "certify": certify, "__doc__": base.__doc__,
+               "__module__": base.__module__,
+               "__kpt__": lambda self, *args, **kwargs: (fast, (*as_base(self), args, kwargs))}  # fmt: skip
     optimized = type(base)(base.__name__, (base,), members)
     new = object.__new__(optimized)
     vars(new).update(vars(module))
@@ -66,27 +80,33 @@ def optimize_linen(module: Any, level: str, hardware: Any, plan: Plan | None) ->
 
     base = type(module)
 
-    def pure(variables: Any, args: tuple, options: dict, kwargs: dict) -> Any:
+    def pure(module: Any, variables: Any, args: tuple, options: dict, kwargs: dict) -> Any:
         return base.apply(module, variables, *args, **options, **kwargs)
 
     pure.__name__ = base.__name__
     fast = Optimized(pure, level, hardware, plan)
     names = ("rngs", "method", "mutable", "capture_intermediates")
 
-    def split(kwargs: dict) -> tuple[dict, dict]:
+    def signature(self: Any, variables: Any, args: tuple, kwargs: dict) -> tuple[Any, Any, tuple, dict, dict]:
+        """The module as it was written, for it may be a changed clone; part of what is traced, being hashable."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "parent"}
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in names}
-        return options, {k: v for k, v in kwargs.items() if k not in names}
+        return base(**fields, parent=None), variables, args, options, {k: v for k, v in kwargs.items() if k not in names}
 
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return fast(variables, args, *split(kwargs))
+        return fast(*signature(self, variables, args, kwargs))
 
     def plan_(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Plan:
-        return fast.plan(variables, args, *split(kwargs))
+        return fast.plan(*signature(self, variables, args, kwargs))
 
     def explain(self: Any, variables: Any, *args: Any, **kwargs: Any) -> str:
         return plan_(self, variables, *args, **kwargs).explain()
 
+    def certify(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Plan:
+        return fast.certify(*signature(self, variables, args, kwargs))
+
     new = module.clone()
-    new_type = type(base.__name__, (base,), {"apply": apply, "plan": plan_, "explain": explain, "__module__": base.__module__})
-    object.__setattr__(new, "__class__", new_type)
+    members = {"apply": apply, "plan": plan_, "explain": explain, "certify": certify, "__module__": base.__module__,
+               "__kpt__": lambda self, *args, **kwargs: (fast, signature(self, args[0], args[1:], kwargs))}  # fmt: skip
+    object.__setattr__(new, "__class__", type(base.__name__, (base,), members))
     return new

@@ -55,6 +55,13 @@ def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
     return dataclasses.replace(plan, notes=(*plan.notes, f"The whole function on example inputs: {verdict.summary()}."))
 
 
+def worst_difference(optimized: Optimized, args: tuple, kwargs: dict, plan: Plan) -> float | None:
+    """Largest relative L2 difference from the original, over results and gradients; None where there are no floats."""
+    found = Reference(optimized, args, kwargs, plan).compare(optimized)
+    worst = [w for w in (found.worst(gradient=False), found.worst(gradient=True)) if w is not None]
+    return max(worst, default=None)
+
+
 def _guilty(reference: Reference, optimized: Optimized, sites: Sequence[Site]) -> list[str]:
     """The sites that make the function disagree; more than one where they do so only together."""
     every = [s.path for s in reference.plan.sites]

@@ -29,7 +29,7 @@ def attend(q, k, v):
 def fn(x, w):
     """Three norms with an attention after the second."""
     x = normalised(x, w[0])
-    x = normalised(jnp.tanh(x), w[1])
+    x = jnp.cos(normalised(jnp.tanh(x), w[1]))
     x = attend(x, x, jnp.sin(x))
     return jnp.sum(normalised(x, w[2]) ** 2)
 

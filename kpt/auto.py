@@ -1,0 +1,163 @@
+"""`auto_optimize`: plan, certify, measure beside the original, and keep what wins. The front end is found by type."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from kpt.errors import KptError, MissingDependencyError
+from kpt.strategy import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was measured, in this process, original and optimized taking turns.
+
+    Attributes:
+      function: name of the function or model.
+      hardware: name of the profile.
+      device: what the arrays were on.
+      measured: "forward", or "forward and backward" for a function that returns a scalar loss.
+      seconds_before, seconds_after: one figure a round, of the original and of the best rewrite.
+      memory_before, memory_after: bytes that the compiled program needs besides its arguments; None where unknown.
+      max_error: largest relative L2 difference from the original over results and gradients; None if not compared.
+      kept: whether the rewrite won by more than the noise. Otherwise the original is what `Result.fn` is.
+      noise: relative standard error of `speedup`.
+      plan: in force.
+    """
+
+    function: str
+    hardware: str
+    device: str
+    measured: str
+    seconds_before: tuple[float, ...]
+    seconds_after: tuple[float, ...]
+    memory_before: int | None
+    memory_after: int | None
+    max_error: float | None
+    kept: bool
+    noise: float
+    plan: Plan
+
+    @property
+    def speedup(self) -> float:
+        """Median over the rounds of (time of the original) / (time of the rewrite); 1 where the original is kept."""
+        return self.measured_speedup if self.kept else 1.0
+
+    @property
+    def measured_speedup(self) -> float:
+        """The same, whatever was kept."""
+        pairs = zip(self.seconds_before, self.seconds_after, strict=True)
+        return statistics.median(before / after for before, after in pairs)
+
+    @property
+    def peak_memory(self) -> tuple[int | None, int | None]:
+        """Bytes before and after."""
+        return self.memory_before, self.memory_after if self.kept else self.memory_before
+
+    def to_json(self) -> str:
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
+        data |= {"kind": "kpt.report", "speedup": self.speedup, "measured_speedup": self.measured_speedup,
+                 "plan": json.loads(self.plan.to_json())}  # fmt: skip
+        return json.dumps(data, indent=1)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the report as one HTML file and returns its path. Needs jinja2."""
+        from kpt.report import Bar, Figure, bar_chart, write
+        from kpt.report import Report as Page
+
+        def bar(label: str, seconds: tuple[float, ...], style: str) -> Bar:
+            low, middle, high = statistics.quantiles(seconds, n=4)
+            return Bar(label, middle, f"{middle * 1e3:,.3f} ms", style, low, high)
+
+        verdict = "; ".join(self.plan.notes[-1:]) or f"{len(self.plan.sites)} sites with a kernel"
+        bars = [bar("as written", self.seconds_before, "before"), bar("through kpt", self.seconds_after, "after")]
+        time = Figure(
+            "Time",
+            bar_chart(bars, title=f"Time of {self.function}, {self.measured}",
+                      description=f"As written {bars[0].text}, through kpt {bars[1].text}."),
+            f"Median of {len(self.seconds_before)} rounds, the two taking turns in one process; the whisker spans the "
+            "quartiles.",
+        )  # fmt: skip
+        figures = [time]
+        if self.memory_before is not None and self.memory_after is not None:
+            sizes = ("as written", self.memory_before, "before"), ("through kpt", self.memory_after, "after")
+            figures.append(Figure(
+                "Memory",
+                bar_chart([Bar(n, b, f"{b / 2**20:,.2f} MiB", s) for n, b, s in sizes], title="Memory",
+                          description=f"As written {self.memory_before} bytes, through kpt {self.memory_after}."),
+                "What the compiled program needs besides its arguments, by the compiler's own account.",
+            ))  # fmt: skip
+        error = "not compared" if self.max_error is None else f"{self.max_error:.1e}"
+        return write(Page(
+            title=f"{self.function}, as written and through kpt",
+            verdict=verdict,
+            passed=True,  # what fails its certificate is not in the plan
+            headline=((f"{self.speedup:.2f}×", "time, before over after"), (error, "largest relative difference"),
+                      (str(len(self.plan.sites)), "sites with a kernel")),
+            facts=(("Hardware", f"{self.hardware}; {self.device}"), ("Measured", self.measured),
+                   ("Noise of the time ratio", f"{self.noise:.1%}"),
+                   ("Versions", ", ".join(f"{k} {v}" for k, v in self.plan.versions.items()))),
+            figures=figures,
+            plan=self.plan,
+            command="kpt.auto_optimize(...).report.to_html(path)",
+        ), path)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`fn` is what to use from now on (the original where nothing won); `model` is another name for it."""
+
+    fn: Any
+    plan: Plan
+    report: Report
+
+    @property
+    def model(self) -> Any:
+        return self.fn
+
+
+def auto_optimize(
+    fn_or_model: Any, *example_inputs: Any, level: str | None = None, hardware: Any = "auto", **example_keywords: Any
+) -> Result:
+    """Optimizes, proves and measures; keeps a rewrite only where it is faster by more than the noise.
+
+    Args:
+      fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
+      example_inputs, example_keywords: arguments of one typical call. For a linen module, its variables first.
+      level: "conservative", "balanced" or "aggressive".
+      hardware: "auto", a profile's name, or a `HardwareProfile`.
+
+    Raises:
+      MissingDependencyError: the front end's framework is not installed.
+      KptError: the object is neither a function nor a model.
+    """
+    name = front_end(fn_or_model, example_inputs)
+    try:
+        module = importlib.import_module(f"{name}.auto")
+    except ImportError as e:
+        framework = {"kpt_jax": "jax", "kpt_torch": "torch"}[name]
+        raise MissingDependencyError(
+            f"auto_optimize was given {framework} code", f"{name} cannot be imported here: {e}",
+            f"Install {framework}, or the part of kpt for it"
+        ) from e  # fmt: skip
+    return module.auto_optimize(fn_or_model, *example_inputs, level=level, hardware=hardware, **example_keywords)
+
+
+def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
+    """ "kpt_torch" for a torch module or a function given tensors, else "kpt_jax"; imports neither framework."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(fn_or_model, torch.nn.Module):
+        return "kpt_torch"
+    if not callable(fn_or_model) and not hasattr(fn_or_model, "apply"):
+        raise KptError(f"auto_optimize was given a {type(fn_or_model).__name__}", "It takes a function or a model",
+                       "Pass the function that computes, for example the loss")  # fmt: skip
+    if torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
+        return "kpt_torch"
+    return "kpt_jax"

@@ -1,0 +1,153 @@
+"""`kpt.auto_optimize`: measured side by side, and the original where nothing wins."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import kpt
+from kpt.auto import front_end
+from kpt.errors import KptError
+from kpt.kernels import KernelSpec, registry
+from kpt_jax import auto
+from kpt_jax.measure import Timing, gain
+
+
+def normalised(x, w):
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * w
+
+
+def loss(x, w):
+    return jnp.mean(normalised(x, w) ** 3)
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.standard_normal((64, 32)), jnp.float32), jnp.ones(32)
+
+
+@pytest.fixture(autouse=True)
+def without_example(monkeypatch):
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+
+
+def timed(monkeypatch, **seconds):
+    """The clock of the test: seconds by program; "every site" for the rewrite."""
+    seen = {}
+
+    def measure(programs, inputs):
+        seen.update(programs)
+        rng = np.random.default_rng(0)
+        draw = {n: seconds["before"] if n == "original" else seconds["after"] for n in programs}
+        return {n: Timing(tuple(s * rng.uniform(0.95, 1.05, 21)), 1000) for n, s in draw.items()}
+
+    monkeypatch.setattr(auto, "measure", measure)
+    return seen
+
+
+def test_what_wins_is_kept(monkeypatch, tmp_path):
+    timed(monkeypatch, before=2.0, after=1.0)
+    result = kpt.auto_optimize(loss, *arrays())
+    assert result.fn is not loss and result.model is result.fn
+    assert [s.op for s in result.plan.sites] == ["rms_norm"] and result.report.kept
+    assert 1.8 < result.report.speedup < 2.2 and 0 <= result.report.max_error < 1e-5
+    assert "2." in result.plan.notes[-1] and "faster" in result.plan.notes[-1]
+    np.testing.assert_allclose(result.fn(*arrays()), loss(*arrays()), rtol=1e-5)
+    data = json.loads(result.report.to_json())
+    assert data["kept"] and data["plan"]["sites"] and len(data["seconds_before"]) == 21
+    assert data["measured"] == "forward and backward"
+    page = result.report.to_html(tmp_path / "report.html").read_text()
+    assert "rms_norm" in page and "as written" in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("before, after", [(1.0, 1.0), (1.0, 1.5), (1.0, 0.999)])
+def test_what_does_not_win_is_not_kept(monkeypatch, before, after):
+    timed(monkeypatch, before=before, after=after)
+    result = kpt.auto_optimize(loss, *arrays())
+    assert result.fn is loss and not result.report.kept and result.report.speedup == 1.0
+    assert not result.plan.sites and [s.op for s in result.plan.skipped] == ["rms_norm"]
+    assert "The original is kept: nothing won by more than the noise" in result.plan.notes[-1]
+
+
+def test_nothing_to_swap():
+    plain = lambda x: jnp.sin(x)  # noqa: E731
+    result = kpt.auto_optimize(plain, jnp.ones((4, 4)))
+    assert result.fn is plain and "no site has a kernel" in result.plan.notes[-1]
+    assert result.report.measured == "forward" and result.report.max_error is None
+
+
+def test_the_real_clock_sees_a_kernel_that_is_slow(monkeypatch):
+    """Two hundred matrix products beside one norm: no noise hides that."""
+    import sys
+
+    def slow(x, weight=None, eps=1e-6, weight_offset=0.0, out_dtype=None):
+        y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps) * weight
+        m = jnp.eye(256) * 0.999 + x[0, 0] * 1e-6
+        for _ in range(200):
+            m = m @ m
+        return y + 0 * jnp.minimum(jnp.sum(m), 1.0)
+
+    monkeypatch.setattr(registry, "_kernels", {k: s for k, s in registry._kernels.items() if s.op != "rms_norm"})
+    module = type(sys)("slow_kernels")
+    module.slow = slow
+    monkeypatch.setitem(sys.modules, "slow_kernels", module)
+    registry.register(KernelSpec("rms_norm.slow", "rms_norm", 1, "test", "jax", ("cpu",), "slow_kernels:slow", ("float32",)))
+    result = kpt.auto_optimize(loss, *arrays())
+    assert not result.report.kept and result.report.measured_speedup < 0.8
+    assert result.report.memory_before > 0 and len(result.report.seconds_before) >= 9
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.RMSNorm(32, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(jnp.tanh(x))
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.RMSNorm()(jnp.tanh(x))
+
+
+def test_models(monkeypatch):
+    timed(monkeypatch, before=2.0, after=1.0)
+    x = arrays()[0]
+    net = Net(nnx.Rngs(0))
+    result = kpt.auto_optimize(net, x)
+    assert isinstance(result.model, Net) and [s.op for s in result.plan.sites] == ["rms_norm"]
+    np.testing.assert_allclose(result.model(x), net(x), rtol=1e-5)
+    model = Linen()
+    variables = model.init(jax.random.key(0), x)
+    result = kpt.auto_optimize(model, variables, x)
+    assert isinstance(result.model, Linen) and [s.op for s in result.plan.sites] == ["rms_norm"]
+    np.testing.assert_allclose(result.model.apply(variables, x), model.apply(variables, x), rtol=1e-5)
+
+
+def test_front_ends():
+    assert front_end(loss, ()) == "kpt_jax"
+    with pytest.raises(KptError, match="int"):
+        kpt.auto_optimize(3)
+
+
+def test_the_gain_and_its_error():
+    rng = np.random.default_rng(1)
+    ratios = [gain(2 * rng.lognormal(0, 0.1, 101), rng.lognormal(0, 0.1, 101)) for _ in range(200)]
+    middles = np.array([m for m, _ in ratios])
+    errors = np.array([e for _, e in ratios])
+    assert abs(middles.mean() - np.log(2)) < 0.01
+    assert 0.8 < errors.mean() / middles.std() < 1.25
+
+
+def test_importing_kpt_auto_imports_no_framework():
+    import subprocess
+    import sys
+
+    code = "import kpt, sys; kpt.auto_optimize; assert not {'jax', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

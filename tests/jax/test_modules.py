@@ -1,0 +1,254 @@
+"""Flax modules through `optimize`: the same type of use, the same parameters, the same state."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+
+import kpt_jax
+
+B, T, D = 2, 6, 16
+
+
+@pytest.fixture(autouse=True)
+def without_example(monkeypatch):
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+
+
+def attend(q, k, v):
+    scores = q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e30)
+    return jax.nn.softmax(scores, axis=-1) @ v
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.qkv = nnx.Linear(D, 3 * D, rngs=rngs)
+        self.norm = nnx.BatchNorm(D, rngs=rngs)
+        self.drop = nnx.Dropout(0.3, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls.value += 1
+        return x + self.drop(attend(*jnp.split(self.qkv(self.norm(x)), 3, -1)))
+
+    def twice(self, x):
+        return self(self(x))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Layer(rngs) for _ in range(2)]) if hasattr(nnx, "List") else [Layer(rngs), Layer(rngs)]
+
+    def __call__(self, x, *, scale=1.0):
+        for layer in self.layers:
+            x = layer(x)
+        return x * scale
+
+
+def inputs():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+
+
+def close(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(
+        np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-4, atol=2e-5),
+        jax.tree.map(raw, got), jax.tree.map(raw, want))  # fmt: skip
+
+
+def raw(a):
+    return jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+
+
+def pair(mode="train"):
+    """The original, and an optimized one with variables of its own."""
+    models = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
+    for m in models:
+        m.train() if mode == "train" else m.eval()
+    return models[0], kpt_jax.optimize(models[1])
+
+
+def pure(m):
+    return nnx.to_pure_dict(nnx.state(m))
+
+
+def mean_square(m, x):
+    return jnp.mean(jnp.square(m(x)))
+
+
+def calls(m, x):
+    return [m(x), m(x, scale=2.0), m(x, scale=jnp.float32(3))]
+
+
+def under_jit(m, x):
+    return [nnx.jit(lambda m, x: m(x))(m, x) for _ in range(2)]
+
+
+def gradients(m, x):
+    return nnx.grad(mean_square)(m, x)
+
+
+def trained(m, x):
+    optimizer = nnx.Optimizer(m, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(m, optimizer, x):
+        value, grads = nnx.value_and_grad(mean_square)(m, x)
+        optimizer.update(m, grads)
+        return value
+
+    return [step(m, optimizer, x) for _ in range(3)]
+
+
+def split_and_merged(m, x):
+    graphdef, params, rest = nnx.split(m, nnx.Param, ...)
+    return nnx.merge(graphdef, params, rest)(x), params
+
+
+def updated(m, x):
+    nnx.update(m, jax.tree.map(lambda a: a * 0.5 if a.dtype == jnp.float32 else a, nnx.state(m, nnx.Param)))
+    return m(x)
+
+
+def vmapped(m, x):
+    m.eval()
+    graphdef, state = nnx.split(m)
+    return jax.vmap(lambda x: nnx.merge(graphdef, state)(x[None]))(x)
+
+
+def through_a_method(m, x):
+    return m.layers[0].twice(x)
+
+
+def cloned(m, x):
+    return nnx.clone(m)(x)
+
+
+USES = [calls, under_jit, gradients, trained, split_and_merged, updated, vmapped, through_a_method, cloned]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("use", USES, ids=lambda f: f.__name__)
+def test_nnx(use, mode):
+    if (use, mode) == (vmapped, "train"):
+        mode = "eval"
+    plain, fast = pair(mode)
+    close(use(fast, inputs()), use(plain, inputs()))
+    close(pure(fast), pure(plain))  # batch statistics, dropout counts, the counter
+
+
+def test_nnx_is_still_that_module():
+    plain, fast = pair()
+    assert isinstance(fast, Net) and type(fast).__name__ == "Net"
+    paths = [[p for p, _ in nnx.to_flat_state(nnx.state(m))] for m in (plain, fast)]
+    assert paths[0] == paths[1]
+    assert [s.op for s in fast.plan(inputs()).sites] == ["attention"] * 2
+    assert "attention" in fast.explain(inputs())
+    fast.eval()
+    assert fast.layers[0].drop.deterministic and not plain.layers[0].drop.deterministic
+
+
+def test_nnx_shares_the_parameters():
+    plain = Net(nnx.Rngs(0))
+    fast = kpt_jax.optimize(plain)
+    plain.layers[0].qkv.bias.value += 1.0
+    plain.eval()
+    fast.eval()
+    close(fast(inputs()), plain(inputs()))
+
+
+def test_nnx_inside_an_optimized_step():
+    plain, other = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
+
+    def step(graphdef, state, x):
+        m = nnx.merge(graphdef, state)
+        value, grads = nnx.value_and_grad(mean_square)(m, x)
+        return value, grads, nnx.state(m)
+
+    fast = kpt_jax.optimize(step)
+    close(fast(*nnx.split(other), inputs()), step(*nnx.split(plain), inputs()))
+    assert [s.path.split("/")[0] for s in fast.plan(*nnx.split(other), inputs()).sites] == ["grad0"] * 2
+
+
+class Block(linen.Module):
+    width: int = D
+    rate: float = 0.3
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        h = linen.BatchNorm(use_running_average=not train)(x)
+        q, k, v = jnp.split(linen.Dense(3 * self.width)(h), 3, -1)
+        y = linen.Dropout(self.rate, deterministic=not train)(attend(q, k, v))
+        self.sow("intermediates", "y", y)
+        return x + y
+
+    def doubled(self, x):
+        return 2 * self(x)
+
+
+def linen_pair():
+    plain = Block()
+    return plain, kpt_jax.optimize(plain), plain.init(jax.random.key(0), inputs())
+
+
+APPLIES = {
+    "apply": lambda m, v, x: m.apply(v, x),
+    "mutable": lambda m, v, x: m.apply(v, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}),
+    "capture": lambda m, v, x: m.apply(v, x, mutable="intermediates"),
+    "mutable true": lambda m, v, x: m.apply(v, x, mutable=True),
+    "method by name": lambda m, v, x: m.apply(v, x, method="doubled"),
+    "method by function": lambda m, v, x: m.apply(v, x, method=Block.doubled),
+    "positional flag": lambda m, v, x: m.apply(v, x, False),
+    "jit": lambda m, v, x: jax.jit(m.apply)(v, x),
+    "grad": lambda m, v, x: jax.grad(lambda p: jnp.mean(m.apply({**v, "params": p}, x) ** 2))(v["params"]),
+    "vmap": lambda m, v, x: jax.vmap(lambda x: m.apply(v, x[None]))(x),
+    "init": lambda m, v, x: m.init(jax.random.key(0), x),
+    "init_with_output": lambda m, v, x: m.init_with_output(jax.random.key(0), x),
+    "bind": lambda m, v, x: m.bind(v)(x),
+    "clone": lambda m, v, x: m.clone(rate=0.1).apply(v, x, train=True, mutable=["batch_stats"],
+                                                     rngs={"dropout": jax.random.key(1)}),
+    "copy": lambda m, v, x: m.copy().apply(v, x),
+    "inside another module": lambda m, v, x: linen.Sequential([m, jnp.sin]).init_with_output(jax.random.key(0), x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", APPLIES.values(), ids=APPLIES)
+def test_linen(use):
+    plain, fast, variables = linen_pair()
+    close(use(fast, variables, inputs()), use(plain, variables, inputs()))
+
+
+def test_linen_is_still_that_module():
+    plain, fast, variables = linen_pair()
+    assert isinstance(fast, Block) and type(fast).__name__ == "Block" and fast.width == plain.width
+    assert [s.op for s in fast.plan(variables, inputs()).sites] == ["attention"]
+
+
+def test_linen_train_state():
+    plain, fast, variables = linen_pair()
+
+    def losses(m):
+        state = TrainState.create(apply_fn=m.apply, params=variables["params"], tx=optax.sgd(0.1))
+
+        @jax.jit
+        def step(state, x):
+            def loss(params):
+                v = {"params": params, "batch_stats": variables["batch_stats"]}
+                return jnp.mean(jnp.square(state.apply_fn(v, x)))
+
+            value, grads = jax.value_and_grad(loss)(state.params)
+            return state.apply_gradients(grads=grads), value
+
+        out = []
+        for _ in range(3):
+            state, value = step(state, inputs())
+            out.append(value)
+        return out
+
+    close(losses(fast), losses(plain))
