@@ -58,7 +58,9 @@ def estimate(
       cost: `Op.cost` of the kernel's op.
       hardware: needs `peak_flops`, FLOP/s by dtype, and `memory_bandwidth` in bytes/s.
     """
-    peak = (getattr(hardware, "peak_flops", None) or {}).get(dtype)
+    if hasattr(hardware, "per_device"):  # a chip may be several devices, and a narrow dtype may run at a wider one's rate
+        hardware = hardware.per_device()
+    peak = hardware.peak(dtype) if hasattr(hardware, "peak") else (getattr(hardware, "peak_flops", None) or {}).get(dtype)
     bandwidth = getattr(hardware, "memory_bandwidth", None)
     if not peak or not bandwidth or not (kernel.cost or cost):
         return None
