@@ -141,7 +141,7 @@ def _elementwise_after(p: Program, e: Expr, limit: int = 24) -> list[Expr]:
 
 def _activated(p: Program, e: Expr) -> tuple[str, Expr] | None:
     """(activation, its argument) where `e` is an activation of something: the farthest source that fits."""
-    if e.op not in ELEMENTWISE or e.op in ("add", "sub", "neg", "convert", "select") and not _nonlinear(e):
+    if e.op not in ELEMENTWISE or not _nonlinear(e):
         return None
     seen: set[int] = set()
     level = [e]

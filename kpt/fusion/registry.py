@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 from kpt.errors import GraphError
@@ -10,6 +11,7 @@ from kpt.fusion import attention, cross_entropy, linear, norms, rope
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.graph.graph import Graph
 
+log = logging.getLogger("kpt")
 Pattern = Callable[[Program], Iterator[Match | NearMiss]]
 
 
@@ -40,8 +42,8 @@ class FusionRegistry:
         taken: list[Match] = []
         missed: list[NearMiss] = []
         claimed: set[int] = set()
-        for pattern in self.patterns.values():
-            for found in pattern(program):
+        for name, pattern in self.patterns.items():
+            for found in _finds(name, pattern, program):
                 if isinstance(found, NearMiss):
                     missed.append(found)
                     continue
@@ -62,6 +64,14 @@ class FusionRegistry:
         inside = {id(n) for m in taken for n in program.consumed(m)}
         missed = [m for m in _unique(missed) if m.value not in done and id(program.node_of.get(m.value)) not in inside]
         return program, taken, missed
+
+
+def _finds(name: str, pattern: Pattern, program: Program) -> Iterator[Match | NearMiss]:
+    """What a pattern finds; a fault in it costs what it had not found yet, never the user's program."""
+    try:
+        yield from pattern(program)
+    except Exception:
+        log.warning("pattern %r failed on %s; please report it", name, program.graph.name, exc_info=True)
 
 
 def _core(p: Program, m: Match) -> set[int]:

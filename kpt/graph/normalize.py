@@ -338,6 +338,31 @@ def sum_of_squares(e: Expr, x: Exprs) -> Expr | None:
     return x.transpose(total, tuple(order.index(d) for d in batch))
 
 
+_SMALL = 4096  # elements of a factor that is evaluated to see whether it is 1 everywhere
+
+
+@rule("dot_general")
+def product_with_ones(e: Expr, x: Exprs) -> Expr | None:
+    """A product that sums nothing, with ones (a head mask that masks no head), is the other operand spread out."""
+    if e["lhs_contract"]:
+        return None
+    for ones, other, mine, theirs, first in ((e.args[0], e.args[1], "lhs_batch", "rhs_batch", False),
+                                             (e.args[1], e.args[0], "rhs_batch", "lhs_batch", True)):  # fmt: skip
+        if other.dtype != e.dtype or int(np.prod(ones.shape)) > _SMALL:
+            continue
+        value = evaluate(ones, x)
+        if value is None or not np.all(value == 1):
+            continue
+        batch = e[theirs]
+        free = [d for d in range(len(other.shape)) if d not in batch]
+        start = len(batch) + (0 if first else len(ones.shape) - len(e[mine]))
+        place = {d: i for i, d in enumerate(batch)} | {d: start + i for i, d in enumerate(free)}
+        order = tuple(sorted(place, key=lambda d: place[d]))
+        turned = simplify(x.transpose(other, order), x)
+        return simplify(x.broadcast(turned, e.shape, tuple(place[d] for d in order)), x)
+    return None
+
+
 def _never_negative(e: Expr) -> bool:
     if e.op in ("exp", "square", "abs", "logistic"):
         return True
