@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.jax.plain_kernels import assert_same, rewritten
-from tests.jax.spellings.table import D, H, T, V, Table
+from tests.jax.spellings.table import D, H, T, Table, V
 
 # Reuses the spelling table; a near miss names the op that must not be found, and a part of the reason given (None: no claim).
 table = Table()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kpt.errors import OpError
 from pallas_kernels.cross_entropy.xla import cross_entropy
 from pallas_kernels.linear_cross_entropy import xla as linear
 from pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tests.jax.spellings.table import D, T, V, Table, site
+from tests.jax.spellings.table import D, T, Table, V, site
 
 table = Table()
 
