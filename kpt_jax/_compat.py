@@ -176,7 +176,7 @@ def forward_mode(values: Any) -> bool:
             x = x.val
         if isinstance(x, ad.JVPTracer):
             return True
-        if isinstance(x, getattr(ad, "LinearizeTracer", ())) and not getattr(x._trace, "is_vjp", True):
+        if isinstance(x, getattr(ad, "LinearizeTracer", ())) and not getattr(getattr(x, "_trace", None), "is_vjp", True):
             return True
     return False
 

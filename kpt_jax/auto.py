@@ -42,7 +42,7 @@ def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hard
     measured = "forward"
     trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
     if all(f is not None for f in trained.values()):
-        measured, programs = "forward and backward", trained  # type: ignore[assignment]
+        measured, programs = "forward and backward", trained
     timings = measure(programs, arrays)
     before = timings[ORIGINAL]
     gains = {n: gain(before.seconds, timings[n].seconds) for n in variants}

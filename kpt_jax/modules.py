@@ -68,7 +68,8 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
     members = {"__call__": call, "plan": plan_, "explain": explain, "certify": certify, "__doc__": base.__doc__,
                "__module__": base.__module__,
                "__kpt__": lambda self, *args, **kwargs: (fast, (*as_base(self), args, kwargs))}  # fmt: skip
-    optimized = type(base)(base.__name__, (base,), members)
+    metaclass: Any = type(base)
+    optimized = metaclass(base.__name__, (base,), members)
     new = object.__new__(optimized)
     vars(new).update(vars(module))
     return new

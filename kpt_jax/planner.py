@@ -142,7 +142,7 @@ class Planner:
     def _prove(
         self, program: Program, match: Match, kernel: KernelSpec, fn: Callable[..., Any], site: Site, values: _Example
     ) -> tuple[Site, str | None]:
-        key = (kernel.name, kernel.version, site.fingerprint, jax.default_backend())
+        key: tuple = (kernel.name, kernel.version, site.fingerprint, jax.default_backend())
         example = values.leaves(program, match) if self.certify == "full" else None
         if example is not None:
             key = (*key, "example", site.path)
@@ -238,9 +238,10 @@ def fingerprint(program: Program, match: Match) -> str:
     for n in program.consumed(match):
         ins = [number.setdefault(v, len(number)) for v in n.inputs]
         outs = [number.setdefault(v, len(number)) for v in n.outputs]
-        consts = [repr(np.asarray(program.graph.consts[v])) if v in program.graph.consts and program.graph.specs[v].shape == () else ""
-                  for v in n.inputs]  # fmt: skip
-        parts.append((n.op, ins, outs, sorted(n.attrs.items()), [(s.shape, s.dtype) for s in map(program.graph.specs.__getitem__, n.outputs)], consts))
+        g = program.graph
+        known = [repr(np.asarray(g.consts[v])) if v in g.consts and g.specs[v].shape == () else "" for v in n.inputs]
+        made = [(g.specs[v].shape, g.specs[v].dtype) for v in n.outputs]
+        parts.append((n.op, ins, outs, sorted(n.attrs.items()), made, known))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

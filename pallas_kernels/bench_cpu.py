@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def measure(name: str, fns: dict[str, Callable], args: tuple, runs: int) -> list
         {
             "case": name,
             "spelling": spelling,
-            "temp_bytes": compiled[spelling].memory_analysis().temp_size_in_bytes,
+            "temp_bytes": getattr(compiled[spelling].memory_analysis(), "temp_size_in_bytes", None),
             "median_ms": statistics.median(times[spelling]),
             "min_ms": min(times[spelling]),
             "max_ms": max(times[spelling]),
@@ -94,7 +95,7 @@ def measure(name: str, fns: dict[str, Callable], args: tuple, runs: int) -> list
 
 
 def main() -> None:
-    cases = {
+    cases: dict[str, tuple[Callable[..., tuple[str, dict[str, Callable], tuple]], Any]] = {
         "attention": (attention_case, ATTENTION_SHAPES),
         "linear_cross_entropy": (linear_cross_entropy_case, LINEAR_CROSS_ENTROPY_SHAPES),
     }
@@ -106,7 +107,8 @@ def main() -> None:
     options = parser.parse_args()
     make, shapes = cases[options.op]
     for shape in (options.shape,) if options.shape else shapes:
-        rows = measure(*make(*shape), options.runs)
+        name, fns, args = make(*shape)
+        rows = measure(name, fns, args, options.runs)
         if options.json:
             print(json.dumps(rows), flush=True)
             continue

@@ -142,7 +142,9 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
             if acc.cap is not None:
                 raise Refuse("a mask is applied before the soft cap")
             if not fill * scale <= _HIDDEN:
-                raise Refuse(f"hidden scores become {fill * scale:g}, which leaves them weight; a mask needs -inf or a value below {_HIDDEN:g}")
+                raise Refuse(
+                    f"hidden scores become {fill * scale:g}, which leaves them weight; a mask needs -inf or a value below {_HIDDEN:g}"
+                )
             pred = operands[0] if i == 1 else _negated(p, operands[0])
             trial.masks.append((pred, fill * scale, False))
             trial.biased_fill |= bool(acc.biases)
@@ -197,9 +199,9 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
         if len(parts) == 1 and parts[0][0] == 1 and c <= _HIDDEN and parts[0][1].expr.op == "sub":
             one, keep = (Ref(x, parts[0][1].dims) for x in parts[0][1].expr.args)
             if scalar(ax.strip(one)) == 1:
-                b = boolean_behind(keep.expr, p.exprs)
-                if b is not None:
-                    acc.masks.append((Ref(b, keep.dims), c, True))
+                seen = boolean_behind(keep.expr, p.exprs)
+                if seen is not None:
+                    acc.masks.append((Ref(seen, keep.dims), c, True))
                     return
     if e.op == "const" or (not e.origins or e.args):
         size = math.prod(e.shape)
@@ -209,7 +211,8 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
             hidden = low <= _HIDDEN
             fills = set(low[hidden].tolist())
             if hidden.any() and len(fills) == 1 and not low[~hidden].any():
-                p.exprs.consts[key] = ~hidden if (key := -3 - len(p.exprs.consts)) else None
+                key = -3 - len(p.exprs.consts)  # a constant of ours: no value of the program has its id
+                p.exprs.consts[key] = ~hidden
                 keep_e = p.exprs.make("const", (), (("key", key),), e.shape, "bool")
                 acc.masks.append((Ref(keep_e, r.dims), fills.pop(), True))
                 return
@@ -261,7 +264,7 @@ def _normalised_late(e: Expr) -> _Weighted | None:
     ax = Axes()
     out = ax.root(e)
     c, parts = factors(ax, out, lambda r: r.expr.op in ("dot_general", "reduce_sum"))
-    over = {f: r for f, r in parts}
+    over = {float(f): r for f, r in parts}
     if c != 1.0 or len(parts) != 2 or set(over) != {1, -1} or over[1].expr.op != "dot_general":
         return None
     total = sum_of_exp(ax, over[-1])
@@ -284,7 +287,7 @@ def _normalised_late(e: Expr) -> _Weighted | None:
 
 def _match(p: Program, found: _Weighted) -> Match:
     x, ax, out, scores = p.exprs, found.ax, found.out, found.scores
-    prob, val, product = found.weights, found.values, found.product
+    prob, val = found.weights, found.values
     key = ax.flat(prob.dims[found.axis])
     acc = _Scores()
     dot = _walk(p, ax, Ref(scores, ax.resolve(prob).dims), frozenset(key), acc)
@@ -300,9 +303,8 @@ def _match(p: Program, found: _Weighted) -> Match:
     if not set(key) <= set(ax.of(k)):
         raise Refuse("softmax runs over another axis than the keys'")
     free = [ax.flat(d) for d in dot.dims]
-    scale = acc.scale * _scales_inside(p, ax, q, k, (scale_of := []))
-    if scale_of:
-        q, k = scale_of
+    inside, q, k = _scales_inside(p, ax, q, k)
+    scale = acc.scale * inside
     q, k, val = (_leaf(p, ax, r) for r in (q, k, val))
     depth, key = ax.flat(depth), ax.flat(key)
     qa, ka, va = (set(ax.of(r)) for r in (q, k, val))
@@ -384,7 +386,8 @@ def _operand_dtype(p: Program, found: _Weighted, dot: Expr, stored: set[str]) ->
     wide = found.product.args[0].dtype
     if wide == dtype:
         return dtype
-    ends, todo = [], [found.out.expr]
+    ends: list[Expr] = []
+    todo = [found.out.expr]
     while todo and len(ends) < 8:
         e = todo.pop()
         returned = any(v in p.graph.outputs for v in e.origins)
@@ -395,9 +398,10 @@ def _operand_dtype(p: Program, found: _Weighted, dot: Expr, stored: set[str]) ->
     return dtype if all(u.op == "convert" and u.dtype == dtype for u in ends) else wide
 
 
-def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref, out: list[Ref]) -> float:
-    """A scalar folded into q or k comes out as scale, where that does not round differently."""
+def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref) -> tuple[float, Ref, Ref]:
+    """(scale, q, k): a scalar folded into q or k taken out, where that does not round differently."""
     total = 1.0
+    out = []
     for r in (q, k):
         r = ax.strip(r)
         while r.expr.op in ("mul", "div") and r.expr.dtype in ("float32", "float64"):
@@ -412,7 +416,7 @@ def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref, out: list[Ref]) -> floa
             else:
                 break
         out.append(r)
-    return total
+    return total, out[0], out[1]
 
 
 def _leaf(p: Program, ax: Axes, r: Ref) -> Ref:
@@ -476,7 +480,8 @@ def _joined_bias(p: Program, ax: Axes, lay: Layout, biases: list[tuple[float, Re
 
 
 def _depends_on(e: Expr, target: Expr) -> bool:
-    todo, seen = [e], set()
+    todo = [e]
+    seen: set[int] = set()
     while todo:
         a = todo.pop()
         if a is target:

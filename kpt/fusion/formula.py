@@ -32,7 +32,8 @@ def args(ref: Ref) -> list[Ref]:
 
 def terms(ax: Axes, ref: Ref, stop: Callable[[Ref], bool] = lambda r: False) -> tuple[float, list[tuple[float, Ref]]]:
     """`ref` as constant + sum of coefficient * term. A term for which `stop` holds is not opened."""
-    const, out = 0.0, []
+    const = 0.0
+    out: list[tuple[float, Ref]] = []
     todo = [(1.0, ref)]
     while todo:
         c, r = todo.pop()
@@ -71,7 +72,8 @@ def factors(
     ax: Axes, ref: Ref, stop: Callable[[Ref], bool] = lambda r: False
 ) -> tuple[float, list[tuple[Fraction, Ref]]]:
     """`ref` as constant * product of factor ** power."""
-    const, out = 1.0, []
+    const = 1.0
+    out: list[tuple[Fraction, Ref]] = []
     todo = [(Fraction(1), ref)]
     while todo:
         p, r = todo.pop()
@@ -258,8 +260,7 @@ def activation(source: Expr, e: Expr, exprs: Exprs) -> str | None:
     """The name of the activation f where `e` = f(source) elementwise, or None."""
     if e is source or not _unary(source, e, 40):
         return None
-    points = np.float64(_POINTS)
-    got = _evaluate_pointwise(source, e, exprs, points)
+    got = _evaluate_pointwise(source, e, exprs, _POINTS)
     if got is None:
         return None
     # Constants in the code are rounded to float32 or bfloat16: 0.7978846 for sqrt(2/pi) is 3e-8 off, bfloat16's 4e-3.

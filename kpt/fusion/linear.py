@@ -36,10 +36,11 @@ def projection(p: Program, ax: Axes, ref: Ref) -> Projection | None:
         return None
     at, (x, w, contracted, dot) = dots[0]
     rest = [r for r in parts if r is not at]
-    got = [_cut(p, ax, r, cuts) for r in (x, w, *rest)]
-    if any(r is None for r in got):
+    whole = [_cut(p, ax, r, cuts) for r in (x, w, *rest)]
+    sliced = [r for r in whole if r is not None]
+    if len(sliced) != len(whole):
         return None
-    x, w, *rest = (r for r in got if r is not None)
+    x, w, rest = sliced[0], sliced[1], sliced[2:]
     columns = tuple(a for a in ax.of(w) if a not in ax.flat(contracted))
     if not columns or set(columns) & set(ax.of(x)):
         return None

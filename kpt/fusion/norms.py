@@ -43,7 +43,8 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
 
 def _downstream(p: Program, root: Expr, limit: int = 48) -> list[Expr]:
     """What is made from `root` by products, sums and views, nearest first."""
-    out, at = [], [root]
+    out: list[Expr] = []
+    at = [root]
     while at and len(out) < limit:
         e = at.pop(0)
         for u in p.users(e):
@@ -221,8 +222,7 @@ def _match(p: Program, e: Expr, root: Expr) -> Match | None:
             return None
         arrays["bias"] = bias
     base = _source(ax, numer_ref, x, kind)
-    lead = [d for d in ax.resolve(out).dims if d != own_axis]
-    lead = tuple(d for d in lead)
+    lead = tuple(d for d in ax.resolve(out).dims if d != own_axis)
     if any(set(d) & set(own_axis) for d in lead):
         return None
     target = (*lead, own_axis)

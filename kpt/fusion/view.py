@@ -191,7 +191,9 @@ class Axes:
             return None
         e = x.reshape(ref.expr, tuple(self.size[a] for a in have))
         e = x.transpose(e, tuple(have.index(a) for a in order))
-        shape, dims, expanded = [], [], False
+        shape: list[int] = []
+        dims: list[int] = []
+        expanded = False
         for g in groups:
             keep = fill or any(a in have for a in g)
             for a in g:

@@ -32,6 +32,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "lt": np.less, "atan2": np.arctan2,
     "select": lambda p, a, b: np.where(p, a, b), "clamp": lambda lo, x, hi: np.clip(x, lo, hi),
 }  # fmt: skip
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "and": np.all, "or": np.any}
 
 
 def evaluate(e: Expr, exprs: Exprs, known: Mapping[int, np.ndarray] | None = None, floats: Any = np.float64) -> np.ndarray | None:
@@ -91,9 +92,8 @@ def evaluate(e: Expr, exprs: Exprs, known: Mapping[int, np.ndarray] | None = Non
             return args[0].astype(dtype_of(x))
         if x.op == "pow":
             return np.asarray(args[0] ** x["y"])
-        if x.op.startswith("reduce_") and x.op[7:] in ("sum", "max", "min", "and", "or"):
-            reduce: Callable[..., Any] = {"sum": np.sum, "max": np.max, "min": np.min, "and": np.all, "or": np.any}[x.op[7:]]
-            return np.asarray(reduce(args[0], axis=tuple(x["axes"]))).astype(dtype_of(x))
+        if x.op.startswith("reduce_") and x.op[7:] in _REDUCTIONS:
+            return np.asarray(_REDUCTIONS[x.op[7:]](args[0], axis=tuple(x["axes"]))).astype(dtype_of(x))
         fn = _FUNCTIONS.get(x.op)
         return None if fn is None else np.asarray(fn(*args)).astype(dtype_of(x))
 

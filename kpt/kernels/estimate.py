@@ -52,7 +52,8 @@ def estimate(
 
         (max(flops / peak_flops[dtype], bytes / memory_bandwidth) + intermediates / memory_bandwidth) / efficiency
 
-    Intermediates are those of the user's own code: passes of their own, that no product runs beside. An estimate ranks candidates; it is no measurement.
+    Intermediates are those of the user's own code: passes of their own, that no product runs beside. An estimate ranks
+    candidates; it is no measurement.
 
     Args:
       cost: `Op.cost` of the kernel's op.

@@ -152,13 +152,14 @@ def _forward(static: _Static, q, k, v, operands):
         q_blk, k_blk, v_blk = _cut(qh, i, size_q, _ROWS), _cut(kh, j, size_kv, _KEYS), _cut(vh, j, size_kv, _KEYS)
         s, visible, _ = _scores(static, q_blk, k_blk, ops, i, j, masked, acc_dtype)
         s = _filled(static.mask, s, visible)
-        m, total, acc = carry and [_cut(x, i, size_q, _ROWS) for x in carry] or (None, None, None)
-        block_max = jnp.max(s, _KEYS, keepdims=True)
-        m_new = block_max if carry is None else jnp.maximum(m, block_max)
+        m_new = jnp.max(s, _KEYS, keepdims=True)
+        if carry is None:  # the only block there is
+            p = jnp.exp(s - _finite(m_new))
+            return m_new, jnp.sum(p, _KEYS, keepdims=True), _weigh(v_blk, p, acc_dtype)
+        m, total, acc = (_cut(x, i, size_q, _ROWS) for x in carry)
+        m_new = jnp.maximum(m, m_new)
         p = jnp.exp(s - _finite(m_new))
         p_sum, pv = jnp.sum(p, _KEYS, keepdims=True), _weigh(v_blk, p, acc_dtype)
-        if carry is None:  # the only block there is
-            return m_new, p_sum, pv
         shrink = jnp.exp(m - _finite(m_new))
         new = m_new, total * shrink + p_sum, acc * shrink + pv
         return tuple(lax.dynamic_update_slice_in_dim(x, y, i, _ROWS) for x, y in zip(carry, new, strict=True))
