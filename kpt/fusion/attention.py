@@ -278,13 +278,14 @@ def _normalised_late(e: Expr) -> _Weighted | None:
         if len(differ) == 1 and here[differ[0]] == ax.flat(contracted) and there[differ[0]] == ax.flat(fresh):
             scores, _ = unshifted(ax, args(weights)[0], contracted)
             if scores.dims == here:
-                return _Weighted(ax, out, weights, ax.strip(values), scores.expr, differ[0], (exp.expr, over[1].expr), over[1].expr)
+                product = over[1].expr
+                return _Weighted(ax, out, weights, ax.strip(values), scores.expr, differ[0], (exp.expr, product), product)
     return None
 
 
 def _match(p: Program, found: _Weighted) -> Match:
     x, ax, out, scores = p.exprs, found.ax, found.out, found.scores
-    prob, val, product = found.weights, found.values, found.product
+    prob, val = found.weights, found.values
     key = ax.flat(prob.dims[found.axis])
     acc = _Scores()
     dot = _walk(p, ax, Ref(scores, ax.resolve(prob).dims), frozenset(key), acc)

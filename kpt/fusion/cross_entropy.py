@@ -186,11 +186,10 @@ def _label_equality(p: Program, ax: Axes, r: Ref, vocab: tuple[int, ...]) -> Ref
         return None
     sides = [ax.strip(a) for a in args(r)]
     for label, pos in (sides, sides[::-1]):
-        if pos.expr.op == "iota" and ax.flat(pos.dims[pos.expr["dimension"]]) == ax.flat(vocab):
-            if not set(ax.of(label)) & set(ax.flat(vocab)):
-                return label
-        data = _known_arange(p, pos)
-        if data and ax.of(pos) == ax.flat(vocab) and not set(ax.of(label)) & set(ax.flat(vocab)):
+        if set(ax.of(label)) & set(ax.flat(vocab)):
+            continue
+        counts = pos.expr.op == "iota" and ax.flat(pos.dims[pos.expr["dimension"]]) == ax.flat(vocab)
+        if counts or (_known_arange(p, pos) and ax.of(pos) == ax.flat(vocab)):
             return label
     return None
 

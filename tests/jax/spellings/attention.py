@@ -1,5 +1,7 @@
 """Attention as people write it."""
 
+# ruff: noqa: E501 (a table: one row, one line)
+
 import math
 
 import flax.linen as nn

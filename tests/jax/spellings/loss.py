@@ -1,5 +1,7 @@
 """Softmax cross entropy, alone and on a language-model head, as people write it."""
 
+# ruff: noqa: E501 (a table: one row, one line)
+
 import jax
 import jax.numpy as jnp
 import optax
