@@ -281,7 +281,8 @@ def _normalised_late(e: Expr) -> _Weighted | None:
         if len(differ) == 1 and here[differ[0]] == ax.flat(contracted) and there[differ[0]] == ax.flat(fresh):
             scores, _ = unshifted(ax, args(weights)[0], contracted)
             if scores.dims == here:
-                return _Weighted(ax, out, weights, ax.strip(values), scores.expr, differ[0], (exp.expr, over[1].expr), over[1].expr)
+                product = over[1].expr
+                return _Weighted(ax, out, weights, ax.strip(values), scores.expr, differ[0], (exp.expr, product), product)
     return None
 
 

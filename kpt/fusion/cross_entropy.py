@@ -44,8 +44,7 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
 
 def _candidates(p: Program, log: Expr) -> list[Expr]:
     """Sums made from `log`, through the choice of a label, nearest first."""
-    out: list[Expr] = []
-    at, depth = [log], {id(log): 0}
+    out, at, depth = [], [log], {id(log): 0}
     while at and len(out) < 40:
         e = at.pop(0)
         for u in p.users(e):
@@ -187,9 +186,10 @@ def _label_equality(p: Program, ax: Axes, r: Ref, vocab: tuple[int, ...]) -> Ref
         return None
     sides = [ax.strip(a) for a in args(r)]
     for label, pos in (sides, sides[::-1]):
+        if set(ax.of(label)) & set(ax.flat(vocab)):
+            continue
         counts = pos.expr.op == "iota" and ax.flat(pos.dims[pos.expr["dimension"]]) == ax.flat(vocab)
-        counts = counts or (_known_arange(p, pos) and ax.of(pos) == ax.flat(vocab))
-        if counts and not set(ax.of(label)) & set(ax.flat(vocab)):
+        if counts or (_known_arange(p, pos) and ax.of(pos) == ax.flat(vocab)):
             return label
     return None
 
@@ -293,11 +293,10 @@ def _build(
     matches = []
     pr = projection(p, ax, logits)
     if pr is not None and set(pr.columns) == set(ax.flat(vocab)):
-        made = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x)}
+        arrays = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x)}
         if pr.b is not None:
-            made["b"] = ax.arrange(pr.b, (vocab,), x)
-        arrays = {n: a for n, a in made.items() if a is not None}
-        if len(arrays) == len(made):
+            arrays["b"] = ax.arrange(pr.b, (vocab,), x)
+        if all(a is not None for a in arrays.values()):
             arrays["labels"] = labels
             params = {"logits_soft_cap": cap, "invalid": kind}
             matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log)))

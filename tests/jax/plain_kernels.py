@@ -57,10 +57,7 @@ def attention(q, k, v, bias=None, keep=None, q_segment_ids=None, kv_segment_ids=
         seen = seen & (q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None])
     if kv_lengths is not None:
         seen = seen & (j < kv_lengths[:, None, None, None])
-    if mask.additive:
-        scores = jnp.where(seen, scores, scores + mask.fill)
-    else:
-        scores = jnp.where(seen, scores, mask.fill)
+    scores = jnp.where(seen, scores, scores + mask.fill if mask.additive else mask.fill)
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
     return jnp.einsum("bnts,bsnh->btnh", weights, v).astype(out_dtype or q.dtype)
 

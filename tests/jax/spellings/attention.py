@@ -1,5 +1,7 @@
 """Attention as people write it."""
 
+# ruff: noqa: E501 (a table: one row, one line)
+
 import math
 
 import flax.linen as nn
@@ -176,8 +178,6 @@ scored("causal_added_numpy", lambda s: s * R + np.triu(np.full((T, T), -1e9, np.
 scored("causal_one_minus_mask", lambda s: s * R - 1e10 * (1 - jnp.tril(jnp.ones((T, T)))), causal)
 scored("causal_gpt2", lambda s: s * R * (m := jnp.tril(jnp.ones((T, T)))) - 1e10 * (1 - m), causal)
 scored("causal_before_scale", lambda s: jnp.where(tril(), s, -jnp.inf) * R, causal)
-table.add("causal_by_where_argument", lambda q, k, v: attend(
-    q, k, v, normalise=lambda s: jax.nn.softmax(s * R, -1, where=tril())), causal)
 scored("causal_masked_twice", lambda s: jnp.where(tril(), jnp.where(tril(), s * R, -1e9), -1e9), causal)
 scored("causal_flax_bias", lambda s: s * R + jax.lax.select(
     jnp.broadcast_to(tril(), s.shape), jnp.zeros(s.shape), jnp.full(s.shape, LOW)), causal)

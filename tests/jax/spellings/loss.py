@@ -1,5 +1,7 @@
 """Softmax cross entropy, alone and on a language-model head, as people write it."""
 
+# ruff: noqa: E501 (a table: one row, one line)
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,7 +72,6 @@ for name, (f, invalid) in SPELLED.items():
     table.add(f"{name}_head", lambda x, head, labels, f=f: f(x @ head, labels).mean(), head(invalid))
 table.add("indexed", lambda logits, labels: indexed(logits, labels), ce("clip", logits=(2 * T, V), labels=(2 * T,)))
 table.add("per_token", lambda logits, labels: integer(logits, labels), ce())
-table.add("total", lambda logits, labels: -jnp.sum(jax.nn.one_hot(labels, V) * jax.nn.log_softmax(logits)) / (2 * T), ce("zero"))
 table.add("mean_of_picked", lambda logits, labels: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)), ce())
 table.add("masked_mean", lambda x, head, labels, weights: (
     (integer(x @ head, labels) * weights).sum() / weights.sum()), head())
@@ -85,8 +86,6 @@ table.add("tied_einsum", lambda x, table, labels: integer(jnp.einsum("btd,vd->bt
 table.add("biased", lambda x, head, bv, labels: integer(x @ head + bv, labels).mean(), head(arrays="x w b labels", b=(V,)))
 table.add("soft_cap", lambda x, table, labels: integer(30 * jnp.tanh(x @ table.T / 30), labels).mean(), head(logits_soft_cap=30.0))
 table.add("soft_cap_alone", lambda logits, labels: integer(jnp.tanh(logits / 5.0) * 5.0, labels), ce(logits_soft_cap=5.0))
-table.add("smoothed", lambda logits, labels: onehot(logits, optax.smooth_labels(jax.nn.one_hot(labels, V), 0.1)).mean(),
-          ce("zero", label_smoothing=0.1))
 table.add("bf16_logits", lambda logits, labels: integer(logits.astype(jnp.float32), labels).mean(), ce(), dtype="bfloat16")
 table.add("bf16_head_f32_loss", lambda x, head, labels: integer((x @ head).astype(jnp.float32), labels).mean(), head(), dtype="bfloat16")
 table.add("logits_also_returned", lambda x, head, labels: (integer(z := x @ head, labels).mean(), z), ce())

@@ -1,5 +1,7 @@
 """Rotary embeddings as people write them."""
 
+
+
 import jax.numpy as jnp
 
 from tests.jax.spellings.table import H, N, T, Table, site
