@@ -255,7 +255,6 @@ def _has_product(inner: Any) -> bool:
         if eqn.primitive.name in ("dot_general", "scan", "while", "cond", "shard_map", "conv_general_dilated"):
             return True
         for v in eqn.params.values():
-            if hasattr(v, "eqns") or hasattr(v, "jaxpr"):
-                if _has_product(v):
-                    return True
+            if (hasattr(v, "eqns") or hasattr(v, "jaxpr")) and _has_product(v):
+                return True
     return False

@@ -240,7 +240,8 @@ def fingerprint(program: Program, match: Match) -> str:
         outs = [number.setdefault(v, len(number)) for v in n.outputs]
         consts = [repr(np.asarray(program.graph.consts[v])) if v in program.graph.consts and program.graph.specs[v].shape == () else ""
                   for v in n.inputs]  # fmt: skip
-        parts.append((n.op, ins, outs, sorted(n.attrs.items()), [(s.shape, s.dtype) for s in map(program.graph.specs.__getitem__, n.outputs)], consts))
+        made = [(s.shape, s.dtype) for s in map(program.graph.specs.__getitem__, n.outputs)]
+        parts.append((n.op, ins, outs, sorted(n.attrs.items()), made, consts))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
