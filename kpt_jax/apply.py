@@ -139,7 +139,7 @@ def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
 
 
 def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:
-    if n.op == "identity":
+    if n.op == "identity" and (n.payload is None or n.payload.primitive.name != "pvary"):
         return args
     if n.op == "opaque:outer":
         return [n.payload]

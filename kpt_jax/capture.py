@@ -60,6 +60,7 @@ _TABLE: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "integer_pow": lambda p: ("pow", {"y": int(p["y"])}),
     "copy_p": lambda p: ("identity", {}),
     "copy": lambda p: ("identity", {}),
+    "pvary": lambda p: ("identity", {}),  # the same number on every device of a shard_map
     "convert_element_type": lambda p: ("convert", {"dtype": np.dtype(p["new_dtype"]).name}),
     "broadcast_in_dim": lambda p: ("broadcast", {"shape": _ints(p["shape"]), "dims": _ints(p["broadcast_dimensions"])}),
     "transpose": lambda p: ("transpose", {"perm": _ints(p["permutation"])}),

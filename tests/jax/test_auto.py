@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_what_wins_is_kept(monkeypatch, tmp_path):
     assert result.fn is not loss and result.model is result.fn
     assert [s.op for s in result.plan.sites] == ["rms_norm"] and result.report.kept
     assert 1.8 < result.report.speedup < 2.2 and 0 <= result.report.max_error < 1e-5
-    assert "2." in result.plan.notes[-1] and "faster" in result.plan.notes[-1]
+    assert re.search(r"[12]\.\d\dx faster .* with every site", result.plan.notes[-1])
     np.testing.assert_allclose(result.fn(*arrays()), loss(*arrays()), rtol=1e-5)
     data = json.loads(result.report.to_json())
     assert data["kept"] and data["plan"]["sites"] and len(data["seconds_before"]) == 21

@@ -119,7 +119,7 @@ def updated(m, x):
 def vmapped(m, x):
     m.eval()
     graphdef, state = nnx.split(m)
-    return jax.vmap(lambda x: nnx.merge(graphdef, state)(x[None]))(x)
+    return jax.vmap(lambda state, x: nnx.merge(graphdef, state)(x[None]), (None, 0))(state, x)
 
 
 def through_a_method(m, x):

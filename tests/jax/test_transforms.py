@@ -115,6 +115,11 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transformed_from_outside(transform):
+    if transform is TRANSFORMS["linearize"] and jax.__version_info__ < (0, 8):
+        # There jax does not tell a linearization from the first half of a gradient.
+        with pytest.raises(TypeError, match="forward-mode autodiff .* custom_vjp"):
+            transform(kpt_jax.optimize(loss))(weights(), tokens(B))
+        return
     same(transform(kpt_jax.optimize(loss))(weights(), tokens(B)), transform(loss)(weights(), tokens(B)))
 
 
