@@ -44,7 +44,8 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
 
 def _candidates(p: Program, log: Expr) -> list[Expr]:
     """Sums made from `log`, through the choice of a label, nearest first."""
-    out, at, depth = [], [log], {id(log): 0}
+    out: list[Expr] = []
+    at, depth = [log], {id(log): 0}
     while at and len(out) < 40:
         e = at.pop(0)
         for u in p.users(e):
@@ -293,10 +294,11 @@ def _build(
     matches = []
     pr = projection(p, ax, logits)
     if pr is not None and set(pr.columns) == set(ax.flat(vocab)):
-        arrays = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x)}
+        made = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x)}
         if pr.b is not None:
-            arrays["b"] = ax.arrange(pr.b, (vocab,), x)
-        if all(a is not None for a in arrays.values()):
+            made["b"] = ax.arrange(pr.b, (vocab,), x)
+        arrays = {n: a for n, a in made.items() if a is not None}
+        if len(arrays) == len(made):
             arrays["labels"] = labels
             params = {"logits_soft_cap": cap, "invalid": kind}
             matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log)))

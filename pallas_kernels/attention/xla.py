@@ -437,7 +437,7 @@ def _cut_both(x, i, j, shape):
 
 
 def _add(x, block, starts: dict[int, Any]):
-    at = tuple(starts.get(axis, 0) for axis in range(x.ndim))
+    at = tuple(jnp.asarray(starts.get(axis, 0), jnp.int32) for axis in range(x.ndim))  # of one type, in 64-bit mode too
     return lax.dynamic_update_slice(x, lax.dynamic_slice(x, at, block.shape) + block, at)
 
 

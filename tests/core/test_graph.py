@@ -1,6 +1,6 @@
 """The neutral graph and its normaliser, without a framework."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Matching never raises, whatever the program, and takes time in proportion to its size."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 from __future__ import annotations
 

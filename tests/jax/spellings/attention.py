@@ -1,6 +1,6 @@
 """Attention as people write it."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 import math
 

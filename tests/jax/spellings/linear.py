@@ -1,6 +1,6 @@
 """A projection followed by an activation, and gated units, as people write them."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 import flax.linen as nn
 import jax

@@ -1,6 +1,6 @@
 """Softmax cross entropy, alone and on a language-model head, as people write it."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Layer norm and RMS norm as people write them."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 import flax.linen as nn
 import jax

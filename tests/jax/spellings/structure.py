@@ -1,6 +1,6 @@
 """The same sites inside what programs are made of: jit, scan, while, cond, remat, derivative rules, vmap."""
 
-# ruff: noqa: E501 (a table: one row, one line)
+
 
 import jax
 import jax.numpy as jnp
