@@ -27,7 +27,8 @@ def sigmoid(x: Array) -> Array:
 
 
 def softplus(x: Array) -> Array:
-    return np.logaddexp(x, 0.0)
+    with np.errstate(invalid="ignore"):  # NaN in, NaN out, nothing said
+        return np.logaddexp(x, 0.0)
 
 
 def _gelu_tanh(x: Array) -> Array:

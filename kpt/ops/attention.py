@@ -13,6 +13,7 @@ from kpt.ops.base import Cost, Op, Spec, Specs
 from kpt.ops.mask import Causal, Mask, Window, visible
 
 NAME = "attention"
+ARRAYS, OPTIONAL = ("q", "k", "v"), ("bias", "keep", "q_segment_ids", "kv_segment_ids", "kv_lengths")
 
 
 def infer(specs: Specs, mask: Mask = Mask(), scale: float | None = None, logits_soft_cap: float | None = None,  # noqa: B008
@@ -22,9 +23,16 @@ def infer(specs: Specs, mask: Mask = Mask(), scale: float | None = None, logits_
     Raises:
       OpError: layouts, sizes or dtypes do not fit, or the mask reads an operand that is not there.
     """
+    sh.named(NAME, specs, ARRAYS, OPTIONAL)
+    sh.out_dtype(NAME, out_dtype)
+    sh.soft_cap(NAME, logits_soft_cap)
+    if mask.additive and not math.isfinite(mask.fill):
+        raise OpError(f"{NAME} was given a mask that adds {mask.fill}", "what is added to a hidden score is finite",
+                      "use additive=False to replace hidden scores")  # fmt: skip
     for name, layout in (("q", "[B, T, N, H]"), ("k", "[B, S, K, H]"), ("v", "[B, S, K, Hv]")):
         sh.rank(NAME, specs, name, 4, layout)
     sh.floats(NAME, specs, "q", "k", "v", "bias")
+    sh.booleans(NAME, specs, "keep")
     b, t, n, h = specs["q"].shape
     s, kv = specs["k"].shape[1:3]
     sh.shaped(NAME, specs, "k", (b, s, kv, h))
@@ -137,7 +145,7 @@ def cost(specs: Specs, mask: Mask = Mask(), **params: Any) -> Cost:  # noqa: B00
 
 
 OP = Op(
-    NAME, ("q", "k", "v"), ("bias", "keep", "q_segment_ids", "kv_segment_ids", "kv_lengths"),
+    NAME, ARRAYS, OPTIONAL,
     {"mask": Mask(), "scale": None, "logits_soft_cap": None, "out_dtype": None},
     ("q", "k", "v", "bias"), infer, reference, reference_vjp, sample, cost,
 )  # fmt: skip

@@ -10,6 +10,7 @@ from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "cross_entropy"
+ARRAYS = ("logits", "labels")
 INVALID = ("nan", "zero", "clip")
 
 
@@ -23,12 +24,19 @@ def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | N
     Raises:
       OpError: shapes, dtypes or parameters do not fit.
     """
+    sh.named(NAME, specs, ARRAYS)
+    loss_params(NAME, label_smoothing, logits_soft_cap, invalid)
     sh.at_least(NAME, specs, "logits", 1, "[..., V]")
     sh.floats(NAME, specs, "logits")
     sh.integers(NAME, specs, "labels")
     sh.shaped(NAME, specs, "labels", specs["logits"].shape[:-1])
-    sh.one_of(NAME, "invalid", invalid, INVALID)
     return loss_spec(specs["logits"].dtype, specs["labels"].shape)
+
+
+def loss_params(name: str, label_smoothing: float, logits_soft_cap: float | None, invalid: str) -> None:
+    sh.within(name, "label_smoothing", label_smoothing, 0 <= label_smoothing <= 1, "a share of the target, 0 to 1")
+    sh.soft_cap(name, logits_soft_cap)
+    sh.one_of(name, "invalid", invalid, INVALID)
 
 
 def capped(logits: np.ndarray, cap: float | None) -> tuple[np.ndarray, np.ndarray | float]:
@@ -100,5 +108,5 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(4.0 * sh.size(specs["logits"]), sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("logits", "labels"), (), {"label_smoothing": 0.0, "logits_soft_cap": None, "invalid": "nan"}, ("logits",),
+OP = Op(NAME, ARRAYS, (), {"label_smoothing": 0.0, "logits_soft_cap": None, "invalid": "nan"}, ("logits",),
         infer, reference, reference_vjp, sample, cost)  # fmt: skip

@@ -13,6 +13,7 @@ from kpt.ops.linear_act import project, project_infer, project_vjp
 from kpt.ops.linear_act import sample as sample
 
 NAME = "glu"
+ARRAYS, OPTIONAL = ("x", "w_gate", "w_up"), ("b_gate", "b_up")
 
 
 def infer(specs: Specs, activation: str = "silu", out_dtype: str | None = None) -> tuple[Spec, ...]:
@@ -21,6 +22,7 @@ def infer(specs: Specs, activation: str = "silu", out_dtype: str | None = None) 
     Raises:
       OpError: shapes, dtypes or the activation do not fit.
     """
+    sh.named(NAME, specs, ARRAYS, OPTIONAL)
     sh.one_of(NAME, "activation", activation, tuple(ACTIVATIONS))
     return project_infer(NAME, specs, (("w_gate", "b_gate"), ("w_up", "b_up")), out_dtype)
 
@@ -49,5 +51,5 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("x", "w_gate", "w_up"), ("b_gate", "b_up"), {"activation": "silu", "out_dtype": None},
+OP = Op(NAME, ARRAYS, OPTIONAL, {"activation": "silu", "out_dtype": None},
         ("x", "w_gate", "w_up", "b_gate", "b_up"), infer, reference, reference_vjp, sample, cost)  # fmt: skip

@@ -11,6 +11,7 @@ from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "layer_norm"
+OPTIONAL = ("weight", "bias", "residual")
 
 
 def infer(specs: Specs, eps: float = 1e-6, out_dtype: str | None = None) -> tuple[Spec, ...]:
@@ -19,7 +20,7 @@ def infer(specs: Specs, eps: float = 1e-6, out_dtype: str | None = None) -> tupl
     Raises:
       OpError: shapes or dtypes do not fit.
     """
-    return norms.infer(NAME, specs, out_dtype)
+    return norms.infer(NAME, specs, OPTIONAL, eps, out_dtype)
 
 
 def _forward(x: Any, weight: Any, residual: Any, eps: float) -> tuple[np.ndarray, ...]:
@@ -66,5 +67,5 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return norms.cost(specs, 7, infer, **params)
 
 
-OP = Op(NAME, ("x",), ("weight", "bias", "residual"), {"eps": 1e-6, "out_dtype": None},
-        ("x", "weight", "bias", "residual"), infer, reference, reference_vjp, norms.sample, cost)  # fmt: skip
+OP = Op(NAME, ("x",), OPTIONAL, {"eps": 1e-6, "out_dtype": None},
+        ("x", *OPTIONAL), infer, reference, reference_vjp, norms.sample, cost)  # fmt: skip

@@ -12,6 +12,7 @@ from kpt.ops.activations import ACTIVATIONS
 from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "linear_act"
+ARRAYS, OPTIONAL = ("x", "w"), ("b",)
 
 
 def infer(specs: Specs, activation: str = "gelu_tanh", out_dtype: str | None = None) -> tuple[Spec, ...]:
@@ -20,12 +21,14 @@ def infer(specs: Specs, activation: str = "gelu_tanh", out_dtype: str | None = N
     Raises:
       OpError: shapes, dtypes or the activation do not fit.
     """
+    sh.named(NAME, specs, ARRAYS, OPTIONAL)
     sh.one_of(NAME, "activation", activation, tuple(ACTIVATIONS))
     return project_infer(NAME, specs, (("w", "b"),), out_dtype)
 
 
 def project_infer(name: str, specs: Specs, pairs: tuple, out_dtype: str | None) -> tuple[Spec, ...]:
     """The shape rule of `x w + b` for each (weight, bias) pair; all weights have one shape."""
+    sh.out_dtype(name, out_dtype)
     sh.at_least(name, specs, "x", 1, "[..., K]")
     sh.floats(name, specs, *specs)
     k = specs["x"].shape[-1]
@@ -45,7 +48,7 @@ def project(x: Any, w: Any, b: Any) -> np.ndarray:
 
 def project_vjp(dz: np.ndarray, x: Any, w: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of `x w + b`: x, w, b."""
-    count = math.prod(dz.shape[:-1])  # not -1 in reshape: any dimension may be 0
+    count = math.prod(dz.shape[:-1])  # -1 cannot stand for it where a dim is 0
     rows, xs = dz.reshape(count, dz.shape[-1]), sh.wide(x).reshape(count, np.shape(x)[-1])
     with np.errstate(all="ignore"):
         return dz @ sh.wide(w).T, xs.T @ rows, rows.sum(0)
@@ -75,5 +78,5 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("x", "w"), ("b",), {"activation": "gelu_tanh", "out_dtype": None}, ("x", "w", "b"),
+OP = Op(NAME, ARRAYS, OPTIONAL, {"activation": "gelu_tanh", "out_dtype": None}, ("x", "w", "b"),
         infer, reference, reference_vjp, sample, cost)  # fmt: skip

@@ -9,10 +9,11 @@ import numpy as np
 
 from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
-from kpt.ops.cross_entropy import INVALID, loss_and_gradient, loss_spec
+from kpt.ops.cross_entropy import loss_and_gradient, loss_params, loss_spec
 from kpt.ops.linear_act import project, project_vjp
 
 NAME = "linear_cross_entropy"
+ARRAYS, OPTIONAL = ("x", "w", "labels"), ("b",)
 
 
 def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | None = None, invalid: str = "nan") -> tuple[Spec, ...]:
@@ -21,6 +22,8 @@ def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | N
     Raises:
       OpError: shapes, dtypes or parameters do not fit.
     """
+    sh.named(NAME, specs, ARRAYS, OPTIONAL)
+    loss_params(NAME, label_smoothing, logits_soft_cap, invalid)
     sh.at_least(NAME, specs, "x", 1, "[..., K]")
     sh.rank(NAME, specs, "w", 2, "[K, V]")
     sh.floats(NAME, specs, "x", "w", "b")
@@ -28,7 +31,6 @@ def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | N
     sh.shaped(NAME, specs, "w", (specs["x"].shape[-1], specs["w"].shape[1]))
     sh.shaped(NAME, specs, "b", specs["w"].shape[1:])
     sh.shaped(NAME, specs, "labels", specs["x"].shape[:-1])
-    sh.one_of(NAME, "invalid", invalid, INVALID)
     return loss_spec(specs["x"].dtype, specs["labels"].shape)
 
 
@@ -57,5 +59,5 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("x", "w", "labels"), ("b",), {"label_smoothing": 0.0, "logits_soft_cap": None, "invalid": "nan"},
+OP = Op(NAME, ARRAYS, OPTIONAL, {"label_smoothing": 0.0, "logits_soft_cap": None, "invalid": "nan"},
         ("x", "w", "b"), infer, reference, reference_vjp, sample, cost)  # fmt: skip

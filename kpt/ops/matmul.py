@@ -10,6 +10,7 @@ from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "matmul"
+ARRAYS = ("a", "b")
 
 
 def infer(specs: Specs, out_dtype: str | None = None) -> tuple[Spec, ...]:
@@ -18,6 +19,8 @@ def infer(specs: Specs, out_dtype: str | None = None) -> tuple[Spec, ...]:
     Raises:
       OpError: shapes or dtypes do not fit.
     """
+    sh.named(NAME, specs, ARRAYS)
+    sh.out_dtype(NAME, out_dtype)
     sh.rank(NAME, specs, "a", 2, "[M, K]")
     sh.rank(NAME, specs, "b", 2, "[K, N]")
     sh.floats(NAME, specs, "a", "b")
@@ -46,4 +49,4 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("a", "b"), (), {"out_dtype": None}, ("a", "b"), infer, reference, reference_vjp, sample, cost)
+OP = Op(NAME, ARRAYS, (), {"out_dtype": None}, ("a", "b"), infer, reference, reference_vjp, sample, cost)

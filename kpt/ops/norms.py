@@ -11,7 +11,10 @@ from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Spec, Specs
 
 
-def infer(name: str, specs: Specs, out_dtype: str | None) -> tuple[Spec, ...]:
+def infer(name: str, specs: Specs, optional: tuple[str, ...], eps: float, out_dtype: str | None) -> tuple[Spec, ...]:
+    sh.named(name, specs, ("x",), optional)
+    sh.out_dtype(name, out_dtype)
+    sh.within(name, "eps", eps, eps >= 0, "a number of at least 0")
     sh.at_least(name, specs, "x", 1, "[..., D]")
     sh.floats(name, specs, *specs)
     x = specs["x"]

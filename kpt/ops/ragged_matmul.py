@@ -10,6 +10,7 @@ from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "ragged_matmul"
+ARRAYS = ("x", "w", "group_sizes")
 
 
 def infer(specs: Specs, out_dtype: str | None = None) -> tuple[Spec, ...]:
@@ -18,6 +19,8 @@ def infer(specs: Specs, out_dtype: str | None = None) -> tuple[Spec, ...]:
     Raises:
       OpError: shapes or dtypes do not fit.
     """
+    sh.named(NAME, specs, ARRAYS)
+    sh.out_dtype(NAME, out_dtype)
     sh.rank(NAME, specs, "x", 2, "[M, K]")
     sh.rank(NAME, specs, "w", 3, "[G, K, N]")
     sh.floats(NAME, specs, "x", "w")
@@ -65,4 +68,4 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(flops, sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("x", "w", "group_sizes"), (), {"out_dtype": None}, ("x", "w"), infer, reference, reference_vjp, sample, cost)
+OP = Op(NAME, ARRAYS, (), {"out_dtype": None}, ("x", "w"), infer, reference, reference_vjp, sample, cost)

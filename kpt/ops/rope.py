@@ -11,6 +11,7 @@ from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "rope"
+ARRAYS = ("x", "cos", "sin")
 
 
 def infer(specs: Specs, interleaved: bool = False, out_dtype: str | None = None) -> tuple[Spec, ...]:
@@ -19,6 +20,8 @@ def infer(specs: Specs, interleaved: bool = False, out_dtype: str | None = None)
     Raises:
       OpError: shapes or dtypes do not fit.
     """
+    sh.named(NAME, specs, ARRAYS)
+    sh.out_dtype(NAME, out_dtype)
     sh.rank(NAME, specs, "x", 4, "[B, T, N, H]")
     sh.rank(NAME, specs, "cos", 3, "[B or 1, T, R]")
     sh.floats(NAME, specs, *specs)
@@ -67,5 +70,5 @@ def cost(specs: Specs, **params: Any) -> Cost:
     return Cost(3.0 * b * t * n * specs["cos"].shape[-1], sh.nbytes(*specs.values(), *infer(specs, **params)))
 
 
-OP = Op(NAME, ("x", "cos", "sin"), (), {"interleaved": False, "out_dtype": None}, ("x", "cos", "sin"),
+OP = Op(NAME, ARRAYS, (), {"interleaved": False, "out_dtype": None}, ("x", "cos", "sin"),
         infer, reference, reference_vjp, sample, cost)  # fmt: skip

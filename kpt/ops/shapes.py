@@ -26,6 +26,16 @@ def nbytes(*specs: Spec | None) -> float:
     return float(sum(size(s) * _BYTES.get(s.dtype, 1) for s in specs if s is not None))
 
 
+def named(op: str, specs: Specs, arrays: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Every required array is there, and none that the op does not know."""
+    for n in arrays:
+        if n not in specs:
+            raise OpError(f"{op} was called without {n}", f"it needs {', '.join(arrays)}", f"pass {n}=")
+    for n in specs:
+        if n not in arrays and n not in optional:
+            raise OpError(f"{op} was given an array {n}", f"it takes {', '.join((*arrays, *optional))}", "check the name")
+
+
 def floats(op: str, specs: Specs, *names: str) -> None:
     for n in names:
         if n in specs and specs[n].dtype not in FLOATS:
@@ -36,6 +46,12 @@ def integers(op: str, specs: Specs, *names: str) -> None:
     for n in names:
         if n in specs and not specs[n].dtype.startswith(("int", "uint")):
             raise OpError(f"{op} was given {n} of {specs[n].dtype}", "it takes integers", "cast it first")
+
+
+def booleans(op: str, specs: Specs, *names: str) -> None:
+    for n in names:
+        if n in specs and specs[n].dtype != "bool":
+            raise OpError(f"{op} was given {n} of {specs[n].dtype}", "it takes bool", "compare it with 0 first")
 
 
 def rank(op: str, specs: Specs, name: str, wanted: int, layout: str) -> None:
@@ -57,6 +73,20 @@ def shaped(op: str, specs: Specs, name: str, wanted: Sequence[int]) -> None:
 def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise OpError(f"{op} was asked for {name}={value!r}", f"it takes {', '.join(map(repr, allowed))}", "choose one of these")
+
+
+def within(op: str, name: str, value: Any, holds: bool, domain: str) -> None:
+    if not holds:  # false for NaN too
+        raise OpError(f"{op} was asked for {name}={value!r}", f"{name} is {domain}", "choose another")
+
+
+def soft_cap(op: str, cap: float | None) -> None:
+    within(op, "logits_soft_cap", cap, cap is None or 0 < cap < math.inf, "None or a finite number above 0")
+
+
+def out_dtype(op: str, dtype: str | None) -> None:
+    if dtype is not None:
+        one_of(op, "out_dtype", dtype, sorted(FLOATS))
 
 
 def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
