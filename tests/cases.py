@@ -11,6 +11,7 @@ import numpy as np
 
 from kpt.ops import Bias, Causal, Explicit, Lengths, Mask, Segments, Spec, Window
 from kpt.ops.activations import ACTIVATIONS
+from kpt.ops.mask import visible
 
 # Odd, tiny, empty, around powers of two, and one that no block size divides.
 SIZES = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 127, 130)
@@ -192,8 +193,12 @@ def edge(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) ->
 
 
 def poisoned(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The arrays with a few NaN or infinities put in. Held to the reference forward only: what 0 * NaN does to
-    the gradients of other rows is no property of a formula but of how it happens to be summed."""
+    """The arrays with a few NaN or infinities put in, and NaN in every key that no query sees.
+
+    Held to the reference forward only: what 0 * NaN does to the gradients of other rows is no property of a formula but of how
+    it happens to be summed. A hidden key must not show, since its score is replaced and not multiplied by 0; a hidden value
+    may, as 0 * NaN is NaN, or may not, where its block is never visited.
+    """
     out = dict(arrays)
     for name in case.poison:
         a = out[name].copy()
@@ -201,4 +206,8 @@ def poisoned(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator
             at = rng.integers(0, a.size, int(rng.integers(1, 4)))
             a.reshape(-1)[at] = rng.choice([np.nan, np.inf, -np.inf], at.shape).astype(a.dtype)
         out[name] = a
+    if case.op == "attention" and not case.params["mask"].additive and out["q"].shape[2]:
+        (b, t, n, _), (s, heads) = out["q"].shape, out["k"].shape[1:3]
+        unseen = ~visible(case.params["mask"], b, n, t, s, arrays).reshape(b, heads, n // heads, t, s).any((2, 3))
+        out["k"] = np.where(unseen.swapaxes(1, 2)[..., None], np.nan, out["k"]).astype(out["k"].dtype)
     return out
