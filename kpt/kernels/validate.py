@@ -10,7 +10,8 @@ import numpy as np
 
 from kpt.errors import ValidationError
 from kpt.ops.base import Op, Specs
-from kpt.validation import Certificate, certify, sensitivity
+from kpt.ops.mask import Mask, visible
+from kpt.validation import Certificate, certify, epsilon, sensitivity
 
 Arrays = dict[str, np.ndarray]
 
@@ -36,7 +37,7 @@ def validate(
       run_vjp: `run_vjp(kernel, arrays, params, cotangents)` returns the gradients by array name, for one cotangent per
         output in the output's dtype. Without it, gradients are not certified, and the certificate shows none.
       seeds: one sample each; the record names them.
-      dtype: that the tolerance is for; by default that of the first array. "tfloat32" where float32 products run on
+      dtype: that the tolerance is for; by default the coarser of the first array's and the outputs'. "tfloat32" where float32 products run on
         tensor cores.
 
     Raises:
@@ -45,7 +46,7 @@ def validate(
     """
     outputs = op.infer(specs, **params)
     names = tuple(f"output {i}" if len(outputs) > 1 else "output" for i in range(len(outputs)))
-    held_to = dtype or specs[op.arrays[0]].dtype
+    held_to = dtype or max(specs[op.arrays[0]].dtype, *(o.dtype for o in outputs), key=epsilon)
     differentiable = [n for n in op.differentiable if n in specs] if run_vjp else []
     certificate = None
     for seed in seeds:
@@ -112,6 +113,8 @@ def cancelling_terms(
     """Size of the terms whose difference a result is, where moving the inputs does not show it; `terms` of `certify`.
 
     - A cross entropy is `logsumexp - logit`; both move together when the logit does.
+    - A query that sees no key, under an additive mask, adds the fill to all of its scores; what rounds away there comes back as
+      error when softmax subtracts it again.
     - An activation may be all but zero, as gelu is below -4: `1 + tanh` is then the difference of ones.
     - A gradient may vanish for every input, as that of a query which sees one key does. What is left of
       `p (dp - sum(p dp))` is rounding, and the only scale there is comes from units: cotangent times output, per input.
@@ -128,6 +131,10 @@ def cancelling_terms(
     if op in ("cross_entropy", "linear_cross_entropy"):
         logits = arrays["logits"] if op == "cross_entropy" else arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
         terms[outputs[0]] = np.abs(logits).max(axis=-1, initial=0.0)
+    elif op == "attention" and params.get("mask", Mask()).additive:
+        mask, (b, t, n, _), s = params["mask"], arrays["q"].shape, arrays["k"].shape[1]
+        sees_none = ~visible(mask, b, n, t, s, arrays).any(-1).swapaxes(1, 2)[..., None]
+        terms[outputs[0]] = abs(mask.fill) * _rms(arrays["v"]) * sees_none
     elif op == "linear_act":
         terms[outputs[0]] = arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
     elif op == "glu":

@@ -32,7 +32,7 @@ def layer_norm(
     """
     h = x if residual is None else x + residual
     y = _norm((float(eps), str(jnp.dtype(out_dtype or x.dtype))), h, weight, bias)
-    return y if residual is None else (y, h)
+    return y if residual is None else (y, h.astype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -30,7 +30,7 @@ def rms_norm(
     """
     h = x if residual is None else x + residual
     y = _norm((float(eps), float(weight_offset), str(jnp.dtype(out_dtype or x.dtype))), h, weight)
-    return y if residual is None else (y, h)
+    return y if residual is None else (y, h.astype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
