@@ -2,7 +2,7 @@
 
     python -m tests.fuzz --op attention --cases 2000 --seed 7 --framework jax
 
-Shapes, masks, dtypes and parameters are drawn anew for every sixteen cases, because compiling is what costs; values are drawn
+Shapes, masks, dtypes and parameters are drawn anew for every twenty cases, because compiling is what costs; values are drawn
 for each. The seed is printed; a failure prints the line that repeats it alone. Exit status 1 if there is any.
 """
 
@@ -34,9 +34,9 @@ Arrays = dict[str, np.ndarray]
 
 # Kinds of values: how many of each a compiled case meets, what is done to the sample, and whether gradients are compared.
 KINDS: dict[str, tuple[int, Callable[..., Arrays], bool]] = {
-    "plain": (8, lambda case, arrays, rng: arrays, True),
-    "edge": (4, edge, True),
-    "poisoned": (4, poisoned, False),
+    "plain": (10, lambda case, arrays, rng: arrays, True),
+    "edge": (5, edge, True),
+    "poisoned": (5, poisoned, False),
 }
 VALUES_PER_SHAPE = sum(n for n, _, _ in KINDS.values())
 SHAPES_PER_TASK = 4
