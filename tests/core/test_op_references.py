@@ -42,7 +42,7 @@ def test_the_reference_is_the_loop(name, seed):
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(seed=SEEDS)
 def test_gradients_are_central_differences(name, seed):
     """Each element of each gradient is `(L(a + h) - L(a - h)) / 2h`, L the cotangents times the outputs that are numbers."""
