@@ -13,7 +13,7 @@ _C = math.sqrt(2 / math.pi)
 
 
 def _d_gelu(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5))) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
 def _d_gelu_tanh(x: Array) -> Array:
@@ -60,6 +60,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]
     "mish": (lambda x: x * jnp.tanh(jax.nn.softplus(x)), _d_mish),
 }
 """Name -> (function, derivative)."""
+
+SLOPE_OF_OUTPUT: dict[str, Callable[[Array], Array]] = {
+    "identity": jnp.ones_like,
+    "relu": _step,
+    "sigmoid": lambda y: y * (1 - y),
+    "tanh": lambda y: 1 - y * y,
+}
+"""Name -> derivative as a function of the activation's result, where it is one."""
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:

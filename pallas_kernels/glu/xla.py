@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import ACTIVATIONS, wide
 from pallas_kernels.linear_act.xla import project, project_vjp
+from pallas_kernels.manual_axes import vary_alike
 
 
 def glu(
@@ -28,7 +29,7 @@ def glu(
       activation: a name of `pallas_kernels.activations.ACTIVATIONS`.
       out_dtype: of the result; x's by default.
     """
-    return _glu((activation, str(jnp.dtype(out_dtype or x.dtype))), x, w_gate, w_up, b_gate, b_up)
+    return _glu((activation, str(jnp.dtype(out_dtype or x.dtype))), *vary_alike(x, w_gate, w_up, b_gate, b_up))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,7 +40,7 @@ def _glu(static, x, w_gate, w_up, b_gate, b_up):
 def _fwd(static, x, w_gate, w_up, b_gate, b_up):
     activation, out_dtype = static
     gate, up = project(x, w_gate, b_gate), project(x, w_up, b_up)
-    kept = jnp.promote_types(x.dtype, w_gate.dtype)
+    kept = jnp.promote_types(jnp.promote_types(x.dtype, w_gate.dtype), w_up.dtype)
     y = (ACTIVATIONS[activation][0](gate) * up).astype(out_dtype)
     return y, (x, w_gate, w_up, b_gate, b_up, gate.astype(kept), up.astype(kept))
 
@@ -53,7 +54,7 @@ def _bwd(static, residuals, g):
     d_up = (gf * act(gate_f)).astype(gate.dtype)
     dx_gate, dw_gate, db_gate = project_vjp(x, w_gate, b_gate, d_gate)
     dx_up, dw_up, db_up = project_vjp(x, w_up, b_up, d_up)
-    return dx_gate + dx_up, dw_gate, dw_up, db_gate, db_up
+    return (dx_gate + dx_up).astype(x.dtype), dw_gate, dw_up, db_gate, db_up
 
 
 _glu.defvjp(_fwd, _bwd)

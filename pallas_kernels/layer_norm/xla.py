@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import wide
+from pallas_kernels.manual_axes import vary_alike
 
 
 def layer_norm(
@@ -31,7 +32,7 @@ def layer_norm(
       out_dtype: of y; x's by default.
     """
     h = x if residual is None else x + residual
-    y = _norm((float(eps), str(jnp.dtype(out_dtype or x.dtype))), h, weight, bias)
+    y = _norm((float(eps), str(jnp.dtype(out_dtype or x.dtype))), *vary_alike(h, weight, bias))
     return y if residual is None else (y, h.astype(x.dtype))
 
 
@@ -48,9 +49,9 @@ def _forward(static, x, weight, bias):
     r = jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
     y = centred * r
     if weight is not None:
-        y = y * weight.astype(y.dtype)
+        y = y * weight.astype(wide(weight.dtype))
     if bias is not None:
-        y = y + bias.astype(y.dtype)
+        y = y + bias.astype(wide(bias.dtype))
     return y.astype(out_dtype), mean, r
 
 
@@ -63,7 +64,7 @@ def _bwd(static, residuals, g):
     x, weight, bias, mean, r = residuals
     gf = g.astype(r.dtype)
     n = (x.astype(r.dtype) - mean) * r
-    gw = gf if weight is None else gf * weight.astype(r.dtype)
+    gw = gf if weight is None else gf * weight.astype(wide(weight.dtype))
     dx = r * (gw - jnp.mean(gw, -1, keepdims=True) - n * jnp.mean(gw * n, -1, keepdims=True))
     rows = tuple(range(x.ndim - 1))
     dw = None if weight is None else jnp.sum(gf * n, rows).astype(weight.dtype)

@@ -1,11 +1,14 @@
-"""Matrix product as XLA's own dot, with the accumulator's dtype said."""
+"""Matrix product as XLA's own dot, with the accumulator's dtype said, forward and backward."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.activations import wide
+from pallas_kernels.linear_act.xla import project, project_vjp
+from pallas_kernels.manual_axes import vary_alike
 
 
 def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None) -> jax.Array:
@@ -15,5 +18,23 @@ def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None) -> jax.A
       a: `[M, K]`. b: `[K, N]`. float16 to float64.
       out_dtype: of the result; a's by default.
     """
-    acc = wide(jnp.promote_types(a.dtype, b.dtype))
-    return jnp.matmul(a, b, preferred_element_type=acc).astype(out_dtype or a.dtype)
+    return _matmul(str(jnp.dtype(out_dtype or a.dtype)), *vary_alike(a, b))
+
+
+# A rule of its own, because jax would derive products of a float32 cotangent with narrow matrices, which XLA widens first.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(out_dtype, a, b):
+    return project(a, b, None).astype(out_dtype)
+
+
+def _fwd(out_dtype, a, b):
+    return _matmul(out_dtype, a, b), (a, b)
+
+
+def _bwd(out_dtype, residuals, g):
+    a, b = residuals
+    da, db, _ = project_vjp(a, b, None, g.astype(jnp.promote_types(a.dtype, b.dtype)))
+    return da.astype(a.dtype), db
+
+
+_matmul.defvjp(_fwd, _bwd)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import wide
+from pallas_kernels.manual_axes import vary_alike
 
 
 def rms_norm(
@@ -29,7 +30,7 @@ def rms_norm(
       out_dtype: of y; x's by default.
     """
     h = x if residual is None else x + residual
-    y = _norm((float(eps), float(weight_offset), str(jnp.dtype(out_dtype or x.dtype))), h, weight)
+    y = _norm((float(eps), float(weight_offset), str(jnp.dtype(out_dtype or x.dtype))), *vary_alike(h, weight))
     return y if residual is None else (y, h.astype(x.dtype))
 
 
@@ -44,7 +45,7 @@ def _forward(static, x, weight):
     r = jax.lax.rsqrt(jnp.mean(xf * xf, -1, keepdims=True) + eps)
     y = xf * r
     if weight is not None:
-        y = y * (offset + weight.astype(y.dtype))
+        y = y * (offset + weight.astype(wide(weight.dtype)))
     return y.astype(out_dtype), r
 
 
@@ -58,7 +59,7 @@ def _bwd(static, residuals, g):
     x, weight, r = residuals
     xf, gf = x.astype(r.dtype), g.astype(r.dtype)
     n = xf * r
-    gw = gf if weight is None else gf * (offset + weight.astype(r.dtype))
+    gw = gf if weight is None else gf * (offset + weight.astype(wide(weight.dtype)))
     dx = r * (gw - n * jnp.mean(gw * n, -1, keepdims=True))
     dw = None if weight is None else jnp.sum(gf * n, tuple(range(x.ndim - 1))).astype(weight.dtype)
     return dx.astype(x.dtype), dw

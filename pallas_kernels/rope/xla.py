@@ -1,4 +1,4 @@
-"""Rotary embedding in plain JAX. The backward pass is the rotation back."""
+"""Rotary embedding in plain JAX. The backward pass is the rotation back, and needs the tables alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import wide
+from pallas_kernels.manual_axes import vary_alike
 
 
 def rope(
@@ -21,7 +22,9 @@ def rope(
       interleaved: rotate pairs `(x0, x1) -> (-x1, x0)` instead of halves `(a, b) -> (-b, a)`.
       out_dtype: of the result; x's by default.
     """
-    return _rope((bool(interleaved), str(jnp.dtype(out_dtype or x.dtype))), x, cos, sin)
+    x, cos, sin = vary_alike(x, cos, sin)
+    acc = wide(jnp.promote_types(x.dtype, jnp.promote_types(cos.dtype, sin.dtype)))
+    return _rope((bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(acc), str(x.dtype)), x, cos, sin)
 
 
 def _rotate(x: jax.Array, interleaved: bool, back: bool = False) -> jax.Array:
@@ -35,8 +38,7 @@ def _rotate(x: jax.Array, interleaved: bool, back: bool = False) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rope(static, x, cos, sin):
-    interleaved, out_dtype = static
-    acc = wide(x.dtype)
+    interleaved, out_dtype, acc, _ = static
     r = cos.shape[-1]
     head, tail = x[..., :r].astype(acc), x[..., r:]
     c, s = cos[:, :, None].astype(acc), sin[:, :, None].astype(acc)
@@ -45,24 +47,29 @@ def _rope(static, x, cos, sin):
 
 
 def _fwd(static, x, cos, sin):
-    return _rope(static, x, cos, sin), (x, cos, sin)
+    # x is kept only for the gradients of the tables, which are constants in most models.
+    kept = x.value if cos.perturbed or sin.perturbed else None
+    return _rope(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
 
 
 def _bwd(static, residuals, g):
-    interleaved, _ = static
+    interleaved, _, acc, x_dtype = static
     x, cos, sin = residuals
-    acc = wide(x.dtype)
+    g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     r = cos.shape[-1]
-    head, gh = x[..., :r].astype(acc), g[..., :r].astype(acc)
+    gh = g[..., :r].astype(acc)
     c, s = cos[:, :, None].astype(acc), sin[:, :, None].astype(acc)
-    dx = gh * c + _rotate(gh * s, interleaved, back=True)
-    dx = dx if r == x.shape[-1] else jnp.concatenate([dx, g[..., r:].astype(acc)], -1)
+    dx = (gh * c + _rotate(gh * s, interleaved, back=True)).astype(x_dtype)
+    dx = dx if r == g.shape[-1] else jnp.concatenate([dx, g[..., r:].astype(x_dtype)], -1)
+    if x is None:
+        return dx, None, None
 
     def over_heads(d: jax.Array, like: jax.Array) -> jax.Array:
         d = jnp.sum(d, 2)
-        return (jnp.sum(d, 0, keepdims=True) if like.shape[0] == 1 and d.shape[0] != 1 else d).astype(like.dtype)
+        return (jnp.sum(d, 0, keepdims=True) if like.shape[0] == 1 else d).astype(like.dtype)
 
-    return dx.astype(x.dtype), over_heads(gh * head, cos), over_heads(gh * _rotate(head, interleaved), sin)
+    head = x[..., :r].astype(acc)
+    return dx, over_heads(gh * head, cos), over_heads(gh * _rotate(head, interleaved), sin)
 
 
-_rope.defvjp(_fwd, _bwd)
+_rope.defvjp(_fwd, _bwd, symbolic_zeros=True)

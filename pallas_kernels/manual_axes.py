@@ -1,0 +1,36 @@
+"""Arguments of a kernel inside `jax.shard_map`: all of them varying over the same mesh axes.
+
+Inside `shard_map` a type says over which mesh axes a value differs from device to device. The gradient of a weight that every
+device holds alike is summed over those that differ, which jax does where such a weight meets a varying array. A derivative rule
+of our own hides that meeting: its backward pass returns the device's own part of the sum. Casting the weight to varying before
+the rule brings the meeting, and with it the sum, back outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def _varying(a: Any) -> frozenset[str]:
+    """Mesh axes over which `a` varies; none outside `shard_map`, and none where it does not check them."""
+    kind = jax.typeof(a)
+    if hasattr(kind, "vma"):  # until jax 0.9
+        return kind.vma
+    return frozenset(kind.manual_axis_type.varying)
+
+
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, each varying over the axes that any of them varies over; None stays None."""
+    axes = frozenset().union(*(_varying(a) for a in arrays if a is not None))
+
+    def cast(a: Any) -> Any:
+        missing = () if a is None else tuple(sorted(axes - _varying(a)))
+        if not missing:
+            return a
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(a, missing, to="varying")
+        return jax.lax.pvary(a, missing)
+
+    return tuple(cast(a) for a in arrays)
