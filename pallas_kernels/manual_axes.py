@@ -31,6 +31,7 @@ def vary_alike(*arrays: Any) -> tuple[Any, ...]:
             return a
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(a, missing, to="varying")
-        return jax.lax.pvary(a, missing)
+        pvary: Any = jax.lax.pvary  # type: ignore[attr-defined]  # before pcast, jax 0.7
+        return pvary(a, missing)
 
     return tuple(cast(a) for a in arrays)

@@ -74,7 +74,9 @@ def _bwd(static, residuals, g):
     acc = wide(compute)
     dz = g.astype(acc)
     if kept is not None:
-        dz = dz * _slope(*static, compute)[0](kept.astype(acc))
+        activation, out_dtype = static
+        slope, _ = _slope(activation, out_dtype, compute)
+        dz = dz * slope(kept.astype(acc))
     dx, dw, db = project_vjp(x, w, b, dz.astype(compute))
     return dx.astype(x.dtype), dw, db
 
