@@ -369,8 +369,16 @@ def nested(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _detected() -> HardwareProfile:
-    return hardware_room.detect_hardware()
+def _detected(platform: str) -> HardwareProfile:
+    return hardware_room.detect_hardware(platform=platform)
+
+
+def _platform() -> str:
+    """The platform that jax computes on, by kpt's name: a GPU in the machine does not matter under JAX_PLATFORMS=cpu."""
+    backend = jax.default_backend()
+    if backend == "gpu":
+        backend = "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+    return backend if backend in hardware_room.PLATFORMS else "cpu"
 
 
 def profile(hardware: str | HardwareProfile) -> HardwareProfile:
@@ -379,7 +387,7 @@ def profile(hardware: str | HardwareProfile) -> HardwareProfile:
         return hardware
     if hardware == "auto":
         named = config().hardware
-        return _detected() if named == "auto" else hardware_room.hardware_profile(named)
+        return _detected(_platform()) if named == "auto" else hardware_room.hardware_profile(named)
     return hardware_room.hardware_profile(hardware)
 
 
