@@ -1,7 +1,10 @@
-"""The plain-JAX providers beside the code they replace: `python -m pallas_kernels.bench_cpu attention|linear_cross_entropy`.
+"""The plain-JAX providers beside the code they replace.
 
-Each case is compiled once in each spelling; runs alternate between the spellings, in an order that turns, so that a busy machine
-disturbs all alike. Bytes are what XLA plans for temporaries (deterministic); times are wall times of one call.
+`python -m pallas_kernels.bench_cpu attention` or `linear_cross_entropy`.
+
+Each case is compiled once in each spelling; runs alternate between the spellings, in an order that turns, so that a
+busy machine disturbs all alike. Bytes are what XLA plans for temporaries (deterministic); times are wall times of one
+call.
 """
 
 from __future__ import annotations

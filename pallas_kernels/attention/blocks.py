@@ -1,4 +1,4 @@
-"""Which blocks of the `[T, S]` score matrix a mask hides, leaves whole, or cuts: decided from shapes, before anything runs."""
+"""Which blocks of the `[T, S]` score matrix a mask hides, leaves whole or cuts: known from shapes alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Cross entropy of integer labels against given logits, in one pass, keeping only the logits and two numbers a row for the backward."""
+"""Cross entropy of integer labels against given logits. The backward keeps the logits and two numbers a row."""

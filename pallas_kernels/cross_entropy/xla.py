@@ -1,4 +1,4 @@
-"""Cross entropy in plain JAX: one pass over the logits, no one-hot array, no second copy of the logits kept for the backward."""
+"""Cross entropy in plain JAX: no one-hot array, and no second copy of the logits kept for the backward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def cross_entropy(
       labels: `[...]` integers.
       label_smoothing: weight of the uniform distribution in the target.
       logits_soft_cap: `c` in `c * tanh(logits / c)`; none if None.
-      invalid: what a label outside `[0, V)` does: "nan" makes the loss NaN, "zero" makes the term of the label 0, "clip" takes
+      invalid: what a label outside `[0, V)` does: "nan" makes the loss NaN, "zero" makes the term of the label 0,
+      "clip" takes
         the nearest class.
 
     Returns:

@@ -1,1 +1,1 @@
-"""A linear layer (a language model's head) and the cross entropy of its output as one op, so that the logits never exist as a whole."""
+"""A linear layer (the head of a language model) and cross entropy as one op: the logits never exist as a whole."""

@@ -85,7 +85,9 @@ def value_and_grads(fn, arrays, **params):
 
 def reference(arrays, **params):
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-        wide = {n: jnp.asarray(x, "float64" if jnp.issubdtype(x.dtype, jnp.floating) else None) for n, x in arrays.items()}
+        wide = {
+            n: jnp.asarray(x, "float64" if jnp.issubdtype(x.dtype, jnp.floating) else None) for n, x in arrays.items()
+        }
         return jax.device_get(jax.jit(lambda arrays: value_and_grads(formula, arrays, **params))(wide))
 
 
@@ -135,14 +137,19 @@ CASES = {
     "bias, per key": (Mask((Bias(), Causal())), {"small": "nt"}),
     "bias, per query": (Mask((Bias(), Causal()), fill=NEG), {"small": "bs"}),
     "bias, scalar": (Mask((Bias(),)), {"small": "bnts"}),
-    "everything": (Mask((Causal(2), Window(20, None), Segments(), Lengths(), Explicit(), Bias()), fill=NEG), {"small": "n"}),
+    "everything": (
+        Mask((Causal(2), Window(20, None), Segments(), Lengths(), Explicit(), Bias()), fill=NEG),
+        {"small": "n"},
+    ),
     "long keys": (CAUSAL, {"t": 13, "s": 61}),
     "long queries": (CAUSAL, {"t": 61, "s": 13}),
     "value dim": (CAUSAL, {"hv": 5, "h": 3}),
 }
 
 
-@pytest.mark.parametrize(("case", "block_q", "block_kv"), [(c, 16, 12) for c in CASES] + [("everything", 64, 64), ("causal", 8, 8)])
+@pytest.mark.parametrize(
+    ("case", "block_q", "block_kv"), [(c, 16, 12) for c in CASES] + [("everything", 64, 64), ("causal", 8, 8)]
+)
 def test_masks(case, block_q, block_kv, monkeypatch):
     monkeypatch.setattr(xla, "_block_sizes", lambda *_: {"block_q": block_q, "block_kv": block_kv})
     mask, shapes = CASES[case]
@@ -176,7 +183,9 @@ def test_zero_length_dims(dims):
     arrays = inputs(mask, **{"t": 6, "s": 6, **dims})
     got = value_and_grads(xla.attention, arrays, mask=mask)
     assert got["out"].shape == (*arrays["q"].shape[:3], arrays["v"].shape[3])
-    assert {n: g.shape for n, g in got.items() if n != "out"} == {f"d{n}": arrays[n].shape for n in ("q", "k", "v", "bias")}
+    assert {n: g.shape for n, g in got.items() if n != "out"} == {
+        f"d{n}": arrays[n].shape for n in ("q", "k", "v", "bias")
+    }
     assert all(np.isfinite(x).all() for x in got.values())
 
 
@@ -236,7 +245,8 @@ def temp_bytes(fn, *shape):
 
 
 def test_memory_is_linear():
-    """Forward and backward, causal, 8 heads of 64: an eighth of the plain code's temporaries at 8192, and linear growth."""
+    """Forward and backward, causal, 8 heads of 64: an eighth of the plain code's temporaries at 8192, and linear
+    growth."""
 
     def kernel(q, k, v):
         return xla.attention(q=q, k=k, v=v, mask=CAUSAL)
@@ -262,7 +272,8 @@ from kpt.ops.mask import Causal, Mask
 from pallas_kernels.attention.xla import attention
 
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-arrays = [jax.random.normal(key, (8, 512, heads, 16)) for key, heads in zip(jax.random.split(jax.random.key(0), 4), (4, 2, 2, 4))]
+arrays = [jax.random.normal(key, (8, 512, heads, 16)) for key, heads in zip(jax.random.split(jax.random.key(0), 4), (4,
+2, 2, 4))]
 
 @jax.jit
 def step(q, k, v, g):
