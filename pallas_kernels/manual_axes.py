@@ -13,6 +13,11 @@ from typing import Any
 import jax
 
 
+def in_shard_map() -> bool:
+    """Whether the code that is being traced runs inside `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def _varying(a: Any) -> frozenset[str]:
     """Mesh axes over which `a` varies; none outside `shard_map`, and none where it does not check them."""
     kind = jax.typeof(a)

@@ -52,8 +52,8 @@ def _bwd(static, residuals, g):
     gf, gate_f = g.astype(acc), gate.astype(acc)
     d_gate = (gf * up.astype(acc) * slope(gate_f)).astype(gate.dtype)
     d_up = (gf * act(gate_f)).astype(gate.dtype)
-    dx_gate, dw_gate, db_gate = project_vjp(x, w_gate, b_gate, d_gate)
-    dx_up, dw_up, db_up = project_vjp(x, w_up, b_up, d_up)
+    dx_gate, dw_gate, db_gate = project_vjp(x, w_gate, b_gate, d_gate, acc)
+    dx_up, dw_up, db_up = project_vjp(x, w_up, b_up, d_up, acc)
     return (dx_gate + dx_up).astype(x.dtype), dw_gate, dw_up, db_gate, db_up
 
 

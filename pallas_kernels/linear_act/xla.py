@@ -28,21 +28,31 @@ def linear_act(
     return _linear((activation, str(jnp.dtype(out_dtype or x.dtype))), *vary_alike(x, w, b))
 
 
+def contract(x: jax.Array, w: jax.Array, dims: tuple, dtype: jnp.dtype) -> jax.Array:
+    """`dot_general` over the pairs of dims, summed in the accumulator's dtype and rounded once, to `dtype`.
+
+    XLA sums products of bfloat16 and float16 in float32 also where it returns them as narrow as they came. A result that is
+    wanted so is asked for so: a wide one would be an array of its own on the CPU.
+    """
+    compute = jnp.promote_types(x.dtype, w.dtype)
+    preferred = compute if dtype == compute else wide(compute)
+    return jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=preferred).astype(dtype)
+
+
 def project(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
     """`x w + b` in the accumulator's dtype."""
     acc = wide(jnp.promote_types(x.dtype, w.dtype))
-    z = jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=acc)
+    z = contract(x, w, ((x.ndim - 1,), (0,)), acc)
     return z if b is None else z + b.astype(acc)
 
 
-def project_vjp(x: jax.Array, w: jax.Array, b: jax.Array | None, dz: jax.Array) -> tuple:
-    """Gradients of `x w + b` for `dz` in the compute dtype; that of x in the accumulator's, for sums over several products."""
-    acc = wide(dz.dtype)
-    dims = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(dz, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=acc)
-    dw = jax.lax.dot_general(x, dz, ((dims, dims), ((), ())), preferred_element_type=acc)
-    db = None if b is None else jnp.sum(dz.astype(acc), dims).astype(b.dtype)
-    return dx, dw.astype(w.dtype), db
+def project_vjp(x: jax.Array, w: jax.Array, b: jax.Array | None, dz: jax.Array, dx_dtype: jnp.dtype | None = None) -> tuple:
+    """Gradients of `x w + b` for `dz` in the compute dtype, each in the dtype of its array, that of x in `dx_dtype` if given."""
+    rows = tuple(range(x.ndim - 1))
+    dx = contract(dz, w, ((x.ndim - 1,), (1,)), dx_dtype or x.dtype)
+    dw = contract(x, dz, (rows, rows), w.dtype)
+    db = None if b is None else jnp.sum(dz.astype(wide(dz.dtype)), rows).astype(b.dtype)
+    return dx, dw, db
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -77,8 +87,7 @@ def _bwd(static, residuals, g):
         activation, out_dtype = static
         slope, _ = _slope(activation, out_dtype, compute)
         dz = dz * slope(kept.astype(acc))
-    dx, dw, db = project_vjp(x, w, b, dz.astype(compute))
-    return dx.astype(x.dtype), dw, db
+    return project_vjp(x, w, b, dz.astype(compute))
 
 
 _linear.defvjp(_fwd, _bwd)

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_act.xla import project, project_vjp
+from pallas_kernels.linear_act.xla import contract, project_vjp
 from pallas_kernels.manual_axes import vary_alike
 
 
@@ -21,10 +21,10 @@ def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None) -> jax.A
     return _matmul(str(jnp.dtype(out_dtype or a.dtype)), *vary_alike(a, b))
 
 
-# A rule of its own, because jax would derive products of a float32 cotangent with narrow matrices, which XLA widens first.
+# A rule of its own: where the result is wider than the factors, jax derives products of its cotangent with narrow matrices.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(out_dtype, a, b):
-    return project(a, b, None).astype(out_dtype)
+    return contract(a, b, ((a.ndim - 1,), (0,)), jnp.dtype(out_dtype))
 
 
 def _fwd(out_dtype, a, b):
@@ -34,7 +34,7 @@ def _fwd(out_dtype, a, b):
 def _bwd(out_dtype, residuals, g):
     a, b = residuals
     da, db, _ = project_vjp(a, b, None, g.astype(jnp.promote_types(a.dtype, b.dtype)))
-    return da.astype(a.dtype), db
+    return da, db
 
 
 _matmul.defvjp(_fwd, _bwd)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import wide
-from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.manual_axes import in_shard_map, vary_alike
 
 
 def rope(
@@ -24,7 +22,8 @@ def rope(
     """
     x, cos, sin = vary_alike(x, cos, sin)
     acc = wide(jnp.promote_types(x.dtype, jnp.promote_types(cos.dtype, sin.dtype)))
-    return _rope((bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(acc), str(x.dtype)), x, cos, sin)
+    turn = _rope_in_shard_map if in_shard_map() else _rope
+    return turn((bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(acc), str(x.dtype)), x, cos, sin)
 
 
 def _rotate(x: jax.Array, interleaved: bool, back: bool = False) -> jax.Array:
@@ -36,8 +35,7 @@ def _rotate(x: jax.Array, interleaved: bool, back: bool = False) -> jax.Array:
     return sign * jnp.concatenate([-b, a], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rope(static, x, cos, sin):
+def _turn(static, x, cos, sin):
     interleaved, out_dtype, acc, _ = static
     r = cos.shape[-1]
     head, tail = x[..., :r].astype(acc), x[..., r:]
@@ -47,9 +45,13 @@ def _rope(static, x, cos, sin):
 
 
 def _fwd(static, x, cos, sin):
-    # x is kept only for the gradients of the tables, which are constants in most models.
+    return _turn(static, x, cos, sin), (x, cos, sin)
+
+
+def _fwd_knowing(static, x, cos, sin):
+    """As `_fwd`, told which arguments have a gradient: x is kept only for those of the tables, constants in most models."""
     kept = x.value if cos.perturbed or sin.perturbed else None
-    return _rope(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
+    return _turn(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
 
 
 def _bwd(static, residuals, g):
@@ -72,4 +74,8 @@ def _bwd(static, residuals, g):
     return dx, over_heads(gh * head, cos), over_heads(gh * _rotate(head, interleaved), sin)
 
 
-_rope.defvjp(_fwd, _bwd, symbolic_zeros=True)
+_rope = jax.custom_vjp(_turn, nondiff_argnums=(0,))
+_rope.defvjp(_fwd_knowing, _bwd, symbolic_zeros=True)
+# Inside an eager shard_map, jax (0.7 to 0.12) cannot tell a rule which arguments have a gradient.
+_rope_in_shard_map = jax.custom_vjp(_turn, nondiff_argnums=(0,))
+_rope_in_shard_map.defvjp(_fwd, _bwd)

@@ -1,0 +1,62 @@
+"""One body for the tests of the plain-JAX providers: outputs, gradients and their dtypes, held to the op's float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+import kpt
+from kpt.kernels.validate import validate
+from kpt.ops import Spec, op
+
+
+def specs_of(dtype: str, **arrays: Any) -> dict[str, Spec]:
+    """Specs from shapes in `dtype`, or from (shape, dtype) where an array has its own."""
+    return {n: Spec(a[0], a[1]) if a and isinstance(a[0], tuple) else Spec(a, dtype) for n, a in arrays.items()}
+
+
+def certify(name: str, specs: dict[str, Spec], params: dict[str, Any], held_to: str | None = None) -> None:
+    """Fails unless `<name>.xla` agrees with the reference, forward and in every gradient, and gives the dtypes promised.
+
+    Args:
+      held_to: the dtype of the tolerance; that of the first array by default.
+    """
+    fn = kpt.registry.load(f"{name}.xla")
+    moving = [n for n in op(name).differentiable if n in specs]
+
+    @jax.jit
+    def both(arrays: dict[str, Any], cotangents: list[Any]) -> Any:
+        fixed = {n: a for n, a in arrays.items() if n not in moving}
+        out, pull = jax.vjp(lambda d: fn(**d, **fixed, **params), {n: arrays[n] for n in moving})
+        gradients = pull(tuple(cotangents) if isinstance(out, tuple) else cotangents[0])[0]
+        return out if isinstance(out, tuple) else (out,), gradients
+
+    outputs = op(name).infer(specs, **params)
+    zeros = [jax.numpy.zeros(s.shape, s.dtype) for s in outputs]
+
+    def run(_: Any, arrays: dict[str, Any], __: Any) -> Any:
+        got, _ = both(arrays, zeros)
+        assert tuple(Spec(o.shape, o.dtype.name) for o in got) == outputs
+        return got
+
+    def run_vjp(_: Any, arrays: dict[str, Any], __: Any, cotangents: Any) -> Any:
+        _, gradients = both(arrays, list(cotangents))
+        assert {n: Spec(g.shape, g.dtype.name) for n, g in gradients.items()} == {n: specs[n] for n in moving}
+        return gradients
+
+    certificate = validate(fn, op(name), specs, params, run=run, run_vjp=run_vjp, dtype=held_to)
+    assert certificate.passed, certificate.summary()
+
+
+def kept(fn: Any, **arrays: jax.Array) -> int:
+    """Elements that the forward pass leaves for the backward, beside `arrays` themselves."""
+    pull = jax.vjp(lambda d: fn(**d), arrays)[1]
+    inputs = {a.unsafe_buffer_pointer() for a in arrays.values()}
+    return sum(a.size for a in jax.tree.leaves(pull) if a.unsafe_buffer_pointer() not in inputs)
+
+
+def mesh_of_one() -> jax.sharding.Mesh:
+    """A mesh whose one axis is enough for jax to check over which axes gradients are summed."""
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
