@@ -14,7 +14,7 @@ from tests.fuzz import fuzz, providers
 @pytest.mark.parametrize("op", CASES)
 def test_a_slice(op):
     assert providers(op), f"no provider of {op} runs everywhere"
-    assert not fuzz([op], cases=40, seed=20261123)
+    assert not fuzz([op], cases=80, seed=20261123)
 
 
 @pytest.mark.slow
