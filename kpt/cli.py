@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kpt._version import __version__
+from kpt.config import start_logging
 from kpt.errors import ConfigError, KptError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     context.obj = debug
+    with answering(context, as_json=False):
+        start_logging()
 
 
 @app.command()

@@ -129,10 +129,16 @@ def _text(name: str, environ: Mapping[str, str]) -> str:
     return environ.get(PREFIX + name.upper(), "").strip()
 
 
-def start_logging(settings: Config) -> None:
-    """Sets the level of the logger "kpt", and shows its records where the program has set up no logging of its own."""
+def start_logging(environ: Mapping[str, str] | None = None) -> None:
+    """Where `KPT_LOG_LEVEL` is set: gives the logger "kpt" that level, and shows its records unless the program set up logging.
+
+    Where it is not, the logger is the program's own affair.
+    """
+    given = os.environ if environ is None else environ
+    if not _text("log_level", given):
+        return
     log = logging.getLogger("kpt")
-    log.setLevel(settings.log_level.upper())
+    log.setLevel(setting("log_level", given).upper())
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))

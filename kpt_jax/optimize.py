@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import kpt.hardware as hardware_room
-from kpt.config import config
+from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
 from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
@@ -414,6 +414,7 @@ def optimize(
     Raises:
       KptError: for an unknown level or hardware, or a plan of another framework.
     """
+    start_logging()
     level = level or config().level
     from kpt_jax import modules
 

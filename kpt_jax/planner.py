@@ -58,6 +58,7 @@ class Planner:
     token: object = dataclasses.field(default_factory=object)
 
     def plan(self, function: str) -> Plan:
+        log.info("%s: %d sites swapped, %d left as they are", function, len(self.sites), len(self.skipped))
         return Plan(function, self.level, self.hardware.name, "jax", versions(), tuple(self.sites), tuple(self.skipped),
                     tuple(dict.fromkeys(self.notes)))  # fmt: skip
 

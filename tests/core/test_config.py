@@ -125,10 +125,11 @@ def test_the_documentation_gives_the_right_variable_default_and_values(field):
 
 LOGGING = """
 import logging, sys
-from kpt.config import config, start_logging
+from kpt.config import start_logging
 {before}
-start_logging(config({{"KPT_LOG_LEVEL": "info"}}))
-start_logging(config({{"KPT_LOG_LEVEL": "info"}}))
+start_logging({{"KPT_LOG_LEVEL": "info"}})
+start_logging({{"KPT_LOG_LEVEL": "info"}})
+start_logging({{}})
 logging.getLogger("kpt").info("hello")
 logging.getLogger("kpt").debug("too fine")
 """
