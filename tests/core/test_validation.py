@@ -277,6 +277,18 @@ def test_a_single_wrong_element_of_many_fails_by_its_size():
     assert "largest error" in certify({"y": actual}, {"y": reference}, "bfloat16", 64).summary()
 
 
+def test_what_cancels_in_one_row_excuses_no_other():
+    rng = np.random.default_rng(0)
+    reference, terms = rng.standard_normal((64, 32)), np.zeros((64, 1))
+    terms[5] = 1e9  # a row that sees no key, under an additive fill
+    within, beyond = reference.copy(), reference.copy()
+    within[5] += 100.0
+    beyond[6] += 0.01
+    assert certify({"y": within.astype(np.float32)}, {"y": reference}, "float32", 64, terms={"y": terms}).passed
+    found = certify({"y": beyond.astype(np.float32)}, {"y": reference}, "float32", 64, terms={"y": terms})
+    assert "largest error 1.00e-02" in found.summary()
+
+
 def test_certificates_merge_and_travel_as_json():
     y = np.array([1.0, inf, 3.0])
     first = certify({"y": y, "dx": y}, {"y": y, "dx": np.zeros(3)}, "bfloat16", 8, gradients=["dx"], where="seed 0")
