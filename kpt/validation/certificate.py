@@ -130,10 +130,11 @@ def certify(
         ||a - r||_2 <= (1 + 2 / sqrt(size)) * (rtol_l2 * max(||r||_2, ||s||_2) + rtol_sum * ||t||_2)
         |a - r|     <= 3 * (rtol_l2 * max(max|r|, max|s|) + rtol_sum * |t|)     for each element
 
-    up to the smallest subnormal of the dtype. The second bound is the one that binds beside elements of large `t`. `s` is the sensitivity: how far each element moves per unit of relative
-    change of the inputs (`kpt.validation.sensitivity` measures it). For most data it is below `r`; where inputs cancel,
-    a program errs by their last bit times `s`. `t` is the size of the terms that cancel inside, where the inputs do not
-    show it; 0 for most (Higham, "Accuracy and Stability of Numerical Algorithms", sections 1.6 and 1.7).
+    up to the smallest subnormal of the dtype. The second bound is the one that binds beside elements of large `t`.
+    `s` is the sensitivity: how far each element moves per unit of relative change of the inputs
+    (`kpt.validation.sensitivity` measures it). For most data it is below `r`; where inputs cancel, a program errs by
+    their last bit times `s`. `t` is the size of the terms that cancel inside, where the inputs do not show it; 0 for
+    most (Higham, "Accuracy and Stability of Numerical Algorithms", sections 1.6 and 1.7).
 
     Args:
       actual: what the program returned, in the dtype that it returns.

@@ -26,7 +26,8 @@ array in use, while rtol_l2 leaves a factor of about 2 over the expected root me
 What cancels inside. Some results are the small difference of large terms that do not show in the inputs: the loss
 `logsumexp - logit` of a confident classifier, `1 + tanh` in the tail of gelu, `dp - sum(p dp)` in the gradient of a
 saturated softmax. Sums and elementary functions err by `rtol_sum = g (8 + sqrt(n)) eps_acc` of those terms, whatever is
-left of them.
+left of them. In a gradient those terms are made of forward results that were stored in `d` in between (the output, in
+`sum(dy * y)`), so there they count with all of rtol_l2.
 
 A relative L2 error over few elements is not yet an average; its allowance is `1 + 2 / sqrt(m)` times as large.
 """
@@ -55,7 +56,8 @@ class Tolerance:
     Attributes:
       rtol_l2: bound on `||actual - reference||_2 / ||reference||_2` over a large array.
       atol_max: bound on `max|actual - reference|`, in units of `max|reference|`.
-      rtol_sum: the part of rtol_l2 that sums and elementary functions cause, relative to the terms that cancel.
+      rtol_sum: error relative to the terms that cancel: the part of rtol_l2 that sums and elementary functions cause,
+        and all of it for a gradient.
       atol: absolute spacing below which the dtype cannot tell numbers apart (its smallest subnormal).
     """
 
@@ -110,4 +112,4 @@ def tolerance(dtype: str, reduction_length: int, *, gradient: bool = False) -> T
     twice = 2.0 if gradient else 1.0
     sums = twice * (8 + math.sqrt(reduction_length)) * accumulator
     rtol = twice * storage + sums
-    return Tolerance(rtol_l2=rtol, atol_max=3 * rtol, rtol_sum=sums, atol=_EPS[dtype][1])
+    return Tolerance(rtol_l2=rtol, atol_max=3 * rtol, rtol_sum=rtol if gradient else sums, atol=_EPS[dtype][1])

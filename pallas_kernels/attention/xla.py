@@ -24,6 +24,7 @@ from jax import lax
 from kpt.errors import OpError
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 from pallas_kernels.attention.blocks import Blocks, data_terms, tile
+from pallas_kernels.manual_axes import vary_alike
 
 # Layouts used inside: B batch, K kv heads, G query heads per kv head, T queries, S keys, H head dim. Queries come last and a block
 # of scores is `[B, K, S, G, T]`, because all five products of the backward are then plain row-major matrix products on a CPU
@@ -94,7 +95,8 @@ def attention(
         out_dtype=str(jnp.dtype(out_dtype or q.dtype)),
         **_block_sizes(q.shape[1], k.shape[1], q.shape[0] * q.shape[2]),
     )
-    return _attention(static, q, k, v, operands)
+    q, k, v, *varying = vary_alike(q, k, v, *operands.values())
+    return _attention(static, q, k, v, dict(zip(operands, varying, strict=True)))
 
 
 def _check(q: Any, k: Any, v: Any, operands: dict[str, Any]) -> None:
@@ -168,8 +170,9 @@ def _forward(static: _Static, q, k, v, operands):
     if _is_single(blocks):
         carry = _visit(blocks, static.mask, step, None)
     else:
-        row = jnp.zeros((b, heads, 1, group, t), acc_dtype)
-        carry = _visit(blocks, static.mask, step, (row - jnp.inf, row, jnp.zeros((b, heads, v.shape[3], group, t), acc_dtype)))
+        row, acc = (jnp.zeros((b, heads, n, group, t), acc_dtype) for n in (1, v.shape[3]))
+        *start, _ = vary_alike(row - jnp.inf, row, acc, q)
+        carry = _visit(blocks, static.mask, step, tuple(start))
     m, total, acc = carry
     if _needs_skipped_keys(static.mask, blocks):
         m, total, acc = _add_skipped_keys(static.mask, blocks, m, total, acc, vh)
@@ -215,7 +218,8 @@ def _attention_bwd(static: _Static, residuals, g):
         grads = _visit(blocks, static.mask, step, None)
     else:
         like = {"q": qh, "k": kh, "v": vh} | ({"bias": ops["bias"]} if "bias" in ops else {})
-        grads = _visit(blocks, static.mask, step, {name: jnp.zeros(x.shape, acc_dtype) for name, x in like.items()})
+        *start, _ = vary_alike(*(jnp.zeros(x.shape, acc_dtype) for x in like.values()), q)
+        grads = _visit(blocks, static.mask, step, dict(zip(like, start, strict=True)))
     dv = grads["v"]
     if _needs_skipped_keys(static.mask, blocks):
         dv = dv + _skipped_keys_grad(static.mask, blocks, m, g)

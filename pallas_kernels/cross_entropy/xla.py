@@ -10,6 +10,7 @@ from jax import lax
 
 from kpt.errors import OpError
 from kpt.ops.cross_entropy import INVALID
+from pallas_kernels.manual_axes import vary_alike
 
 
 def cross_entropy(
@@ -38,7 +39,7 @@ def cross_entropy(
       OpError: shapes do not fit, or `invalid` is none of the three.
     """
     check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
-    return _cross_entropy((label_smoothing, logits_soft_cap, invalid), logits, labels)
+    return _cross_entropy((label_smoothing, logits_soft_cap, invalid), *vary_alike(logits, labels))
 
 
 def check(asked: str, rows: tuple[int, ...], labels: jax.Array, invalid: str) -> None:

@@ -1,10 +1,14 @@
 """Linear layer and cross entropy in plain JAX: the logits exist for one chunk of tokens at a time.
 
-The forward keeps two numbers a token, the maximum and the sum of its softmax; the backward recomputes the logits of a chunk
-from `x` and `w`. (Gradients cannot be made in the forward: the cotangent of each token scales its own row inside the sum that
-is dw.) The idea of chunking tokens is that of Liger-Kernel's fused linear cross entropy (arXiv:2410.10989).
+When differentiated, the forward makes the gradients of the sum of the losses while it has the logits of a chunk, as
+Liger-Kernel's fused linear cross entropy does (arXiv:2410.10989): three products, as many as plain code. That is all of
+dx, whose rows the backward scales by the cotangents `g` of the tokens. In dw the rows are summed already, so it can be
+scaled only where all have the same cotangent, as under a mean or a sum. The backward looks at `g`, and where tokens weigh
+differently it makes dw anew from recomputed logits: two products more. Tokens with a label outside the vocabulary are
+left out of the sum beforehand, since their losses are usually masked away.
 
-A chunk takes every n-th token of the longest token dim, so that tokens sharded over devices are cut alike on all of them.
+Logits that fit one chunk are kept instead. A chunk takes every n-th token of the longest token dim, so that tokens
+sharded over devices are cut alike on all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from jax import lax
 
 from kpt.errors import OpError
 from pallas_kernels.cross_entropy.xla import check, row_grad, row_loss
+from pallas_kernels.manual_axes import vary_alike
 
 CHUNK_BYTES = 64 * 2**20  # of logits; several arrays of that size are alive at once
 
@@ -62,6 +67,7 @@ def linear_cross_entropy(
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
         raise OpError(asked, "x is [..., K], w is [K, V], b is [V]", "check the axes")
     check(asked, x.shape[:-1], labels, invalid)
+    x, w, b, labels = vary_alike(x, w, b, labels)
     static = _Static((label_smoothing, logits_soft_cap, invalid), *_cut(x.shape[:-1], w.shape[1]))
     if x.ndim == 1:
         return _loss(static, x[None], w, b, labels[None])[0]
@@ -69,50 +75,103 @@ def linear_cross_entropy(
 
 
 def _cut(tokens: tuple[int, ...], classes: int) -> tuple[int, int]:
-    """The token dim to cut, and into how many chunks."""
+    """The token dim to cut, and into how many chunks: without a rest if that takes less than twice as many."""
     if not tokens:
         return 0, 1
     axis = max(range(len(tokens)), key=lambda a: tokens[a])
     total = 4 * classes
     for n in tokens:
         total *= n
-    return axis, max(1, min(tokens[axis], -(-total // CHUNK_BYTES)))
+    least = max(1, min(tokens[axis], -(-total // CHUNK_BYTES)))
+    return axis, next((c for c in range(least, 2 * least) if tokens[axis] % c == 0), least)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(static: _Static, x, w, b, labels):
-    return _fwd(static, x, w, b, labels)[0]
+    """Without a derivative: one product."""
+
+    def chunk(_, x, labels):
+        return None, row_loss(_logits(x, w, b), labels, *static.loss)[0]
+
+    return _over_chunks(static, chunk, None, x, labels)[1]
 
 
 def _fwd(static: _Static, x, w, b, labels):
-    def chunk(_, x, labels):
-        return None, row_loss(_logits(x, w, b), labels, *static.loss)
+    if static.chunks == 1:
+        logits = _logits(x, w, b)
+        loss, m, total = row_loss(logits, labels, *static.loss)
+        return loss, (x, w, b, labels, m, total, logits)
 
-    _, (loss, m, total) = _over_chunks(static, chunk, None, x, labels)
-    return loss, (x, w, b, labels, m, total)
+    def chunk(sums, x, labels):
+        logits = _logits(x, w, b)
+        loss, m, total = row_loss(logits, labels, *static.loss)
+        d = row_grad(logits, labels, m, 1 / total, jnp.ones_like(m), *static.loss)
+        # Left out by a factor 0, not by a choice: 0 times NaN is NaN, as in plain code.
+        weight = _counted(labels, w).astype(d.dtype)
+        return _add_row_sums(sums, x, d, weight), (loss, m, total, _times_w(d, w))
+
+    sums, (loss, m, total, dx) = _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels)
+    return loss, (x, w, b, labels, m, total, (dx, sums))
 
 
 def _bwd(static: _Static, residuals, g):
-    x, w, b, labels, m, total = residuals
-    acc_dtype = m.dtype
+    x, w, b, labels, m, total, made = residuals
+    if static.chunks == 1:
+        d = row_grad(made, labels, m, 1 / total, g, *static.loss)
+        dx, (dw, db) = _times_w(d, w), _add_row_sums(_zero_sums(x, w, b), x, d)
+    else:
 
-    def chunk(grads, x, labels, m, scale, g):
-        dw, db = grads
-        d = row_grad(_logits(x, w, b), labels, m, scale, g, *static.loss)
-        dw = dw + jnp.einsum("...k,...v->kv", x.astype(acc_dtype), d)
-        db = None if b is None else db + jnp.sum(d, range(d.ndim - 1))
-        return (dw, db), jnp.einsum("...v,kv->...k", d, w.astype(acc_dtype)).astype(x.dtype)
+        def chunk(sums, x, labels, m, scale, g):
+            return _add_row_sums(sums, x, row_grad(_logits(x, w, b), labels, m, scale, g, *static.loss)), ()
 
-    start = jnp.zeros(w.shape, acc_dtype), None if b is None else jnp.zeros(b.shape, acc_dtype)
-    (dw, db), dx = _over_chunks(static, chunk, start, x, labels, m, 1 / total, g)
-    return dx, dw.astype(w.dtype), None if b is None else db.astype(b.dtype), None
+        dx, sums = made
+        counted = _counted(labels, w)
+        c = jnp.max(jnp.where(counted, g, -jnp.inf), initial=-jnp.inf)
+        c = jnp.where(jnp.any(counted), c, 0)
+        alike = jnp.all(g == jnp.where(counted, c, 0))
+        dw, db = lax.cond(
+            alike,
+            lambda: jax.tree.map(lambda a: c * a, sums),
+            lambda: _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels, m, 1 / total, g)[0],
+        )
+        dx = g[..., None] * dx
+    return dx.astype(x.dtype), dw.astype(w.dtype), None if b is None else db.astype(b.dtype), None
 
 
 _loss.defvjp(_fwd, _bwd)
 
 
+def _counted(labels, w):
+    """Tokens whose gradients the forward sums."""
+    return (labels >= 0) & (labels < w.shape[1])
+
+
+def _zero_sums(x, w, b):
+    dtype = _acc_dtype(x)
+    dw, db, _ = vary_alike(jnp.zeros(w.shape, dtype), None if b is None else jnp.zeros(b.shape, dtype), x)
+    return dw, db
+
+
+def _add_row_sums(sums, x, d, weight=None):
+    """Adds the gradients of w and b, given those of the logits and a weight for each token."""
+    dw, db = sums
+    x = x.astype(d.dtype) if weight is None else x.astype(d.dtype) * weight[..., None]
+    dw = dw + jnp.einsum("...k,...v->kv", x, d)
+    if db is not None:
+        db = db + (jnp.sum(d, range(d.ndim - 1)) if weight is None else jnp.einsum("...,...v->v", weight, d))
+    return dw, db
+
+
+def _times_w(d, w):
+    return jnp.einsum("...v,kv->...k", d, w.astype(d.dtype))
+
+
+def _acc_dtype(x):
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _logits(x, w, b):
-    acc_dtype = jnp.promote_types(x.dtype, jnp.float32)
+    acc_dtype = _acc_dtype(x)
     z = jnp.einsum("...k,kv->...v", x.astype(acc_dtype), w.astype(acc_dtype), preferred_element_type=acc_dtype)
     return z if b is None else z + b.astype(acc_dtype)
 

@@ -289,6 +289,18 @@ for spec in (P("data"), P(None, None, "model"), P("data", None, "model")):
     for a, b in zip(step(*placed), want):
         np.testing.assert_allclose(a, b, atol=1e-5)
         assert a.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4), (spec, a.sharding)
+
+# Each device has its own queries, and all keys and values.
+q, k, v, g = arrays
+queries = P(None, "data")
+
+def loss(q, k, v, g):
+    return (g * attention(q=q, k=k, v=v)).sum()
+
+spec = (queries, P(), P(), queries)
+mapped = jax.shard_map(jax.grad(loss, (0, 1, 2)), mesh=mesh, in_specs=spec, out_specs=spec[:3])
+for a, b in zip(jax.jit(mapped)(q, k, v, g), jax.grad(loss, (0, 1, 2))(q, k, v, g)):
+    np.testing.assert_allclose(a, b, atol=2e-5)
 print("ok")
 """
 

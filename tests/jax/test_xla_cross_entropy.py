@@ -1,4 +1,4 @@
-"""The plain-JAX losses against the formula in float64: labels in and out of range, smoothing, cap, bias, every transformation."""
+"""The plain-JAX losses against the formula in float64: labels, smoothing, cap, bias, cotangents, transformations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def formula(logits, labels, g, label_smoothing=0.0, logits_soft_cap=None, invali
         loss = loss - label_smoothing * z.mean(-1)
     if invalid == "nan":
         loss = np.where(valid, loss, np.nan)
-    d = (np.exp(z - lse) - (1 - label_smoothing) * onehot - label_smoothing / classes) * np.asarray(g, np.float64)[..., None]
+    d = (np.exp(z - lse) - (1 - label_smoothing) * onehot - label_smoothing / classes) * np.asarray(g, np.float64)[
+        ..., None
+    ]
     return loss, d if t is None else d * (1 - t * t)
 
 
@@ -85,25 +87,41 @@ def test_cross_entropy(case, shape):
     close(vjp(jnp.asarray(g))[0], want_grad)
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
-@pytest.mark.parametrize("shape", SHAPES)
+COTANGENTS = {
+    "each its own": lambda rng, labels: rng.normal(size=labels.shape),
+    "all alike": lambda rng, labels: np.full(labels.shape, -0.3),
+    "labels in range alike": lambda rng, labels: np.where((labels >= 0) & (labels < 37), 0.3, 0.0),
+    "some masked": lambda rng, labels: np.where(rng.random(labels.shape) < 0.5, 0.3, 0.0),
+}
+
+
+@pytest.mark.parametrize(("shape", "chunks", "cotangents"), [
+    *((shape, 1, "each its own") for shape in SHAPES),
+    *(("batch", 4, name) for name in COTANGENTS),
+    ("no rows", 4, "all alike"),
+])  # fmt: skip
 @pytest.mark.parametrize("case", CASES)
-def test_linear_cross_entropy(case, shape, chunks, monkeypatch):
+def test_linear_cross_entropy(case, shape, chunks, cotangents, monkeypatch):
     params = {k: v for k, v in CASES[case].items() if k != "bad"}
     rng, rows = np.random.default_rng(0), SHAPES[shape]
     x, w, b = (np.asarray(rng.normal(size=s), np.float32) for s in ((*rows, 16), (16, 37), (37,)))
     labels = labels_of(rng, rows, 37, CASES[case].get("bad"))
-    g = np.asarray(rng.normal(size=rows), np.float32)
+    g = np.asarray(COTANGENTS[cotangents](rng, labels), np.float32)
     monkeypatch.setattr(linear, "CHUNK_BYTES", max(1, int(np.prod(rows)) * 37 * 4 // chunks))
 
-    def fn(x, w, b):
-        return linear_cross_entropy(x=x, w=w, b=b, labels=jnp.asarray(labels), **params)
+    @jax.jit
+    def both(x, w, b, g):
+        loss, vjp = jax.vjp(lambda x, w, b: linear_cross_entropy(x=x, w=w, b=b, labels=labels, **params), x, w, b)
+        return loss, vjp(g)
 
-    loss, vjp = jax.vjp(jax.jit(fn), *(jnp.asarray(a) for a in (x, w, b)))
-    dx, dw, db = vjp(jnp.asarray(g))
+    loss, (dx, dw, db) = both(x, w, b, g)
+    plain = linear_cross_entropy(
+        x=jnp.asarray(x), w=jnp.asarray(w), b=jnp.asarray(b), labels=jnp.asarray(labels), **params
+    )
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
     want_loss, dz = formula(x64 @ w64 + b, labels, g, **params)
     close(loss, want_loss, terms=16)
+    close(plain, want_loss, terms=16)
     close(dx, dz @ w64.T, terms=37)
     close(dw, np.tensordot(x64, dz, (range(len(rows)),) * 2), terms=37)
     close(db, dz.sum(tuple(range(len(rows)))), terms=37)
@@ -178,7 +196,8 @@ def test_transforms(op, transform, monkeypatch):
 
 def test_the_logits_never_exist():
     """4096 tokens, 512 wide, 50257 classes: a sixth of the plain code's temporaries, which are two arrays of logits."""
-    specs = [jax.ShapeDtypeStruct(s, d) for s, d in (((4096, 512), "float32"), ((512, 50257), "float32"), ((4096,), "int32"))]
+    shapes = ((4096, 512), "float32"), ((512, 50257), "float32"), ((4096,), "int32")
+    specs = [jax.ShapeDtypeStruct(*s) for s in shapes]
 
     def plain(x, w, labels):
         return -jnp.take_along_axis(jax.nn.log_softmax(x @ w), labels[:, None], -1)
@@ -223,14 +242,32 @@ def step(x, w, labels):
     return jax.value_and_grad(lambda x, w: xla.linear_cross_entropy(x=x, w=w, labels=labels).mean(), (0, 1))(x, w)
 
 want = step(x, w, labels)
-for tokens, classes in ((P("data"), P()), (P(("data", "model")), P()), (P(None, "data"), P()), (P("data"), P(None, "model"))):
+by_class = P(None, "model")
+for tokens, classes in ((P("data"), P()), (P(("data", "model")), P()), (P(None, "data"), P()), (P("data"), by_class)):
     place = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     args = place(x, tokens), place(w, classes), place(labels, tokens)
     text = step.lower(*args).compile().as_text()
-    for name in ("all-gather", "all-to-all", "collective-permute"):  # dw and the mean are sums over all: those are reduced
+    for name in ("all-gather", "all-to-all", "collective-permute"):  # dw and the mean, sums over all, are reduced
         assert name not in text, (tokens, classes, name)
     for a, b in zip(jax.tree.leaves(step(*args)), jax.tree.leaves(want)):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+def weighted(x, w, labels, weights):
+    return (weights * xla.linear_cross_entropy(x=x, w=w, labels=labels)).sum()
+
+def mapped(*args):  # each device has its own tokens and all of w
+    return jax.lax.psum(weighted(*args), "data")
+
+for weights in (jnp.ones((8, 32)), jax.random.normal(jax.random.key(3), (8, 32))):
+    args = x, w, labels, weights
+    for tokens in (64, 4096):  # several chunks on each device, and one
+        xla.CHUNK_BYTES = tokens * 48 * 4
+        each = P("data")
+        outside = jax.grad(jax.shard_map(mapped, mesh=mesh, in_specs=(each, P(), each, each), out_specs=P()), (0, 1))
+        inside = jax.shard_map(jax.grad(weighted, (0, 1)), mesh=mesh, in_specs=(each, P(), each, each), out_specs=(each, P()))
+        for way in (outside, inside):
+            for a, b in zip(jax.jit(way)(*args), jax.grad(weighted, (0, 1))(*args)):
+                np.testing.assert_allclose(a, b, atol=2e-5)
 print("ok")
 """
 
