@@ -129,9 +129,8 @@ def donated_inputs(closed: Any) -> tuple[int, ...]:
     return tuple(i for i, v in enumerate(jaxpr.invars) if v in given)
 
 
-def tracing() -> bool:
-    """Whether some function is being traced, differentiated or mapped in this thread."""
-    return not jax._src.core.trace_state_clean()
+# Whether no function is being traced, differentiated or mapped in this thread. jax's own, for a call must not pay for two.
+outside_of_traces = jax._src.core.trace_state_clean
 
 
 def trace_context() -> Any:

@@ -133,7 +133,7 @@ def main() -> None:
     os.environ["KPT_CERTIFY"] = "off"
     cost(1)  # imports and first-time work
     costs = [cost(int(n)) for n in options.layers.split(",")]
-    dispatch = {n: calls(n) for n in (1, 100)}
+    dispatch = {n: calls(n) for n in (1, 200)}
     if options.json:
         print(json.dumps({
             "kind": "kpt.cost", "jax": jax.__version__, "device": jax.devices()[0].device_kind,

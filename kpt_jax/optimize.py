@@ -94,11 +94,23 @@ class Optimized:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._jitted is not None and active.get() is None and not _compat.tracing():
+        # Where jax.jit's own cache knows the call, what stands here is all that it costs beside a call of jax.jit.
+        jitted = self._jitted
+        if jitted is not None and _compat.outside_of_traces() and active.get() is None:
+            _local.example = (args, kwargs)
             try:
-                return self._dispatch(args, kwargs)
+                return jitted(*args, **kwargs)
             except _Static:
                 pass
+            except TypeError:  # jax.jit refuses what is no array before it traces
+                if not self.split(args, kwargs)[0].has_statics:
+                    raise
+            finally:
+                _local.example = None
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple, kwargs: dict) -> Any:
+        """A first call, one inside of a trace, or one with static arguments."""
         key, dynamic = self.split(args, kwargs)
         if active.get() is not None or any(map(_compat.is_tracer, dynamic)):
             return self._inline(key, dynamic)
@@ -117,20 +129,6 @@ class Optimized:
             self._jitted = None
             return self(*args, **kwargs)
 
-    def _dispatch(self, args: tuple, kwargs: dict) -> Any:
-        """Through jax.jit's own cache.
-
-        Raises:
-          _Static: an argument is static after all.
-        """
-        assert self._jitted is not None
-        try:
-            return _with_example((args, kwargs), self._jitted, *args, **kwargs)
-        except TypeError:  # jax.jit refuses what is no array before it traces
-            if self.split(args, kwargs)[0].has_statics:
-                raise _Static from None
-            raise
-
     def _first_call(self, key: Signature, dynamic: list[Any], args: tuple, kwargs: dict) -> Any:
         traced = self._trace(key, dynamic, example=dynamic)
         if not key.has_statics and not self._static_scalars:
@@ -144,14 +142,16 @@ class Optimized:
 
     def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
         """What jax.jit traces, once for each signature."""
-        real_key, real = self.split(*_local.example)
-        if real_key.has_statics:
-            raise _Static
+        example, real = _example(), None
+        if example is not None:
+            real_key, real = self.split(*example)
+            if real_key.has_statics:
+                raise _Static
         key, dynamic = self.split(args, kwargs)
         return self._inline(key, dynamic, real)
 
     def _traced_flat_call(self, key: Signature, *dynamic: Any) -> Any:
-        return self._inline(key, dynamic, _local.example)
+        return self._inline(key, dynamic, _example())
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """`jax.jit(self).lower(...)`: the rewritten program, for inspection and ahead-of-time compilation."""
@@ -301,12 +301,18 @@ _local = threading.local()
 
 
 def _with_example(example: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    before = getattr(_local, "example", None)
     _local.example = example
     try:
         return call(*args, **kwargs)
     finally:
-        _local.example = before
+        _local.example = None
+
+
+def _example() -> Any:
+    """Taken by the trace that a call sets off, before anything of the user's runs; None for any trace but its first."""
+    example = getattr(_local, "example", None)
+    _local.example = None
+    return example
 
 
 def _woven(statics: Sequence[tuple[Any, Any]], dynamic: Sequence[Any]) -> list[Any]:

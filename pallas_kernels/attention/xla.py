@@ -5,7 +5,8 @@ softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021, ar
 blocks from `q, k, v, out, m, l` (Dao et al. 2022, arXiv:2205.14135, algorithm 4). Blocks that causality or a window hides
 are never visited, and blocks that they leave whole are computed without building a mask.
 
-Shardings survive: batch and head dims are never merged, sliced or padded, only the sequence dims are.
+Shardings survive: batch and head dims are never merged, sliced or padded, only the sequence dims are. A sharded sequence stays so
+where it is a single block; a longer one is gathered.
 """
 
 from __future__ import annotations
@@ -379,13 +380,28 @@ def _contract(a, b, a_dims, b_dims, acc_dtype):
     return lax.dot_general(a.astype(acc_dtype), b.astype(acc_dtype), dims, preferred_element_type=acc_dtype)
 
 
+#
+# Which operand comes first is written for one device in the order that is fastest there, keys first: 1.4 times as fast on a CPU as
+# the other. Where arrays may be sharded, queries come first: of two operands that are sharded over the same mesh axis, queries over T
+# and keys over S, XLA's partitioner keeps the first as it is and gathers the second, and the result shall be sharded as the queries
+# are. `q k^T` and `p v` as people write them have that order.
+
+
+def _may_be_sharded() -> bool:
+    return jax.device_count() > 1
+
+
 def _score(keys, queries, acc_dtype):
     """`[B, K, S, H], [B, K, H, G, T] -> [B, K, S, G, T]`."""
+    if _may_be_sharded():
+        return _keys_first(_contract(queries, keys, (2,), (3,), acc_dtype))
     return _contract(keys, queries, (3,), (2,), acc_dtype)
 
 
 def _weigh(keys, scores, acc_dtype):
     """`[B, K, S, H], [B, K, S, G, T] -> [B, K, H, G, T]`."""
+    if _may_be_sharded():
+        return _contract(scores, keys, (2,), (2,), acc_dtype).transpose(0, 1, 4, 2, 3)
     return _contract(keys, scores, (2,), (2,), acc_dtype)
 
 

@@ -39,11 +39,7 @@ def outcomes():
     return {x["case"]: x for x in lines}
 
 
-# Its numbers agree and it gathers no more than the original, but its result does not keep the sequence sharded.
-UNMET = {"attention over sequence": pytest.mark.xfail(reason="the result of a sequence-sharded call has another sharding than the original's")}
-
-
-@pytest.mark.parametrize(("case", "op"), [pytest.param(c, o, id=c, marks=UNMET.get(c, ())) for c, o in CASES.items()])
+@pytest.mark.parametrize(("case", "op"), CASES.items(), ids=CASES)
 def test_sharded(outcomes, case, op):
     """The program has compared the numbers."""
     found = outcomes[case]
