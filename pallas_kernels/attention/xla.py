@@ -5,8 +5,9 @@ softmax (Milakov and Gimelshein 2018, arXiv:1805.02867; Rabe and Staats 2021, ar
 blocks from `q, k, v, out, m, l` (Dao et al. 2022, arXiv:2205.14135, algorithm 4). Blocks that causality or a window hides
 are never visited, and blocks that they leave whole are computed without building a mask.
 
-Shardings survive: batch and head dims are never merged, sliced or padded, only the sequence dims are. A sharded sequence stays so
-where it is a single block; a longer one is gathered.
+Shardings survive: batch and head dims are never merged, sliced or padded, only the sequence dims are. Where XLA may
+partition the program, the sequence of queries is not cut either: devices that hold parts of it go through the keys
+together, at the price of blocks that causality hides.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jax import lax
 from kpt.errors import OpError
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 from pallas_kernels.attention.blocks import Blocks, data_terms, tile
-from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.manual_axes import in_shard_map, vary_alike
 
 # Layouts used inside: B batch, K kv heads, G query heads per kv head, T queries, S keys, H head dim. Queries come last and a block
 # of scores is `[B, K, S, G, T]`, because all five products of the backward are then plain row-major matrix products on a CPU
@@ -122,6 +123,8 @@ def _check(q: Any, k: Any, v: Any, operands: dict[str, Any]) -> None:
 
 def _block_sizes(queries: int, keys: int, heads: int) -> dict[str, int]:
     """Square blocks, 128 to 512, of about a million scores over all heads: what a step touches then stays in a CPU's caches."""
+    if _may_be_sharded():
+        return {"block_q": max(queries, 1), "block_kv": _block(keys, 128)}
     most = 128 if heads >= 64 else 256 if heads >= 4 else 512
     return {"block_q": _block(queries, most), "block_kv": _block(keys, most)}
 
@@ -388,7 +391,8 @@ def _contract(a, b, a_dims, b_dims, acc_dtype):
 
 
 def _may_be_sharded() -> bool:
-    return jax.device_count() > 1
+    """Whether XLA may partition what is traced now: not with one device, nor inside `jax.shard_map`."""
+    return jax.device_count() > 1 and not in_shard_map()
 
 
 def _score(keys, queries, acc_dtype):

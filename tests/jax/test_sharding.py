@@ -15,6 +15,7 @@ CASES = {
     "attention over batch": "attention",
     "attention over batch and heads": "attention",
     "attention over sequence": "attention",
+    "long attention over sequence": "attention",
     "attention in shard_map": "attention",
     "norm over batch and sequence": "rms_norm",
     "norm over features": "rms_norm",
