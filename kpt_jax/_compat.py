@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,11 @@ def open_jaxpr(j: Any) -> tuple[Any, tuple]:
 def dtype_name(aval: Any) -> str:
     """NumPy-style dtype name; extended dtypes such as PRNG keys are "key"."""
     dtype = getattr(aval, "dtype", None)
-    if dtype is None:
-        return "token"
+    return "token" if dtype is None else _dtype_name(dtype)
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
     return "key" if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.name
 
 

@@ -2,7 +2,8 @@
 
     python -m kpt_jax.bench_cost [--layers 4,16,32,64] [--json] [--plot out.svg]
 
-Certificates are off: they run kernels, and how long that takes is a matter of the kernels.
+The model has the widths of Llama 3 8B; only shapes are needed, and no weights are made. Certificates are off: they run
+kernels, and how long that takes is a matter of the kernels.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import kpt_jax
 
-WIDTH, HEADS, KV_HEADS, TOKENS, VOCABULARY = 64, 4, 2, 32, 128
+WIDTH, HIDDEN, HEADS, KV_HEADS, TOKENS, VOCABULARY = 4096, 14336, 32, 8, 2048, 128256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +38,17 @@ class Cost:
 
 
 def parameters(layers: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-
-    def w(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape) / shape[0] ** 0.5, jnp.float32)
+    def w(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     head = WIDTH // HEADS
     layer = [
-        {"norm": jnp.ones(WIDTH), "q": w(WIDTH, WIDTH), "k": w(WIDTH, KV_HEADS * head), "v": w(WIDTH, KV_HEADS * head),
-         "o": w(WIDTH, WIDTH), "mlp_norm": jnp.ones(WIDTH), "gate": w(WIDTH, 4 * WIDTH), "up": w(WIDTH, 4 * WIDTH),
-         "down": w(4 * WIDTH, WIDTH)}
+        {"norm": w(WIDTH), "q": w(WIDTH, WIDTH), "k": w(WIDTH, KV_HEADS * head), "v": w(WIDTH, KV_HEADS * head),
+         "o": w(WIDTH, WIDTH), "mlp_norm": w(WIDTH), "gate": w(WIDTH, HIDDEN), "up": w(WIDTH, HIDDEN),
+         "down": w(HIDDEN, WIDTH)}
         for _ in range(layers)
     ]  # fmt: skip
-    return {"embed": w(VOCABULARY, WIDTH), "layers": layer, "norm": jnp.ones(WIDTH), "head": w(WIDTH, VOCABULARY)}
+    return {"embed": w(VOCABULARY, WIDTH), "layers": layer, "norm": w(WIDTH), "head": w(WIDTH, VOCABULARY)}
 
 
 def loss(p: dict[str, Any], ids: jax.Array) -> jax.Array:
@@ -86,7 +84,7 @@ def loss(p: dict[str, Any], ids: jax.Array) -> jax.Array:
 
 def cost(layers: int) -> Cost:
     """Of one depth, forward and backward compiled, each once in this process."""
-    p, ids = parameters(layers), jnp.zeros((1, TOKENS + 1), jnp.int32)
+    p, ids = parameters(layers), jax.ShapeDtypeStruct((1, TOKENS + 1), jnp.int32)
 
     def timed(f: Any) -> tuple[float, Any]:
         start = time.perf_counter()

@@ -142,8 +142,12 @@ def _elementwise_after(p: Program, e: Expr, limit: int = 24) -> list[Expr]:
 
 def _activated(p: Program, e: Expr) -> tuple[str, Expr] | None:
     """(activation, its argument) where `e` is an activation of something: the farthest source that fits."""
-    if e.op not in ELEMENTWISE or not _nonlinear(e):
-        return None
+    if id(e) not in p.activated:
+        p.activated[id(e)] = _find_activation(p, e) if e.op in ELEMENTWISE and _nonlinear(e) else None
+    return p.activated[id(e)]
+
+
+def _find_activation(p: Program, e: Expr) -> tuple[str, Expr] | None:
     seen: set[int] = set()
     level = [e]
     candidates: list[Expr] = []

@@ -62,6 +62,8 @@ class Program:
         self._users = graph.users()
         self._order = {id(n): i for i, n in enumerate(graph.nodes)}
         self._outputs = set(graph.outputs)
+        self._consumed: dict[int, tuple[Match, list[Node]]] = {}
+        self.activated: dict[int, tuple[str, Expr] | None] = {}  # what `linear` found out about expressions
 
     def exprs_with(self, *ops: str) -> Iterator[Expr]:
         """Expressions of the program's values with one of these ops, in execution order, each once."""
@@ -120,6 +122,9 @@ class Program:
 
     def consumed(self, match: Match) -> list[Node]:
         """The nodes between a match's arrays and its results: what the kernel takes the place of."""
+        known = self._consumed.get(id(match))
+        if known is not None:
+            return known[1]
         stop: set[int] = set()
         for a in match.arrays.values():
             for leaf in self.leaves(a):
@@ -133,7 +138,9 @@ class Program:
                 continue
             nodes[id(n)] = n
             todo.extend(i for i in n.inputs if i not in stop)
-        return sorted(nodes.values(), key=lambda n: self._order[id(n)])
+        found = sorted(nodes.values(), key=lambda n: self._order[id(n)])
+        self._consumed[id(match)] = match, found  # the match is kept, so that its id stays its own
+        return found
 
     def unsafe(self, match: Match) -> str | None:
         """Why the match may not be swapped in, or None."""

@@ -49,7 +49,6 @@ class FusionRegistry:
                     continue
                 value = next(iter(found.results))
                 why = program.unsafe(found)
-                nodes = {id(n) for n in program.consumed(found)} if why is None else set()
                 core = _core(program, found) if why is None else set()
                 if why is None and core & claimed:
                     continue
@@ -59,7 +58,6 @@ class FusionRegistry:
                     continue
                 claimed |= core
                 taken.append(found)
-                del nodes
         done = {v for m in taken for v in m.results}
         inside = {id(n) for m in taken for n in program.consumed(m)}
         missed = [m for m in _unique(missed) if m.value not in done and id(program.node_of.get(m.value)) not in inside]

@@ -47,12 +47,16 @@ class Axes:
 
     def flat(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The axes, each replaced by what it was split into."""
+        if not self._split:
+            return tuple(axes)
         out: list[int] = []
         for a in axes:
             out.extend(self.flat(self._split[a]) if a in self._split else (a,))
         return tuple(out)
 
     def resolve(self, ref: Ref) -> Ref:
+        if not self._split:
+            return ref
         return Ref(ref.expr, tuple(self.flat(d) for d in ref.dims))
 
     def of(self, ref: Ref) -> tuple[int, ...]:

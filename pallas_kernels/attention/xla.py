@@ -146,6 +146,8 @@ def _attention_fwd(static, q, k, v, operands):
     return out, (q, k, v, operands, out, m, total)
 
 
+# Traced once for all layers that are alike, as is the backward.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(static: _Static, q, k, v, operands):
     """Returns out `[B, T, N, Hv]` and the maximum and sum of each row's softmax, `[B, K, 1, G, T]`."""
     acc_dtype = _acc_dtype(q)
@@ -184,6 +186,7 @@ def _forward(static: _Static, q, k, v, operands):
     return _join_heads(out).astype(static.out_dtype), m, total
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attention_bwd(static: _Static, residuals, g):
     q, k, v, operands, out, m, total = residuals
     acc_dtype = _acc_dtype(q)

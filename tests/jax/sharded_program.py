@@ -70,7 +70,7 @@ def gathered(compiled) -> int:
 
 def close(got, want):
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        bound = tolerance("float32", 4 * W * max(T, *w.shape[1:2]), gradient=True)
+        bound = tolerance("float32", 4 * W * max((T, *w.shape[1:2])), gradient=True)
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
         assert np.abs(g - w).max() <= 2 * bound.allowed_max(float(np.abs(w).max()))
 
