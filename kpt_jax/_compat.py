@@ -187,3 +187,8 @@ def placement(aval: Any) -> tuple[Any, Any]:
     if mesh is None or mesh.empty or not getattr(mesh, "explicit_axes", ()):
         sharding = None
     return sharding, frozenset(getattr(aval, "vma", None) or ())
+
+
+def with_leading(size: int, aval: Any) -> Any:
+    """The type of `size` such arrays, stacked."""
+    return jax._src.core.unmapped_aval(size, 0, aval)

@@ -14,31 +14,12 @@ import numpy as np
 from kpt import ops
 from kpt.fusion.program import Match, Program
 from kpt.graph.expr import numpy_dtype
-from kpt.graph.graph import Graph, Node
 from kpt.ops.base import Spec
 from kpt.validation import Certificate, compare
 from kpt_jax import _compat
-from kpt_jax.apply import Rewrite, run
+from kpt_jax.apply import Rewrite, isolated, leaf_values, run
 
 _STEP = 2.0**-7  # relative size of the perturbation that shows how much a result may cancel
-
-
-def leaf_values(program: Program, match: Match) -> tuple[int, ...]:
-    """The program values that a match's arrays are computed from."""
-    return tuple(sorted(set().union(*(program.leaves(a) for a in match.arrays.values()))))
-
-
-def isolated(program: Program, match: Match) -> Graph:
-    """The code of one site alone: from its leaves to its results."""
-    g = program.graph
-    leaves = leaf_values(program, match)
-    consts = {v: c for v, c in g.consts.items() if v not in leaves}
-    nodes = program.consumed(match)
-    made = {v for n in nodes for v in n.outputs}
-    # A leaf may go by several names (a copy, a call's argument); the code may read it under any of them.
-    names = {v: leaf for leaf in leaves for v in program.env[leaf].origins if v not in made and v != leaf}
-    copies = [Node("identity", (leaf,), (v,)) for v, leaf in names.items()]
-    return Graph(g.name, leaves, tuple(match.results), g.specs, consts, copies + nodes)
 
 
 def original_bytes(program: Program, match: Match) -> int:
