@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,37 +41,31 @@ def _dtype_name(dtype: Any) -> str:
     return "key" if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.name
 
 
+_LAYERS = "flax haiku equinox optax kpt_jax pallas_kernels".split()  # whose lines say little without the line that called them
+
+
 def source_of(eqn: Any) -> str:
-    """Where in the user's code an equation comes from, "" if unknown."""
-    info = getattr(eqn, "source_info", None)
-    tb = getattr(info, "traceback", None)
+    """Where in the user's code an equation comes from, and through which line of a library of layers; "" if unknown."""
+    tb = getattr(getattr(eqn, "source_info", None), "traceback", None)
     if tb is None:
         return ""
     try:
         from jax._src import source_info_util
 
-        frame = source_info_util.user_frame(tb) if _user_frame_takes_traceback() else source_info_util.user_frame(info)
+        libraries = tuple(p + os.sep for n in _LAYERS if n in sys.modules for p in sys.modules[n].__path__)
+        library = None
+        for frame in source_info_util.user_frames(tb):  # innermost first
+            if not frame.file_name.startswith(libraries):
+                return _line(frame) + (f" through {_line(library)}" if library else "")
+            library = library or frame
     except Exception:  # no public way to read a jaxpr's source; a missing one costs only a comment
         return ""
-    if frame is None:
-        return ""
-    line = getattr(frame, "start_line", 0)
+    return _line(library) if library else ""
+
+
+def _line(frame: Any) -> str:
     name = frame.file_name.rsplit("/", 1)[-1]
-    return f"{name}:{line} ({frame.function_name.rsplit('.', 1)[-1]})"
-
-
-_TAKES_TRACEBACK: list[bool] = []
-
-
-def _user_frame_takes_traceback() -> bool:
-    if not _TAKES_TRACEBACK:
-        import inspect
-
-        from jax._src import source_info_util
-
-        first = next(iter(inspect.signature(source_info_util.user_frame).parameters))
-        _TAKES_TRACEBACK.append("traceback" in first or first == "tb")
-    return _TAKES_TRACEBACK[0]
+    return f"{name}:{getattr(frame, 'start_line', 0)} ({frame.function_name.rsplit('.', 1)[-1]})"
 
 
 def is_tracer(x: Any) -> bool:
@@ -191,3 +187,8 @@ def placement(aval: Any) -> tuple[Any, Any]:
     if mesh is None or mesh.empty or not getattr(mesh, "explicit_axes", ()):
         sharding = None
     return sharding, frozenset(getattr(aval, "vma", None) or ())
+
+
+def with_leading(size: int, aval: Any) -> Any:
+    """The type of `size` such arrays, stacked."""
+    return jax._src.core.unmapped_aval(size, 0, aval)

@@ -7,7 +7,7 @@ rule whole, loops and branches through jax's public functions where a body chang
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax
 from kpt.fusion.program import Match, Program
 from kpt.graph.graph import Graph, Node, Region
 from kpt_jax import _compat
+from kpt_jax.both_modes import both_modes
 from kpt_jax.emit import emit
 
 
@@ -27,6 +28,7 @@ class Rewrite:
     sites: list[tuple[Match, Callable[..., Any]]] = dataclasses.field(default_factory=list)
     bodies: dict[int, tuple[Rewrite, ...]] = dataclasses.field(default_factory=dict)
     steps: list[tuple[str, Any]] | None = None
+    reads: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # by site: the values that it is computed from
 
     @property
     def changed(self) -> bool:
@@ -58,7 +60,7 @@ def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
     maker = g.producers()
     site_of = {v: i for i, (m, _) in enumerate(rw.sites) for v in m.results}
     consumed: set[int] = set()
-    reads: list[tuple[int, ...]] = []
+    rw.reads = []
     for m, _ in rw.sites:
         assert rw.program is not None
         consumed |= {id(n) for n in rw.program.consumed(m)}
@@ -67,7 +69,7 @@ def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
             leaves |= rw.program.leaves(a)
         for r in m.results.values():
             leaves |= rw.program.leaves(r)
-        reads.append(tuple(sorted(leaves)))
+        rw.reads.append(tuple(sorted(leaves)))
 
     def step_for(v: int) -> tuple[str, Any] | None:
         if v in site_of:
@@ -84,7 +86,7 @@ def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
         return ("region", whole) if whole is not None else ("node", n)
 
     def needs(step: tuple[str, Any]) -> Sequence[int]:
-        return reads[step[1]] if step[0] == "site" else step[1].inputs
+        return rw.reads[step[1]] if step[0] == "site" else step[1].inputs
 
     done: set[tuple[str, int]] = set()
     steps: list[tuple[str, Any]] = []
@@ -118,6 +120,25 @@ def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
 
 
 def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
+    match, _ = rw.sites[i]
+    reads = rw.reads[i]
+    assert rw.program is not None
+    part = isolated(rw.program, match)
+
+    def kernel(*xs: Any) -> list[Any]:
+        return _replaced(rw, i, rw.graph.consts | dict(zip(reads, xs, strict=True)))
+
+    def original(*xs: Any) -> list[Any]:
+        given = rw.graph.consts | dict(zip(reads, xs, strict=True))
+        return run(Rewrite(part), [given[v] for v in part.inputs])
+
+    floats = [j for j, v in enumerate(reads) if rw.graph.specs[v].dtype.startswith(("float", "bfloat"))]
+    outs = both_modes(kernel, original, floats)(*(env[v] for v in reads))
+    return dict(zip(match.results, outs, strict=True))
+
+
+def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
+    """What the kernel makes of a site, in the order of the match's results."""
     match, kernel = rw.sites[i]
     assert rw.program is not None
     x = rw.program.exprs
@@ -135,7 +156,25 @@ def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
 
     out_memo: dict[int, Any] = {}
     # A result's own origins are what is being computed: look only below them.
-    return {v: emit(e, x, with_outs, out_memo) for v, e in match.results.items()}
+    return [emit(e, x, with_outs, out_memo) for e in match.results.values()]
+
+
+def leaf_values(program: Program, match: Match) -> tuple[int, ...]:
+    """The program values that a match's arrays are computed from."""
+    return tuple(sorted(set().union(*(program.leaves(a) for a in match.arrays.values()))))
+
+
+def isolated(program: Program, match: Match) -> Graph:
+    """The code of one site alone: from its leaves to its results."""
+    g = program.graph
+    leaves = leaf_values(program, match)
+    consts = {v: c for v, c in g.consts.items() if v not in leaves}
+    nodes = program.consumed(match)
+    made = {v for n in nodes for v in n.outputs}
+    # A leaf may go by several names (a copy, a call's argument); the code may read it under any of them.
+    names = {v: leaf for leaf in leaves for v in program.env[leaf].origins if v not in made and v != leaf}
+    copies = [Node("identity", (leaf,), (v,)) for v, leaf in names.items()]
+    return Graph(g.name, leaves, tuple(match.results), g.specs, consts, copies + nodes)
 
 
 def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:

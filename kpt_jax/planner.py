@@ -25,7 +25,7 @@ from kpt.kernels import KernelSpec
 from kpt.kernels.validate import validate
 from kpt.strategy import Plan, Site, choose
 from kpt.validation import Certificate
-from kpt_jax.apply import REBUILT, Rewrite
+from kpt_jax.apply import REBUILT, Rewrite, leaf_values, run
 from kpt_jax.certify import certify_site, original_bytes, reduced_specs
 
 log = logging.getLogger("kpt")
@@ -220,9 +220,6 @@ class _Example:
         if print_ in self.seen:
             return None
         self.seen.add(print_)
-        from kpt_jax.apply import run
-        from kpt_jax.certify import leaf_values
-
         wanted = leaf_values(program, match)
         part = dataclasses.replace(self.graph, outputs=wanted).without_dead_nodes()
         if any(n.effect for n in part.nodes):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,3 +255,30 @@ def test_linen_train_state():
         return out
 
     close(losses(fast), losses(plain))
+
+
+class NnxNormed(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.RMSNorm(D, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x) * 2  # the user's line
+
+
+class LinenNormed(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.RMSNorm()(x) * 2  # the user's line
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_a_site_in_a_layer_shows_the_users_line(kind):
+    if kind == "nnx":
+        plan = kpt_jax.plan(NnxNormed(), inputs())
+    else:
+        model = LinenNormed()
+        plan = kpt_jax.plan(model, model.init(jax.random.key(0), inputs()), inputs())
+    (site,) = plan.sites
+    found = re.fullmatch(r"test_modules\.py:(\d+) \(__call__\) through normalization\.py:\d+ \(\w+\)", site.source)
+    assert found, site.source
+    assert Path(__file__).read_text(encoding="utf-8").splitlines()[int(found[1]) - 1].endswith("# the user's line")

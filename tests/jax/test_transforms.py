@@ -115,11 +115,6 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transformed_from_outside(transform):
-    if transform is TRANSFORMS["linearize"] and jax.__version_info__ < (0, 8):
-        # There jax does not tell a linearization from the first half of a gradient.
-        with pytest.raises(TypeError, match="forward-mode autodiff .* custom_vjp"):
-            transform(kpt_jax.optimize(loss))(weights(), tokens(B))
-        return
     same(transform(kpt_jax.optimize(loss))(weights(), tokens(B)), transform(loss)(weights(), tokens(B)))
 
 
@@ -272,11 +267,34 @@ def test_what_was_traced_inside_stays_inside():
     assert "custom_vjp" not in kernels_in(step, *args) and "scan" not in kernels_in(step, *args)
 
 
-def test_jvp_of_a_traced_kernel_says_what_to_do():
-    """Inside `jit` the kernels are fixed before jax takes a forward derivative; jax refuses, by name of the rule."""
+# Inside of `jit`, kernels are in place before jax asks for a forward derivative.
+FORWARD = {
+    "jvp": lambda f: lambda w, x: jax.jvp(f, (w, x), (w, x)),
+    "jvp with respect to one argument": lambda f: lambda w, x: jax.jvp(lambda x: f(w, x), (x,), (x,)),
+    "linearize": lambda f: lambda w, x: jax.linearize(f, w, x)[1](w, x),
+    "jacfwd": lambda f: lambda w, x: jax.jacfwd(lambda s: f(w * s, x))(1.0),
+    "hessian": lambda f: lambda w, x: jax.hessian(lambda s: f(w * s, x))(1.0),
+    "hessian vector product": lambda f: lambda w, x: jax.jvp(lambda w: jax.grad(f)(w, x), (w,), (w,))[1],
+    "jvp in scan": lambda f: lambda w, x: jax.jvp(
+        lambda w: jax.lax.scan(lambda c, x: (c + f(w, x[None]), c), jnp.float32(0), x), (w,), (w,)),
+    "jvp of vmap": lambda f: lambda w, x: jax.jvp(lambda x: jax.vmap(f, (None, 0))(w, x[:, None]), (x,), (x,)),
+    "vmap of jvp": lambda f: lambda w, x: jax.vmap(lambda x: jax.jvp(lambda x: f(w, x), (x,), (x,)))(x[:, None]),
+    "grad of jvp": lambda f: lambda w, x: jax.grad(lambda w: jax.jvp(f, (w, x), (w, x))[1])(w),
+    "jvp of jvp": lambda f: lambda w, x: jax.jvp(lambda w: jax.jvp(f, (w, x), (w, x))[1], (w,), (w,)),
+    "transpose of linearize": lambda f: lambda w, x: jax.linear_transpose(jax.linearize(f, w, x)[1], w, x)(jnp.float32(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", FORWARD.values(), ids=FORWARD)
+def test_forward_derivatives_of_a_traced_kernel(transform):
+    same(transform(jax.jit(kpt_jax.optimize(loss)))(weights(), tokens(B)), transform(loss)(weights(), tokens(B)))
+
+
+def test_reverse_mode_leaves_nothing_of_the_forward_derivative():
     args = weights(), tokens(B)
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(jax.jit(kpt_jax.optimize(loss)), args, args)
+    fast = jax.jit(kpt_jax.optimize(loss))
+    assert "site_tangents" in kernels_in(lambda w, x: jax.jvp(fast, (w, x), (w, x)), *args)
+    assert "site_tangents" not in kernels_in(jax.grad(fast), *args)
 
 
 def test_shapes_without_running():
