@@ -1,5 +1,7 @@
 # Every target does its own set-up. PYTHON=/path/to/python3.12 names the interpreter; ARGS is passed on.
 python := .venv/bin/python
+# One process a core; the tests of a file share what they set up.
+pytest := $(python) -m pytest -n logical --dist loadfile
 
 .PHONY: help setup demo test test-slow lint clean
 
@@ -17,10 +19,10 @@ demo: setup
 	$(python) -m kpt.cli demo $(ARGS)
 
 test: setup
-	$(python) -m pytest $(ARGS)
+	$(pytest) $(ARGS)
 
 test-slow: setup
-	$(python) -m pytest -m slow $(ARGS)
+	$(pytest) -m slow $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
