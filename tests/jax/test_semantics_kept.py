@@ -1,0 +1,72 @@
+"""What random inputs do not show: code that agrees with an op on them, and is another function elsewhere."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kpt_jax
+
+_rng = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(_rng.standard_normal(shape), jnp.float32)
+
+
+X, W, G = normal(16, 32), normal(32, 64) / 6, normal(64)
+LOGITS, LABELS = normal(12, 32), jnp.arange(12)
+
+
+def floored_variance(x, g):
+    mean = x.mean(-1, keepdims=True)
+    var = jnp.maximum(0.2, (x * x).mean(-1, keepdims=True) - mean * mean)
+    return (x - mean) * jax.lax.rsqrt(var + 1e-5) * g
+
+
+def shift_without_gradient(x, w, labels):
+    z = x @ w
+    top = z.max(-1, keepdims=True)
+    total = jnp.log(jnp.exp(z - jax.lax.stop_gradient(top)).sum(-1)) + top[:, 0]
+    return total - jnp.take_along_axis(z, labels[:, None], -1)[:, 0]
+
+
+def chosen_from_log_softmax(logits, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1)[:, 0]
+
+
+# name -> (function, what it is planned on, what it is called with), the floats of which are differentiated
+CASES = {
+    "a clip that random inputs do not reach": (lambda x, w: jnp.minimum(jax.nn.relu(x @ w), 20.0), (X, W), (X * 100, W)),
+    "a clip before the activation": (lambda x, w: jax.nn.silu(jnp.clip(x @ w, -30, 30)), (X, W), (X * 100, W)),
+    "NaN made 0": (lambda x, w: jnp.nan_to_num(jax.nn.relu(x @ w)), (X, W), (X.at[0].set(jnp.nan), W)),
+    "NaN tested for": (lambda x, w: jnp.where(jnp.isnan(x @ w), 0.0, jax.nn.gelu(x @ w)), (X, W), (X.at[0].set(jnp.nan), W)),
+    "a floor under the variance": (floored_variance, (normal(16, 64), G), (normal(16, 64) / 10, G)),
+    "a shift held from the gradient once": (shift_without_gradient, (X, W, jnp.arange(16)), (X, W, jnp.arange(16))),
+    "a label outside the vocabulary": (chosen_from_log_softmax, (LOGITS, LABELS), (LOGITS, LABELS.at[3].set(-100))),
+}
+
+
+@pytest.mark.parametrize("certify_bytes", [2 << 30, 1], ids=["compared with the code", "too large to be compared"])
+@pytest.mark.parametrize("name", CASES)
+def test_same_function(name, certify_bytes, monkeypatch):
+    monkeypatch.setenv("KPT_CERTIFY_BYTES", str(certify_bytes))
+    fn, planned, called = CASES[name]
+    fast = kpt_jax.optimize(fn)
+    fast.plan(*planned)
+    moving = tuple(i for i, a in enumerate(called) if jnp.issubdtype(a.dtype, jnp.floating))
+
+    def projected(f):
+        def loss(*args):
+            out = f(*args)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+        return jax.jit(jax.grad(loss, moving, has_aux=True))(*called)
+
+    grads, out = projected(fast)
+    want_grads, want = projected(fn)
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    for got, expected in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * float(jnp.nanmax(jnp.abs(expected))))
