@@ -17,13 +17,41 @@ def normal(*shape: int) -> jax.Array:
 
 
 X, W, G = normal(16, 32), normal(32, 64) / 6, normal(64)
+B, T, N, H = 2, 16, 2, 8
+Q, K, V = normal(B, T, N, H), normal(B, T, N, H), normal(B, T, N, H)
+CAUSAL = jnp.tril(jnp.ones((T, T), bool))
+PAD = jnp.ones((B, T), bool)
+BYTES = jnp.asarray([3, 7], "uint8")
 LOGITS, LABELS = normal(12, 32), jnp.arange(12)
+
+
+def attention(q, k, v, masked=lambda s: s, softmax=jax.nn.softmax):
+    scores = masked(jnp.einsum("btnh,bsnh->bnts", q, k) * H**-0.5)
+    return jnp.einsum("bnts,bsnh->btnh", softmax(scores, axis=-1), v)
 
 
 def floored_variance(x, g):
     mean = x.mean(-1, keepdims=True)
     var = jnp.maximum(0.2, (x * x).mean(-1, keepdims=True) - mean * mean)
     return (x - mean) * jax.lax.rsqrt(var + 1e-5) * g
+
+
+def two_added_masks(q, k, v, pad):
+    return attention(q, k, v, lambda s: s + jnp.where(CAUSAL, 0, -1e9) + jnp.where(pad[:, None, None], 0, -1e9))
+
+
+def lowest_added(q, k, v, pad):
+    keep = CAUSAL & pad[:, None, None]
+    return attention(q, k, v, lambda s: s + jnp.where(keep, 0, jnp.finfo("float32").min))
+
+
+def up_to_a_length(q, k, v, length):
+    return attention(q, k, v, lambda s: jnp.where((jnp.arange(T) <= length[:, None])[:, None, None], s, -1e9))
+
+
+def bytes_that_wrap(q, k, v, length):
+    at = jnp.arange(T, dtype="uint8") - jnp.uint8(2)
+    return attention(q, k, v, lambda s: jnp.where((at < length[:, None])[:, None, None], s, -1e9))
 
 
 def shift_without_gradient(x, w, labels):
@@ -44,6 +72,10 @@ CASES = {
     "NaN made 0": (lambda x, w: jnp.nan_to_num(jax.nn.relu(x @ w)), (X, W), (X.at[0].set(jnp.nan), W)),
     "NaN tested for": (lambda x, w: jnp.where(jnp.isnan(x @ w), 0.0, jax.nn.gelu(x @ w)), (X, W), (X.at[0].set(jnp.nan), W)),
     "a floor under the variance": (floored_variance, (normal(16, 64), G), (normal(16, 64) / 10, G)),
+    "two masks added, rows without a key": (two_added_masks, (Q, K, V, PAD), (Q, K, V, PAD.at[:, :5].set(False))),
+    "gradients of rows without a key": (lowest_added, (Q, K, V, PAD), (Q, K, V, PAD.at[:, :5].set(False))),
+    "the largest length": (up_to_a_length, (Q, K, V, jnp.asarray([3, 7])), (Q, K, V, jnp.asarray([3, 2**31 - 1]))),
+    "positions that wrap": (bytes_that_wrap, (Q, K, V, BYTES), (Q, K, V, BYTES)),
     "a shift held from the gradient once": (shift_without_gradient, (X, W, jnp.arange(16)), (X, W, jnp.arange(16))),
     "a label outside the vocabulary": (chosen_from_log_softmax, (LOGITS, LABELS), (LOGITS, LABELS.at[3].set(-100))),
 }
