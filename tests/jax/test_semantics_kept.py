@@ -65,6 +65,18 @@ def chosen_from_log_softmax(logits, labels):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], -1)[:, 0]
 
 
+def in_8_bits(q, k, v):
+    small = jnp.float8_e4m3fn
+    return attention(*(x.astype(small).astype("float32") for x in (q, k, v)))
+
+
+@jax.custom_jvp
+def steep(x):
+    return x * 1.0
+
+
+steep.defjvp(lambda p, t: (steep(*p), t[0] * 5))
+
 # name -> (function, what it is planned on, what it is called with), the floats of which are differentiated
 CASES = {
     "a clip that random inputs do not reach": (lambda x, w: jnp.minimum(jax.nn.relu(x @ w), 20.0), (X, W), (X * 100, W)),
@@ -78,6 +90,8 @@ CASES = {
     "positions that wrap": (bytes_that_wrap, (Q, K, V, BYTES), (Q, K, V, BYTES)),
     "a shift held from the gradient once": (shift_without_gradient, (X, W, jnp.arange(16)), (X, W, jnp.arange(16))),
     "a label outside the vocabulary": (chosen_from_log_softmax, (LOGITS, LABELS), (LOGITS, LABELS.at[3].set(-100))),
+    "rounding to 8 bits": (in_8_bits, (Q, K, V), (Q, K, V)),
+    "a derivative rule on the scores": (lambda q, k, v: attention(q, k, v, steep), (Q, K, V), (Q, K, V)),
 }
 
 
@@ -102,3 +116,34 @@ def test_same_function(name, certify_bytes, monkeypatch):
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
     for got, expected in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * float(jnp.nanmax(jnp.abs(expected))))
+
+
+def test_equal_code_with_another_derivative_rule_is_proved_anew():
+    def ramp(slope):
+        @jax.custom_jvp
+        def rule(x):
+            return jnp.maximum(x, 0)
+
+        rule.defjvp(lambda p, t: (jnp.maximum(p[0], 0), jnp.where(p[0] > 0, slope * t[0], 0)))
+        return rule
+
+    for slope in (1.0, 3.0):
+        act = ramp(slope)
+
+        def fn(x, w, act=act):
+            return act(x @ w).sum()
+
+        fast = kpt_jax.optimize(fn)
+        assert len(fast.plan(X, W).sites) == (slope == 1.0)
+        np.testing.assert_allclose(jax.grad(fast)(X, W), jax.grad(fn)(X, W), rtol=1e-4, atol=1e-5)
+
+
+def test_an_example_is_part_of_a_proof():
+    """Equal code is proved once on random inputs; what one user's data shows says nothing of another's."""
+    def fn(x, w):
+        return jax.nn.gelu(x @ w)
+
+    first, second = kpt_jax.optimize(fn).plan(X, W), kpt_jax.optimize(fn).plan(X * 2, W)
+    errors = [[c["metrics"]["reference_max"] for c in p.sites[0].certificate["checks"] if c["where"] == "the example inputs"]
+              for p in (first, second)]  # fmt: skip
+    assert errors[0] and errors[0] != errors[1]
