@@ -147,3 +147,10 @@ def test_an_example_is_part_of_a_proof():
     errors = [[c["metrics"]["reference_max"] for c in p.sites[0].certificate["checks"] if c["where"] == "the example inputs"]
               for p in (first, second)]  # fmt: skip
     assert errors[0] and errors[0] != errors[1]
+
+
+def test_symbolic_sizes_run_as_written():
+    fast = kpt_jax.optimize(lambda x, w: jax.nn.gelu(x @ w))
+    rows = jax.export.symbolic_shape("b, 32")
+    exported = jax.export.export(jax.jit(fast))(jax.ShapeDtypeStruct(rows, jnp.float32), jax.ShapeDtypeStruct(W.shape, W.dtype))
+    np.testing.assert_allclose(exported.call(X, W), jax.nn.gelu(X @ W), rtol=1e-5, atol=1e-6)
