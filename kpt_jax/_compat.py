@@ -113,6 +113,13 @@ def custom_vjp_body(eqn: Any) -> Any:
     return eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
 
 
+def rule_sources(eqn: Any) -> tuple[str, ...]:
+    """Where the function and the derivative rule of a custom_jvp call were written, as jax describes them."""
+    body, _ = open_jaxpr(eqn.params["call_jaxpr"])
+    found = (getattr(x, "debug_info", None) for x in (body, eqn.params["jvp_jaxpr_fun"]))
+    return tuple(str(getattr(d, "func_src_info", None) or "") for d in found)
+
+
 def is_jitted(fn: Any) -> bool:
     """Whether `fn` came from `jax.jit`."""
     return hasattr(fn, "trace") and hasattr(fn, "lower") and hasattr(fn, "clear_cache")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +26,65 @@ from kpt_jax.emit import emit
 
 _STEP = 2.0**-7  # relative size of the perturbation that shows how much a result may cancel
 _FEW = 4096  # elements of a site below which it is looked at more than once
+
+
+def rules(program: Program, match: Match) -> list[Any]:
+    """The calls with a derivative rule of their own (custom_jvp) that a site takes the place of."""
+    found: dict[int, Any] = {}
+    for n in program.consumed(match):
+        region = n.region
+        while region is not None:
+            found[id(region)] = region.payload
+            region = region.parent
+    return list(found.values())
+
+
+def rules_text(program: Program, match: Match) -> str:
+    """What those rules compute: code that is equal but for them is not equal."""
+    parts = []
+    for eqn in rules(program, match):
+        structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+        moving = [i for i, s in enumerate(structs) if jnp.issubdtype(s.dtype, jnp.inexact)]
+
+        def pushed(args: list[Any], tangents: list[Any], eqn: Any = eqn, moving: list[int] = moving) -> Any:
+            def run(*xs: Any) -> list[Any]:
+                given = dict(zip(moving, xs, strict=True))
+                return _compat.bind(eqn, [given.get(i, a) for i, a in enumerate(args)])
+
+            return jax.jvp(run, [args[i] for i in moving], tangents)
+
+        closed = jax.make_jaxpr(pushed)(structs, [structs[i] for i in moving])
+        parts.append(re.sub(r"0x[0-9a-f]+", "", str(closed)) + repr([np.asarray(c) for c in _compat.open_jaxpr(closed)[1]]))
+    return "".join(parts)
+
+
+def uncertifiable(program: Program, match: Match) -> str | None:
+    """Why a site must not be taken on the word of the float64 reference, which knows the op and not the code it replaces.
+
+    Where site and code are compared, these two are left to the comparison.
+    """
+    for eqn in rules(program, match):
+        if not all(any(home in source for home in _libraries()) for source in _compat.rule_sources(eqn)):
+            return "a derivative rule of your own is part of it"
+    stored = [e.dtype for e in match.arrays.values()] + [program.graph.specs[v].dtype for v in match.results]
+    if not any(d.startswith(("float", "bfloat")) for d in stored):
+        return None
+    finest = _bits(narrowest(stored))
+    for n in program.consumed(match):
+        made = program.graph.specs[n.outputs[0]].dtype
+        if n.op == "convert" and made.startswith(("float", "bfloat")) and _bits(made) < finest:
+            return f"it rounds to {made} on the way, which the kernel would not"
+    return None
+
+
+def _libraries() -> list[str]:
+    """Folders of the libraries whose derivative rules are those of the functions that they belong to."""
+    loaded = (sys.modules.get(name) for name in ("jax", "flax", "optax"))
+    return [os.path.dirname(m.__file__) + os.sep for m in loaded if m is not None and m.__file__]
+
+
+def _bits(dtype: str) -> int:
+    return numpy_dtype(dtype).itemsize
 
 
 def original_bytes(program: Program, match: Match) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -17,6 +18,13 @@ def is_nnx(x: Any) -> bool:
 def is_linen(x: Any) -> bool:
     linen = sys.modules.get("flax.linen")
     return linen is not None and isinstance(x, linen.Module)
+
+
+class _Fixed:
+    """A linen module that cannot be hashed (a list or an array among its fields), as itself alone."""
+
+    def __init__(self, module: Any):
+        self.module = module
 
 
 def function_of(optimized: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple, dict]:
@@ -75,6 +83,46 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
     return new
 
 
+def takes_nnx(args: tuple, kwargs: dict) -> bool:
+    """Whether an argument is an nnx object (a module, an optimizer, rngs): a reference, which the call may change."""
+    if "flax.nnx" not in sys.modules:
+        return False
+    kinds = _nnx_kinds()
+    return any(isinstance(x, kinds) for x in args) or any(isinstance(x, kinds) for x in kwargs.values())
+
+
+@functools.cache
+def _nnx_kinds() -> tuple[type, ...]:
+    from flax import nnx
+
+    named = (getattr(nnx, name, None) for name in ("Object", "Pytree", "Module"))
+    return tuple(t for t in named if isinstance(t, type))
+
+
+def over_state(fn: Any) -> Any:
+    """`fn` as a function of values: `(graphdef, state, args, kwargs) -> (result, state after)`, nnx objects being in the state."""
+    from flax import nnx
+
+    def pure(graphdef: Any, state: Any, args: tuple, kwargs: dict) -> Any:
+        objects = nnx.merge(graphdef, state)
+        given = [objects.get(str(i), a) for i, a in enumerate(args)]
+        out = fn(*given, **{k: objects.get(k, a) for k, a in kwargs.items()})
+        return out, nnx.state(objects)
+
+    pure.__name__ = getattr(fn, "__name__", "function")
+    return pure
+
+
+def values_of(args: tuple, kwargs: dict) -> tuple[dict[str, Any], tuple]:
+    """(the nnx objects among the arguments, what to call `over_state` with)."""
+    from flax import nnx
+
+    given = {str(i): a for i, a in enumerate(args)} | kwargs
+    objects = {k: a for k, a in given.items() if isinstance(a, _nnx_kinds())}
+    rest = {k: None if k in objects else a for k, a in given.items()}
+    return objects, (*nnx.split(objects), tuple(rest[str(i)] for i in range(len(args))), {k: rest[k] for k in kwargs})
+
+
 def optimize_linen(module: Any, level: str, hardware: Any, plan: Plan | None) -> Any:
     """A module of a subclass of the module's class whose `apply` is rewritten; parameters stay the caller's."""
     from kpt_jax.optimize import Optimized
@@ -82,17 +130,27 @@ def optimize_linen(module: Any, level: str, hardware: Any, plan: Plan | None) ->
     base = type(module)
 
     def pure(module: Any, variables: Any, args: tuple, options: dict, kwargs: dict) -> Any:
-        return base.apply(module, variables, *args, **options, **kwargs)
+        return base.apply(module.module if isinstance(module, _Fixed) else module, variables, *args, **options, **kwargs)
 
     pure.__name__ = base.__name__
     fast = Optimized(pure, level, hardware, plan)
     names = ("rngs", "method", "mutable", "capture_intermediates")
 
+    def as_base(self: Any, fields: dict) -> Any:
+        plain = base(**fields, parent=None)
+        try:
+            hash(plain)
+        except TypeError:
+            if "_kpt_fixed" not in vars(self):  # the same object at every call, so that one trace serves them all
+                object.__setattr__(self, "_kpt_fixed", _Fixed(plain))
+            return vars(self)["_kpt_fixed"]
+        return plain
+
     def signature(self: Any, variables: Any, args: tuple, kwargs: dict) -> tuple[Any, Any, tuple, dict, dict]:
         """The module as it was written, for it may be a changed clone; part of what is traced, being hashable."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "parent"}
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in names}
-        return base(**fields, parent=None), variables, args, options, {k: v for k, v in kwargs.items() if k not in names}
+        return as_base(self, fields), variables, args, options, {k: v for k, v in kwargs.items() if k not in names}
 
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         return fast(*signature(self, variables, args, kwargs))

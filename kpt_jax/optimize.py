@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +19,7 @@ from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
 from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
-from kpt_jax import _compat
+from kpt_jax import _compat, modules
 from kpt_jax.apply import Rewrite, run
 from kpt_jax.capture import capture
 from kpt_jax.derivatives import derivatives_seen
@@ -86,6 +87,7 @@ class Optimized:
         self._calls: dict[Any, Callable[..., Any]] = {}  # where some arguments are static
         self._jitted: Callable[..., Any] | None = None  # where none are: jax.jit's own dispatch
         self._static_scalars = False
+        self._over_state: Optimized | None = None  # where arguments are nnx objects
         self._banned: frozenset[str] = frozenset()
         with contextlib.suppress(AttributeError, TypeError):
             functools.update_wrapper(self, fn, updated=())
@@ -94,6 +96,11 @@ class Optimized:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if modules.takes_nnx(args, kwargs) and active.get() is None:
+            objects, values = modules.values_of(args, kwargs)
+            out, state = self._for_nnx()(*values)
+            sys.modules["flax.nnx"].update(objects, state)
+            return out
         # Where jax.jit's own cache knows the call, what stands here is all that it costs beside a call of jax.jit.
         jitted = self._jitted
         if jitted is not None and _compat.outside_of_traces() and active.get() is None:
@@ -159,6 +166,8 @@ class Optimized:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for this signature, without running the function. `jax.ShapeDtypeStruct`s will do as arguments."""
+        if modules.takes_nnx(args, kwargs):
+            return self._for_nnx().plan(*modules.values_of(args, kwargs)[1])
         key, dynamic = self.split(args, kwargs)
         concrete = not any(isinstance(x, jax.ShapeDtypeStruct) or _compat.is_tracer(x) for x in dynamic)
         try:
@@ -184,7 +193,15 @@ class Optimized:
         """
         from kpt_jax.whole import certify_whole
 
+        if modules.takes_nnx(args, kwargs):
+            return self._for_nnx().certify(*modules.values_of(args, kwargs)[1])
         return certify_whole(self, args, kwargs)
+
+    def _for_nnx(self) -> Optimized:
+        """This function of values: what it changes in its objects comes back as state, and is written to them."""
+        if self._over_state is None:
+            self._over_state = Optimized(modules.over_state(self._fn), self._level, self._hardware, self._given)
+        return self._over_state
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The function as it was given."""
@@ -231,6 +248,8 @@ class Optimized:
 
     def _inline(self, key: Signature, dynamic: Sequence[Any], example: Sequence[Any] | None = None) -> Any:
         """Runs the rewritten program on arrays or tracers, whatever trace is under way."""
+        if not all(isinstance(n, int) for x in dynamic for n in np.shape(x)):
+            return key.call(self._fn, dynamic)  # jax.export with symbolic sizes: kernels are chosen for known ones
         if _compat.forward_mode(dynamic):
             # Kernels carry a backward pass alone; forward derivatives are those of the code as it was written.
             return key.call(self._fn, dynamic)
@@ -422,8 +441,6 @@ def optimize(
     """
     start_logging()
     level = level or config().level
-    from kpt_jax import modules
-
     if modules.is_nnx(fn):
         return modules.optimize_nnx(fn, level, hardware, plan)
     if modules.is_linen(fn):

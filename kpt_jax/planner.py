@@ -26,7 +26,7 @@ from kpt.kernels.validate import validate
 from kpt.strategy import Plan, Site, choose
 from kpt.validation import Certificate
 from kpt_jax.apply import REBUILT, Rewrite, leaf_values, run
-from kpt_jax.certify import certify_site, original_bytes, reduced_specs
+from kpt_jax.certify import certify_site, original_bytes, reduced_specs, rules_text, uncertifiable
 
 log = logging.getLogger("kpt")
 ORIGINAL = "original"
@@ -143,24 +143,24 @@ class Planner:
     def _prove(
         self, program: Program, match: Match, kernel: KernelSpec, fn: Callable[..., Any], site: Site, values: _Example
     ) -> tuple[Site, str | None]:
-        key: tuple = (kernel.name, kernel.version, site.fingerprint, jax.default_backend())
-        example = values.leaves(program, match) if self.certify == "full" else None
-        if example is not None:
-            key = (*key, "example", site.path)
-        certificate = _CERTIFICATES.get(key)
         needed = original_bytes(program, match)
+        compared = needed <= config().certify_bytes
+        if not compared and (why := uncertifiable(program, match)) is not None:
+            return site, f"It is too large to be compared with its own code, and {why}; raise KPT_CERTIFY_BYTES to compare the two."
         note = ""
         try:
+            key: tuple = (kernel.name, kernel.version, site.fingerprint, rules_text(program, match), compared, jax.default_backend())
+            example = values.leaves(program, match) if self.certify == "full" else None
+            if example is not None:
+                key = (*key, _digest(example))
+            certificate = _CERTIFICATES.get(key)
             if certificate is None:
-                if needed <= config().certify_bytes:
-                    certificate = certify_site(program, match, fn, example=example)
-                else:
-                    certificate = _against_reference(match, fn)
+                certificate = certify_site(program, match, fn, example=example) if compared else _against_reference(match, fn)
                 _CERTIFICATES[key] = certificate
         except Exception as error:  # whatever a kernel does wrong, the user's own code goes on running
             log.warning("%s failed while it was certified: %s", site, error)
             return site, f"{kernel.name} failed while it was certified: {_one_line(error)}"
-        if needed > config().certify_bytes:
+        if not compared:
             note = (f" Certified at reduced size against float64, because its own code may need {needed / 2**30:.1f} GiB;"
                     " raise KPT_CERTIFY_BYTES to compare the two at full size.")  # fmt: skip
         site = dataclasses.replace(
@@ -241,6 +241,14 @@ def fingerprint(program: Program, match: Match) -> str:
         made = [(g.specs[v].shape, g.specs[v].dtype) for v in n.outputs]
         parts.append((n.op, ins, outs, sorted(n.attrs.items()), made, known))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _digest(example: Mapping[int, Any]) -> str:
+    """The user's own data is part of a proof that was made on it."""
+    found = hashlib.sha256()
+    for v, a in example.items():
+        found.update(f"{v}{np.shape(a)}".encode() + np.ascontiguousarray(a).tobytes())
+    return found.hexdigest()
 
 
 def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason: str, others: dict[str, str]) -> Site:

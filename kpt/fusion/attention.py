@@ -346,7 +346,7 @@ def _match(p: Program, found: _Weighted) -> Match:
         raise Refuse("the bias depends on the scores")
     finish(p, ax, lay, reading)
     mask = Mask(tuple(reading.terms), *_fill(p, fills, ambiguous or not never_empty(
-        reading.terms, ax.extent(query), ax.extent(key)), acc.biased_fill))  # fmt: skip
+        reading.terms, ax.extent(query), ax.extent(key)), acc.biased_fill, len(acc.masks)))  # fmt: skip
     arrays: dict[str, Expr] = dict(reading.operands)
     if acc.biases:
         arrays["bias"] = _joined_bias(p, ax, lay, acc.biases)
@@ -437,7 +437,7 @@ def _query_axes(ax: Axes, only_q: list[int], free: list[tuple[int, ...]], key: t
     return max(whole, key=lambda d: ax.extent(d))
 
 
-def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased: bool) -> tuple[float, bool]:
+def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased: bool, masks: int) -> tuple[float, bool]:
     """Fill and additivity of the mask; which only a query that sees nothing can tell."""
     if not fills:
         return -math.inf, False
@@ -451,9 +451,8 @@ def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased
             return min(values), False
         raise Refuse("two masks hide with different values, and a query may see nothing; use one value for both")
     fill, additive = next(iter(fills))
-    # score + (-3e38) rounds to -3e38 (or overflows to -inf only below it): the score is gone.
-    if additive and (fill < -1e30):
-        additive = False
+    if additive and masks > 1 and math.isfinite(fill):
+        raise Refuse("two masks are added, and a query may see nothing: it would weigh keys by how many masks hide them; join them first")
     if biased and math.isfinite(fill) and fill > -1e30:
         raise Refuse("a bias is added to scores hidden with a moderate fill, and a query may see nothing; hide with -inf")
     return fill, additive

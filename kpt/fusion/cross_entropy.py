@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from kpt.fusion.formula import args, cancel, scalar, terms, unshifted
@@ -278,11 +279,11 @@ def _build(
     shape = tuple(ax.extent(d) for d in rows)
     leaf: Expr = x.out(0, Spec(shape, "float32" if root.dtype != "float64" else "float64"))
     size = ax.extent(vocab)
-    if kind == "zero" and whole:
-        # one_hot * log_softmax: a label outside the vocabulary contributes nothing at all.
+    if kind != "clip" and whole:
+        # The label is chosen from log_softmax: one outside the vocabulary gives 0 (one-hot) or NaN (gather), and no gradient.
         ok = x.apply("and", x.apply("ge", labels, x.full(0, shape, labels.dtype), dtype="bool"),
                      x.apply("lt", labels, x.full(size, shape, labels.dtype), dtype="bool"), dtype="bool")  # fmt: skip
-        leaf = x.make("select", (ok, leaf, x.full(0.0, shape, leaf.dtype)), (), shape, leaf.dtype)
+        leaf = x.make("select", (ok, leaf, x.full(0.0 if kind == "zero" else math.nan, shape, leaf.dtype)), (), shape, leaf.dtype)
     if sign < 0:
         leaf = x.apply("neg", leaf)
     leaf = x.convert(leaf, root.dtype)

@@ -183,13 +183,20 @@ def still(ax: Axes, r: Ref) -> Ref:
 
 def cancel(ax: Axes, parts: list[tuple[float, Ref]]) -> bool:
     """Whether a sum of shifts is zero, whatever the shifts are."""
-    left = [(c, still(ax, r)) for c, r in parts]
+    left = [(c, still(ax, r), _moves(ax, r)) for c, r in parts]
     while left:
-        _, r = left[0]
-        if abs(sum(k for k, q in left if ax.same(q, r))) > 1e-12:
+        _, r, _ = left[0]
+        same = [(k, moves) for k, q, moves in left if ax.same(q, r)]
+        # The value, and apart from it the gradient: what stop_gradient holds back cancels nothing there.
+        if abs(sum(k for k, _ in same)) > 1e-12 or abs(sum(k for k, moves in same if moves)) > 1e-12:
             return False
-        left = [(k, q) for k, q in left if not ax.same(q, r)]
+        left = [part for part in left if not ax.same(part[1], r)]
     return True
+
+
+def _moves(ax: Axes, r: Ref) -> bool:
+    """Whether a gradient passes through the views on the way to what `still` gives."""
+    return ax.strip(r).expr.op != "stop_gradient"
 
 
 def _exp_of_log_softmax(ax: Axes, root: Ref) -> tuple[Expr, int, tuple[Expr, ...]] | None:
@@ -246,31 +253,41 @@ def strip_shape(e: Expr) -> Expr:
 # Activations are recognised by what they do, not by how they are written: a unary elementwise formula
 # is evaluated in float64 on these points and compared with the table.
 _POINTS = np.concatenate([np.linspace(-9, 9, 73), [-0.3, 1e-3, 0.7, 2.5]])
+# Where a clip, a threshold or a test for NaN shows that no random input reaches.
+_FAR = np.concatenate([s * np.logspace(1.1, 6, 30) for s in (-1.0, 1.0)] + [[-np.inf, np.inf, np.nan]])
 
 
 @functools.cache
-def _table() -> dict[str, np.ndarray]:
+def _table() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     from kpt.ops.activations import ACTIVATIONS
 
     with np.errstate(all="ignore"):
-        return {name: np.asarray(fn(_POINTS)) for name, (fn, _) in ACTIVATIONS.items()}
+        return {name: (np.asarray(fn(_POINTS)), np.asarray(fn(_FAR))) for name, (fn, _) in ACTIVATIONS.items()}
 
 
 def activation(source: Expr, e: Expr, exprs: Exprs) -> str | None:
     """The name of the activation f where `e` = f(source) elementwise, or None."""
     if e is source or not _unary(source, e, 40):
         return None
-    got = _evaluate_pointwise(source, e, exprs, _POINTS)
-    if got is None:
+    got, far = (_evaluate_pointwise(source, e, exprs, points) for points in (_POINTS, _FAR))
+    if got is None or far is None:
         return None
     # Constants in the code are rounded to float32 or bfloat16: 0.7978846 for sqrt(2/pi) is 3e-8 off, bfloat16's 4e-3.
     tol = 2e-6 if e.dtype in ("float32", "float64") else 2e-2
     best, error = None, tol
-    for name, want in _table().items():
+    for name, (want, want_far) in _table().items():
         worst = float(np.max(np.abs(got - want) / (1.0 + np.abs(want))))
-        if worst < error:
+        if worst < error and _same_far_out(far, want_far, tol):
             best, error = name, worst
     return best
+
+
+def _same_far_out(got: np.ndarray, want: np.ndarray, tol: float) -> bool:
+    """Whether two activations agree at `_FAR`. A formula may overflow there where the activation does not: log(1 + exp(x))."""
+    with np.errstate(all="ignore"):
+        near = np.abs(got - want) <= tol * (1.0 + np.abs(want))
+    same = near | (got == want) | ~np.isfinite(got) | (np.isinf(_FAR) & np.isnan(want))
+    return bool(np.all(same & (np.isnan(got) | ~np.isnan(_FAR))))
 
 
 def _unary(source: Expr, e: Expr, budget: int) -> bool:

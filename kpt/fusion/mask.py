@@ -124,7 +124,7 @@ def _affine(ax: Axes, ref: Ref, depth: int = 0) -> tuple[dict[tuple[int, ...], i
     """`ref` as constant + sum of coefficient * position along an axis, or None."""
     ref = ax.strip(ref)
     e = ref.expr
-    if depth > 16 or e.dtype == "bool":
+    if depth > 16 or e.dtype not in ("int32", "int64", "float32", "float64"):  # narrower and unsigned ones wrap or round
         return None
     if e.op == "full":
         v = e["value"]
@@ -213,10 +213,21 @@ def _lengths(ax: Axes, ref: Ref, lay: Layout, reading: Reading, p: Program) -> b
     if arr is None:
         return False
     if shift:
-        arr = p.exprs.apply("add", arr, p.exprs.full(shift, arr.shape, arr.dtype))
+        arr = _shifted(p, arr, shift, ax.extent(lay.key))
     reading.operands["kv_lengths"] = arr
     reading.terms.append(Lengths())
     return True
+
+
+def _shifted(p: Program, length: Expr, shift: int, keys: int) -> Expr:
+    """`length + shift` as far as a comparison with `keys` positions can tell, without wrapping around (2**31 - 1: no limit)."""
+    x = p.exprs
+    most = keys + abs(shift)
+    if most <= np.iinfo(length.dtype).max:
+        length = x.apply("min", length, x.full(most, length.shape, length.dtype))
+    length = x.convert(length, "int32")
+    length = x.apply("max", length, x.full(-abs(shift), length.shape, "int32"))
+    return x.apply("add", length, x.full(shift, length.shape, "int32"))
 
 
 def _constant(p: Program, ax: Axes, ref: Ref, lay: Layout, reading: Reading) -> bool:

@@ -133,7 +133,7 @@ def _fast_variance(ax: Axes, root: Ref) -> tuple[float, Ref, str, tuple[int, ...
     if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].expr.op == "max":
         r = parts[0][1]
         a, b = (Ref(v, r.dims) for v in r.expr.args)
-        r = a if scalar(ax.strip(b)) == 0 else b
+        r = a if scalar(ax.strip(b)) == 0 else b if scalar(ax.strip(a)) == 0 else r
         e0, parts = terms(ax, r, lambda q: q.expr.op in ("square", "reduce_sum"))
         if e0:
             return None

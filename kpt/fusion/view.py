@@ -99,7 +99,8 @@ class Axes:
         e = ref.expr
         if e.op == "convert":
             a = e.args[0]
-            return Ref(a, ref.dims) if _is_float(e.dtype) == _is_float(a.dtype) and a.dtype != "bool" else None
+            same = _is_float(e.dtype) == _is_float(a.dtype) and a.dtype != "bool" and not _wraps(a.dtype, e.dtype)
+            return Ref(a, ref.dims) if same else None
         if e.op == "transpose":
             dims: list[tuple[int, ...]] = [()] * len(ref.dims)
             for i, p in enumerate(e["perm"]):
@@ -215,3 +216,10 @@ class Axes:
 
 def _is_float(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
+
+
+def _wraps(source: str, to: str) -> bool:
+    """Whether a cast between integers may change numbers that occur as positions, labels or lengths."""
+    if not source.startswith(("int", "uint")) or not to.startswith(("int", "uint")):
+        return False
+    return to not in ("int32", "int64", "uint32", "uint64") and to != source

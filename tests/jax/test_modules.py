@@ -179,6 +179,26 @@ def test_nnx_inside_an_optimized_step():
     assert [s.path.split("/")[0] for s in fast.plan(*nnx.split(other), inputs()).sites] == ["grad0"] * 2
 
 
+@pytest.mark.parametrize("wrap", [kpt_jax.optimize, lambda f: nnx.jit(kpt_jax.optimize(f)), lambda f: kpt_jax.optimize(nnx.jit(f))],
+                         ids=["step", "jit around", "jit inside"])  # fmt: skip
+def test_a_step_that_takes_nnx_objects_changes_them(wrap):
+    """A module and an optimizer are references: what a step does to them is done to the caller's."""
+
+    def step(model, optimizer, x):
+        value, grads = nnx.value_and_grad(mean_square)(model, x)
+        optimizer.update(model, grads)
+        return value
+
+    def losses(step):
+        model = Net(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        return [step(model, optimizer, inputs()) for _ in range(3)]
+
+    want = losses(step)
+    assert want[2] < want[0]
+    close(losses(wrap(step)), want)
+
+
 class Block(linen.Module):
     width: int = D
     rate: float = 0.3
@@ -231,6 +251,24 @@ def test_linen_is_still_that_module():
     plain, fast, variables = linen_pair()
     assert isinstance(fast, Block) and type(fast).__name__ == "Block" and fast.width == plain.width
     assert [s.op for s in fast.plan(variables, inputs()).sites] == ["attention"]
+
+
+class Widths(linen.Module):
+    widths: list  # not hashable, and common
+
+    @linen.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = linen.gelu(linen.Dense(width)(x))
+        return x
+
+
+def test_linen_with_a_list_among_its_fields():
+    plain = Widths([16, 8])
+    fast, variables = kpt_jax.optimize(plain), plain.init(jax.random.key(0), inputs())
+    close(fast.apply(variables, inputs()), plain.apply(variables, inputs()))
+    close(fast.clone(widths=[16, 8]).apply(variables, inputs()), plain.apply(variables, inputs()))
+    assert [s.op for s in fast.plan(variables, inputs()).sites] == ["linear_act"] * 2
 
 
 def test_linen_train_state():
