@@ -270,7 +270,7 @@ def activation(source: Expr, e: Expr, exprs: Exprs) -> str | None:
     if e is source or not _unary(source, e, 40):
         return None
     got, far = (_evaluate_pointwise(source, e, exprs, points) for points in (_POINTS, _FAR))
-    if got is None or far is None:
+    if got is None or far is None or _replaces_nan(source, e, far):
         return None
     # Constants in the code are rounded to float32 or bfloat16: 0.7978846 for sqrt(2/pi) is 3e-8 off, bfloat16's 4e-3.
     tol = 2e-6 if e.dtype in ("float32", "float64") else 2e-2
@@ -286,8 +286,24 @@ def _same_far_out(got: np.ndarray, want: np.ndarray, tol: float) -> bool:
     """Whether two activations agree at `_FAR`. A formula may overflow there where the activation does not: log(1 + exp(x))."""
     with np.errstate(all="ignore"):
         near = np.abs(got - want) <= tol * (1.0 + np.abs(want))
-    same = near | (got == want) | ~np.isfinite(got) | (np.isinf(_FAR) & np.isnan(want))
-    return bool(np.all(same & (np.isnan(got) | ~np.isnan(_FAR))))
+    same = near | (got == want) | ~np.isfinite(got) | (np.isinf(_FAR) & np.isnan(want)) | np.isnan(_FAR)
+    return bool(np.all(same))
+
+
+def _replaces_nan(source: Expr, e: Expr, far: np.ndarray) -> bool:
+    """Whether `e` asks for NaN and gives something else. where(x > 0, x, 0) gives 0 without asking, and is a relu."""
+    if np.all(np.isnan(far[np.isnan(_FAR)])):
+        return False
+    todo, seen = [e], {id(source)}
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if x.op in ("ne", "eq", "is_finite"):
+            return True
+        todo.extend(x.args)
+    return False
 
 
 def _unary(source: Expr, e: Expr, budget: int) -> bool:
