@@ -24,8 +24,8 @@ _STEP = 2.0**-7  # relative size of the perturbation that shows how much a resul
 
 
 def leaf_values(program: Program, match: Match) -> tuple[int, ...]:
-    """The program values that a match's arrays are computed from."""
-    return tuple(sorted(set().union(*(program.leaves(a) for a in match.arrays.values()))))
+    """The program values that a match's arrays, and its results from the kernel's, are computed from."""
+    return tuple(sorted(set().union(*(program.leaves(a) for a in (*match.arrays.values(), *match.results.values())))))
 
 
 def isolated(program: Program, match: Match) -> Graph:
@@ -56,6 +56,8 @@ def sample(program: Program, match: Match, seed: int) -> dict[int, np.ndarray]:
     for name, e in match.arrays.items():
         for v in program.leaves(e):
             role.setdefault(v, name)
+    for v in leaf_values(program, match):
+        role.setdefault(v, "")
     out = {}
     for v, name in sorted(role.items()):
         spec = program.graph.specs[v]
@@ -171,7 +173,7 @@ def certify_site(
 
 def _name(program: Program, match: Match, v: int) -> str:
     owners = [n for n, e in match.arrays.items() if v in program.leaves(e)]
-    return "+".join(owners) + (f"#{v}" if sum(v2 != v for n in owners for v2 in program.leaves(match.arrays[n])) else "")
+    return ("+".join(owners) or f"factor{v}") + (f"#{v}" if sum(v2 != v for n in owners for v2 in program.leaves(match.arrays[n])) else "")
 
 
 def _reduction_length(match: Match, elements: int) -> int:
