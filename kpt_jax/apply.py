@@ -160,8 +160,8 @@ def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
 
 
 def leaf_values(program: Program, match: Match) -> tuple[int, ...]:
-    """The program values that a match's arrays are computed from."""
-    return tuple(sorted(set().union(*(program.leaves(a) for a in match.arrays.values()))))
+    """The program values that a match's arrays, and its results from the kernel's, are computed from."""
+    return tuple(sorted(set().union(*(program.leaves(a) for a in (*match.arrays.values(), *match.results.values())))))
 
 
 def isolated(program: Program, match: Match) -> Graph:

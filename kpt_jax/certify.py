@@ -102,6 +102,8 @@ def sample(program: Program, match: Match, seed: int) -> dict[int, np.ndarray]:
     for name, e in match.arrays.items():
         for v in program.leaves(e):
             role.setdefault(v, name)
+    for v in leaf_values(program, match):
+        role.setdefault(v, "")
     out = {}
     for v, name in sorted(role.items()):
         spec = program.graph.specs[v]
@@ -268,7 +270,7 @@ def _rms(t: Any) -> float:
 
 def _name(program: Program, match: Match, v: int) -> str:
     owners = [n for n, e in match.arrays.items() if v in program.leaves(e)]
-    return "+".join(owners) + (f"#{v}" if sum(v2 != v for n in owners for v2 in program.leaves(match.arrays[n])) else "")
+    return ("+".join(owners) or f"factor{v}") + (f"#{v}" if sum(v2 != v for n in owners for v2 in program.leaves(match.arrays[n])) else "")
 
 
 def _reduction_length(match: Match, elements: int) -> int:

@@ -20,7 +20,9 @@ _OPS: dict[str, Callable[..., Any]] = {
     "eq": jnp.equal, "ne": jnp.not_equal, "ge": jnp.greater_equal, "gt": jnp.greater, "le": jnp.less_equal,
     "lt": jnp.less, "select": jnp.where, "clamp": jax.lax.clamp,
 }  # fmt: skip
-EMITTABLE = frozenset(_OPS) | frozenset("full const iota reshape transpose broadcast slice convert concatenate value out".split())
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"reduce_sum": jnp.sum, "reduce_or": jnp.any}
+EMITTABLE = frozenset(_OPS) | frozenset(_REDUCTIONS) | frozenset(
+    "full const iota reshape transpose broadcast slice convert concatenate value out".split())
 
 
 def emit(e: Expr, exprs: Exprs, known: Callable[[Expr], Any | None], memo: dict[int, Any]) -> Any:
@@ -58,6 +60,8 @@ def _compute(e: Expr, args: list, consts: Mapping[int, Any]) -> Any:
         return jax.lax.slice(args[0], e["start"], e["limit"], e["stride"])
     if e.op == "convert":
         return args[0].astype(dtype)
+    if e.op in _REDUCTIONS:
+        return _REDUCTIONS[e.op](args[0], axis=e["axes"])
     if e.op == "concatenate":
         return jnp.concatenate(args, axis=e["axis"])
     return _OPS[e.op](*args).astype(dtype)

@@ -136,7 +136,7 @@ def rope(rng: np.random.Generator, most: int = 130) -> Case:
 
 def _loss_params(rng: np.random.Generator) -> dict[str, Any]:
     return {"label_smoothing": 0.1 if _maybe(rng, 0.3) else 0.0, "logits_soft_cap": 5.0 if _maybe(rng, 0.3) else None,
-            "invalid": str(rng.choice(["nan", "zero", "clip"]))}  # fmt: skip
+            "invalid": str(rng.choice(["nan", "zero", "clip", "drop"]))}  # fmt: skip
 
 
 def cross_entropy(rng: np.random.Generator, most: int = 130) -> Case:

@@ -3,47 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from kpt.fusion.formula import args, factors, scalar, softmax, strip_shape, sum_of_exp, unshifted
-from kpt.fusion.mask import Layout, Reading, finish, narrow, never_empty, read_mask
+from kpt.fusion.formula import Softmax, args, factors, scalar, softmax, strip_shape, sum_of_exp, terms, unshifted, zeroed
+from kpt.fusion.mask import Layout, Reading, finish, narrow, never_empty, read_mask, tightest
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.evaluate import evaluate
-from kpt.graph.expr import Expr
+from kpt.graph.expr import Expr, Exprs
 from kpt.graph.normalize import boolean_behind, simplify
-from kpt.ops.mask import Bias, Mask
+from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 
+_SCORE_STEPS = {"mul", "div", "add", "sub", "select", "tanh", "neg", "stop_gradient", "max", "min", "concatenate"}
 _HIDDEN = -1e4  # a score this low has weight exp(-1e4) = 0 next to any that is not hidden
 
 
 def find(p: Program) -> Iterator[Match | NearMiss]:
     for e in list(p.exprs_with("div", "mul", "exp")):
-        soft = softmax(e)
-        if soft is None:
-            late = _normalised_late(e) if e.op != "exp" else None
-            if late is not None and _reaches_dot(late.scores):
-                try:
-                    yield _match(p, late)
-                except Refuse as why:
-                    yield NearMiss("attention", e.origins[0], str(why), p.source(e))
-            continue
-        scores, axis, inner = soft
-        if not _reaches_dot(scores):
-            continue
+        soft = softmax(e, p.exprs)
         try:
-            product = _values_product(p, e)
-            yield _match(p, _in_order(product, e, scores, axis, inner))
+            if soft is None:
+                late = _normalised_late(e) if e.op != "exp" else None
+                if late is not None and _reaches_dot(late.scores):
+                    yield _match(p, late)
+                elif e.op == "div" and _has_a_sink(e):
+                    raise Refuse("the sum of the softmax has a term that is no key's (an attention sink); no kernel has one yet")
+            elif _reaches_dot(soft.scores):
+                yield _match(p, _in_order(p, _values_product(p, e), e, soft))
         except Refuse as why:
             yield NearMiss("attention", e.origins[0], str(why), p.source(e))
+
+
+def _has_a_sink(e: Expr) -> bool:
+    """exp(scores) / (sum(exp(scores)) + something)."""
+    ax = Axes()
+    num, den = (ax.strip(a) for a in args(ax.root(e)))
+    if num.expr.op != "exp" or den.expr.op != "add" or not _reaches_dot(num.expr.args[0]):
+        return False
+    sums = [total for r in terms(ax, den)[1] if (total := sum_of_exp(ax, r[1])) is not None]
+    return any(total[0].expr is num.expr for total in sums)
 
 
 def _reaches_dot(e: Expr, depth: int = 0) -> bool:
     """Whether the scores come from a product of two tensors that both change with the program's input."""
     if e.op == "dot_general":
         return True
-    if depth > 12 or e.op not in TRANSPARENT | {"mul", "div", "add", "sub", "select", "tanh", "neg", "stop_gradient", "max", "min"}:
+    if depth > 12 or e.op not in TRANSPARENT | _SCORE_STEPS:
         return False
     return any(_reaches_dot(a, depth + 1) for a in e.args if a.op != "full")
 
@@ -51,12 +58,14 @@ def _reaches_dot(e: Expr, depth: int = 0) -> bool:
 def _values_product(p: Program, soft: Expr) -> Expr:
     """The product of the probabilities with the values."""
     at = soft
+    if any(u.op == "slice" for u in p.users(soft)):
+        raise Refuse("the softmax has a column that is no key's and is cut off again (an attention sink); no kernel has one yet")
     for _ in range(12):
         users = p.users(at)
         dots = [u for u in users if u.op == "dot_general"]
         if dots:
             return dots[0]
-        views = [u for u in users if u.op in TRANSPARENT]
+        views = [u for u in users if u.op in TRANSPARENT or _only_hides(p, u, at)]
         if len(users) == 1 and views:
             at = views[0]
             continue
@@ -70,6 +79,13 @@ def _values_product(p: Program, soft: Expr) -> Expr:
             "or drop out the output instead of the weights)"
         )
     raise Refuse("no product with values follows the softmax")
+
+
+def _only_hides(p: Program, e: Expr, weights: Expr) -> bool:
+    """Whether `e` is the weights, or 0 where a boolean says so that no random number has made."""
+    ax = Axes()
+    kept = zeroed(ax, ax.root(e), p.exprs) if e.op in ("select", "mul") else None
+    return kept is not None and ax.strip(kept[1]).expr is strip_shape(weights)
 
 
 @dataclasses.dataclass
@@ -120,7 +136,10 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
                 continue
             trial = dataclasses.replace(acc, masks=list(acc.masks), biases=list(acc.biases))
             sign = -1.0 if e.op == "sub" else 1.0
-            if acc.cap is None:
+            shift = ax.strip(operands[other])
+            if acc.cap is None and not set(ax.flat(tuple(key))) & set(ax.of(shift)) and all(m[2] for m in acc.masks):
+                pass  # the same for every key: softmax does not depend on it
+            elif acc.cap is None:
                 _bias(p, ax, operands[other], sign * acc.scale, trial)
             found = _walk(p, ax, operands[i], key, trial)
             if found is not None:
@@ -196,23 +215,21 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
     if e.op in ("mul", "div"):  # (1 - keep) * -1e9
         c, parts = factors(ax, r, lambda q: q.expr.op in ("sub", "convert"))
         c *= factor
-        if len(parts) == 1 and parts[0][0] == 1 and c <= _HIDDEN and parts[0][1].expr.op == "sub":
-            one, keep = (Ref(x, parts[0][1].dims) for x in parts[0][1].expr.args)
-            if scalar(ax.strip(one)) == 1:
-                seen = boolean_behind(keep.expr, p.exprs)
-                if seen is not None:
-                    acc.masks.append((Ref(seen, keep.dims), c, True))
-                    return
+        if len(parts) == 1 and parts[0][0] == 1 and c <= _HIDDEN:
+            hidden = boolean_behind(parts[0][1].expr, p.exprs)
+            if hidden is not None:
+                acc.masks.append((_negated(p, Ref(hidden, parts[0][1].dims)), c, True))
+                return
     if e.op == "const" or (not e.origins or e.args):
         size = math.prod(e.shape)
         data = evaluate(e, p.exprs) if 0 < size <= 1 << 24 else None
         if data is not None:
             low = data * factor
-            hidden = low <= _HIDDEN
-            fills = set(low[hidden].tolist())
-            if hidden.any() and len(fills) == 1 and not low[~hidden].any():
+            below = low <= _HIDDEN
+            fills = set(low[below].tolist())
+            if below.any() and len(fills) == 1 and not low[~below].any():
                 key = -3 - len(p.exprs.consts)  # a constant of ours: no value of the program has its id
-                p.exprs.consts[key] = ~hidden
+                p.exprs.consts[key] = ~below
                 keep_e = p.exprs.make("const", (), (("key", key),), e.shape, "bool")
                 acc.masks.append((Ref(keep_e, r.dims), fills.pop(), True))
                 return
@@ -229,6 +246,9 @@ class _Weighted:
       axis: the dimension of the scores that softmax runs over.
       inner: expressions that no kernel produces.
       product: the product itself.
+      hides: booleans that the exponentials are put to 0 by, as a score of -inf is.
+      idle: booleans that the sum or the weights are put to 0 by once more; the scores' own mask must say the same.
+      zeroed: whether the weights are, so that a query that sees nothing gives 0.
     """
 
     ax: Axes
@@ -239,24 +259,39 @@ class _Weighted:
     axis: int
     inner: tuple[Expr, ...]
     product: Expr
+    hides: tuple[Ref, ...] = ()
+    idle: tuple[Ref, ...] = ()
+    zeroed: bool = False
 
 
-def _in_order(product: Expr, soft: Expr, scores: Expr, axis: int, inner: tuple[Expr, ...]) -> _Weighted:
+def _back_to(p: Program, ax: Axes, r: Ref, e: Expr) -> tuple[Ref, list[Ref]]:
+    """`r` without views and without booleans that put it to 0, down to `e` if it is there; and the booleans."""
+    keeps: list[Ref] = []
+    r = ax.strip(r)
+    while strip_shape(r.expr) is not e and (kept := zeroed(ax, r, p.exprs)) is not None:
+        keeps.append(kept[0])
+        r = ax.strip(kept[1])
+    return r, keeps
+
+
+def _in_order(p: Program, product: Expr, e: Expr, soft: Softmax) -> _Weighted:
     """softmax, then the product with the values."""
     ax = Axes()
     out = ax.root(product)
     left, right, contracted = ax.dot(out)
-    left, right = ax.strip(left), ax.strip(right)
-    if strip_shape(left.expr) is soft:
-        weights, values = left, right
-    elif strip_shape(right.expr) is soft:
-        weights, values = right, left
-    else:
+    values, weights, idle = right, *_back_to(p, ax, left, e)
+    if strip_shape(weights.expr) is not e:
+        values, weights, idle = left, *_back_to(p, ax, right, e)
+    if strip_shape(weights.expr) is not e:
         raise Refuse("the way from softmax to the product with the values cannot be followed")
-    key = ax.flat(weights.dims[axis])
+    key = ax.flat(weights.dims[soft.axis])
     if not key or set(key) != set(ax.flat(contracted)):
         raise Refuse("softmax runs over another axis than the one summed with the values")
-    return _Weighted(ax, out, weights, values, scores, axis, (*inner, soft), product)
+    hides = tuple(Ref(b, weights.dims) for b in soft.hides)
+    post = bool(idle or soft.zeroed)
+    idle += [Ref(b, weights.dims) for b in (*soft.summed, *soft.zeroed)]
+    inner = (*soft.inner, e)
+    return _Weighted(ax, out, weights, ax.strip(values), soft.scores, soft.axis, inner, product, hides, tuple(idle), post)
 
 
 def _normalised_late(e: Expr) -> _Weighted | None:
@@ -290,7 +325,7 @@ def _match(p: Program, found: _Weighted) -> Match:
     x, ax, out, scores = p.exprs, found.ax, found.out, found.scores
     prob, val = found.weights, found.values
     key = ax.flat(prob.dims[found.axis])
-    acc = _Scores()
+    acc = _Scores(masks=[(r, -math.inf, False) for r in found.hides])
     dot = _walk(p, ax, Ref(scores, ax.resolve(prob).dims), frozenset(key), acc)
     if dot is None:
         raise Refuse("what stands between q k^T and softmax is not a scale, a soft cap, a bias or a mask")
@@ -345,8 +380,13 @@ def _match(p: Program, found: _Weighted) -> Match:
     if any(_depends_on(r.expr, dot.expr) for _, r in acc.biases):
         raise Refuse("the bias depends on the scores")
     finish(p, ax, lay, reading)
-    mask = Mask(tuple(reading.terms), *_fill(p, fills, ambiguous or not never_empty(
-        reading.terms, ax.extent(query), ax.extent(key)), acc.biased_fill, len(acc.masks)))  # fmt: skip
+    reading.terms = tightest(reading.terms)
+    may_be_empty = ambiguous or not never_empty(reading.terms, ax.extent(query), ax.extent(key))
+    _same_mask(ax, found, acc, may_be_empty)
+    if found.zeroed and may_be_empty:  # such a query gives 0: a fill that gives numbers, and they are put to 0 below
+        mask = Mask(tuple(reading.terms), -1e30)
+    else:
+        mask = Mask(tuple(reading.terms), *_fill(p, fills, may_be_empty, acc.biased_fill, len(acc.masks)))
     arrays: dict[str, Expr] = dict(reading.operands)
     if acc.biases:
         arrays["bias"] = _joined_bias(p, ax, lay, acc.biases)
@@ -369,10 +409,66 @@ def _match(p: Program, found: _Weighted) -> Match:
     from kpt.ops.base import Spec
 
     leaf = x.out(0, Spec(shape, out.expr.dtype))
+    if found.zeroed and may_be_empty:
+        leaf = x.make("select", (_sees(x, mask, arrays, shape), leaf, x.full(0.0, shape, leaf.dtype)), (), shape, leaf.dtype)
     result = ax.arrange(Ref(leaf, (batch, query, kv_heads + groups, value_dim)), out.dims, x)
     if result is None:
         raise Refuse("the result has an axis that attention does not have")
     return Match("attention", arrays, params, p.result(out.expr, result), (dot.expr, *found.inner), p.source(found.inner[-1]))
+
+
+def _conjuncts(ax: Axes, r: Ref) -> list[Ref]:
+    r = ax.strip(r)
+    return [q for a in args(r) for q in _conjuncts(ax, a)] if r.expr.op == "and" else [r]
+
+
+def _same_mask(ax: Axes, found: _Weighted, acc: _Scores, may_be_empty: bool) -> None:
+    """Refuses unless what the sum and the weights are hidden by is what the scores are hidden by."""
+    mine = [q for pred, _, _ in acc.masks for q in _conjuncts(ax, pred)]
+    again = [q for pred in found.idle for q in _conjuncts(ax, pred)]
+    if not all(any(ax.same(q, m) for m in mine) for q in again):
+        raise Refuse(
+            "the attention weights are masked or dropped out after softmax, by another mask than the scores, so that they do "
+            "not sum to 1 (dropout? turn it off with deterministic=True or rate 0)"
+        )
+    if found.idle and may_be_empty and not (found.zeroed and all(any(ax.same(q, m) for q in again) for m in mine)):
+        raise Refuse("the weights are masked by a part of the scores' mask only, and a query may see nothing")
+
+
+def _sees(x: Exprs, mask: Mask, arrays: Mapping[str, Expr], shape: tuple[int, ...]) -> Expr:
+    """Which queries see a key, [B,T,N,Hv]. The grid is elementwise and goes straight into a reduction: nothing writes it."""
+    b, t, n, _ = shape
+    s = arrays["k"].shape[1]
+    grid = (b, n, t, s)
+    i, j = (x.make("iota", (), (("dimension", d),), grid, "int32") for d in (2, 3))
+    seen: list[Expr] = []
+
+    def compare(op: str, a: Expr, c: Expr) -> None:
+        seen.append(x.apply(op, a, c, dtype="bool"))
+
+    def spread(name: str, dims: tuple[int, ...]) -> Expr:
+        return x.broadcast(arrays[name], grid, dims)
+
+    def shifted(offset: int) -> Expr:
+        return x.apply("add", i, x.full(offset, grid, "int32"))
+
+    for term in mask.terms:
+        if isinstance(term, Causal):
+            compare("le", j, shifted(term.offset))
+        elif isinstance(term, Window):
+            if term.left is not None:
+                compare("ge", j, shifted(term.offset - term.left))
+            if term.right is not None:
+                compare("le", j, shifted(term.offset + term.right))
+        elif isinstance(term, Segments):
+            compare("eq", spread("q_segment_ids", (0, 2)), spread("kv_segment_ids", (0, 3)))
+        elif isinstance(term, Lengths):
+            compare("lt", x.convert(j, arrays["kv_lengths"].dtype), spread("kv_lengths", (0,)))
+        elif isinstance(term, Explicit):
+            seen.append(spread("keep", (0, 1, 2, 3)))
+    total = functools.reduce(lambda a, c: x.apply("and", a, c), seen)
+    some = x.make("reduce_or", (total,), (("axes", (3,)),), grid[:3], "bool")
+    return x.broadcast(some, shape, (0, 2, 1))
 
 
 def _operand_dtype(p: Program, found: _Weighted, dot: Expr, stored: set[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -28,18 +29,21 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
         if inner.op != "exp" or id(log) in done:
             continue
         done.add(id(log))
-        why = None
+        why, first = None, None
         for root in _candidates(p, log):
             try:
                 matches = _match(p, root, log)
             except Refuse as refusal:
                 why = str(refusal)
                 continue
-            if matches is not None:
+            if matches is not None and any(p.unsafe(m) is None for m in matches):
                 yield from matches
                 break
+            first = first or matches
         else:
-            if why:
+            if first:
+                yield from first
+            elif why:
                 yield NearMiss("cross_entropy", log.origins[0], why, p.source(log))
 
 
@@ -69,8 +73,12 @@ def _match(p: Program, root: Expr, log: Expr) -> list[Match] | None:
     if acc.log is None or acc.pick is None or acc.const or acc.log[1].expr is not log:
         return None
     c_log, log_ref = acc.log
-    c_pick, picked, label, kind, vocab = acc.pick
-    if c_log != -c_pick or abs(c_log) != 1.0:
+    c_pick, picked, chosen = acc.pick
+    c_flat = acc.flat[0] * ax.extent(chosen.vocab) if acc.flat else 0.0
+    if abs(abs(c_log) - 1) > 1e-6 or abs(c_log + c_pick + c_flat) > 1e-6:
+        return None
+    smoothing = -c_flat / c_log
+    if not 0 <= smoothing <= 1:
         return None
     summed = ax.strip(Ref(log_ref.expr.args[0], log_ref.dims))
     inner, fresh = ax.reduced(summed)
@@ -82,23 +90,48 @@ def _match(p: Program, root: Expr, log: Expr) -> list[Match] | None:
     # What the exponents were shifted by must come back next to the log.
     if not cancel(ax, acc.rest + [(c_log * c, r) for c, r in shifts]):
         return None
-    left, right = ax.resolve(picked), ax.resolve(z)
-    to = {ax.flat(vocab): own}
-    if left.expr is not right.expr or tuple(to.get(d, d) for d in left.dims) != right.dims:
+    right = ax.resolve(z)
+    for part, vocab in [(picked, chosen.vocab)] + ([acc.flat[1:]] if acc.flat else []):
+        left, to = ax.resolve(part), {ax.flat(vocab): own}
+        if left.expr is not right.expr or tuple(to.get(d, d) for d in left.dims) != right.dims:
+            return None
+    kind = chosen.kind
+    if kind != "clip" and not acc.logs_outside:
+        # Chosen from log_softmax: a label outside the vocabulary takes its share of the sum of exponentials, and its gradient, along.
+        kind = "drop"
+    elif kind == "zero" and acc.logs_inside:
         return None
-    return _build(p, ax, out, root, z, own, label, kind, c_log, log, exp.expr, acc.onehot_of_all)
+    return _build(p, ax, out, root, z, own, chosen, kind, math.copysign(1.0, c_log), smoothing, log, exp.expr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """share * source[label] + uniform * sum of source over the vocabulary; times `weights` and summed over `summed`, if any.
+
+    `kind`: "nan", "clip" (by a gather, and what it does outside the vocabulary) or "zero" (by one-hot).
+    """
+
+    source: Ref
+    label: Ref
+    kind: str
+    vocab: tuple[int, ...]
+    share: float = 1.0
+    uniform: float = 0.0
+    summed: tuple[int, ...] = ()
+    weights: tuple[Ref, ...] = ()
 
 
 class _Sum:
-    """A sum over tokens, opened through the choice of a label: log sum exp, the chosen logit, and the rest."""
+    """A sum over tokens, opened through the choice of a label: log sum exp, the chosen logit, all logits, and the rest."""
 
     def __init__(self, p: Program, ax: Axes):
         self.p, self.ax = p, ax
         self.const = 0.0
         self.log: tuple[float, Ref] | None = None
-        self.pick: tuple[float, Ref, Ref, str, tuple[int, ...]] | None = None
+        self.pick: tuple[float, Ref, Choice] | None = None
+        self.flat: tuple[float, Ref, tuple[int, ...]] | None = None
         self.rest: list[tuple[float, Ref]] = []
-        self.onehot_of_all = False
+        self.logs_inside = self.logs_outside = False
 
     def read(self, coef: float, ref: Ref) -> bool:
         ax = self.ax
@@ -107,67 +140,133 @@ class _Sum:
         for c, r in parts:
             c *= coef
             if r.expr.op == "log":
-                if self.log is not None:
+                self.logs_outside = True
+                if not self._log(c, r):
                     return False
-                self.log = (c, r)
                 continue
             got = choice(self.p, ax, r)
-            if got is None:
+            if got is not None:
+                if self.pick is not None or (got.summed or got.weights) and len(parts) > 1 or not self._open(c, got):
+                    return False
+            elif r.expr.op == "reduce_sum" and len(r.expr["axes"]) == 1 and self.flat is None:
+                inner, fresh = ax.reduced(r)
+                base = self._shifted(c * ax.extent(fresh[0]), inner, ax.flat(fresh[0]))
+                if base is None:
+                    return False
+                self.flat = c, base, ax.flat(fresh[0])
+            else:
                 self.rest.append((c, r))
-                continue
-            if self.pick is not None:
-                return False
-            source, label, kind, vocab = got
-            if not self._open(c, source, label, kind, vocab):
-                return False
-        return len(self.rest) <= 2
+        return len(self.rest) <= 4
 
-    def _open(self, coef: float, source: Ref, label: Ref, kind: str, vocab: tuple[int, ...]) -> bool:
+    def _open(self, coef: float, got: Choice) -> bool:
         """choose(a - m - log ...) = choose(a) - m - log ..., as the rest is constant over the vocabulary."""
-        ax = self.ax
-        logit, shifts = unshifted(ax, source, vocab)
-        self.pick = (coef, logit, label, kind, vocab)
+        total = got.share + got.uniform * self.ax.extent(got.vocab)
+        base = self._shifted(coef * total, got.source, got.vocab)
+        if base is None or got.uniform and self.flat is not None:
+            return False
+        self.pick = coef * got.share, base, got
+        if got.uniform:
+            self.flat = coef * got.uniform, base, got.vocab
+        return True
+
+    def _shifted(self, coef: float, source: Ref, vocab: tuple[int, ...]) -> Ref | None:
+        """The logits of `source`; what they are shifted by counts `coef` times."""
+        base, shifts = unshifted(self.ax, source, vocab)
         for c, r in shifts:
             if r.expr.op == "log":
-                if self.log is not None:
-                    return False
-                self.log = (coef * c, r)
-                self.onehot_of_all = True
+                self.logs_inside = True
+                if not self._log(coef * c, r):
+                    return None
             else:
                 self.rest.append((coef * c, r))
+        return base
+
+    def _log(self, c: float, r: Ref) -> bool:
+        if self.log is not None:
+            if not self.ax.same(self.log[1], r):
+                return False
+            c += self.log[0]
+        self.log = c, r
         return True
 
 
-def choice(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, ...]] | None:
-    """(source, labels, how, vocabulary axis) where `r` is source at the label's place.
-
-    How: "nan", "clip" (by a gather, and what it does outside the vocabulary) or "zero" (by one-hot).
-    """
+def choice(p: Program, ax: Axes, r: Ref) -> Choice | None:
+    """`r` read as the choice of a label."""
     e = r.expr
     if e.op == "gather":
         return _gathered(p, ax, r)
-    if e.op == "reduce_sum" and len(e["axes"]) == 1:
+    if e.op == "reduce_sum":
         inner, fresh = ax.reduced(r)
-        inner = ax.strip(inner)
-        vocab = ax.flat(fresh[0])
-        if inner.expr.op == "mul":
-            a, b = args(inner)
-            for hot, src in ((a, b), (b, a)):
-                label = _one_hot(p, ax, hot, vocab)
-                if label is not None:
-                    return ax.strip(src), label, "zero", vocab
-        if inner.expr.op == "select":
-            pred, a, b = (Ref(x, inner.dims) for x in inner.expr.args)
-            label = _label_equality(p, ax, pred, vocab)
-            if label is not None and scalar(ax.strip(b)) == 0:
-                return ax.strip(a), label, "zero", vocab
-    if e.op == "dot_general" and len(e["lhs_contract"]) == 1:
+        return _hot_sum(p, ax, ax.strip(inner), [ax.flat(f) for f in fresh if f])
+    if e.op == "dot_general":
         left, right, contracted = ax.dot(r)
+        left, right = ax.strip(left), ax.strip(right)
+        over = ax.flat(contracted)
         for hot, src in ((left, right), (right, left)):
-            label = _one_hot(p, ax, hot, ax.flat(contracted))
-            if label is not None and set(ax.of(src)) == set(ax.of(r)) | set(ax.flat(contracted)):
-                return ax.strip(src), label, "zero", ax.flat(contracted)
+            if set(ax.of(src)) != set(ax.of(r)) | set(ax.flat(over)):
+                continue
+            whole = [ax.flat(over)] if len(e["lhs_contract"]) == 1 else []
+            for vocab in (*whole, *((a,) for a in ax.flat(over))):
+                target = _target(p, ax, hot, vocab)
+                if target is not None:
+                    summed = tuple(a for a in ax.flat(over) if a not in ax.flat(vocab))
+                    return Choice(src, target[0], "zero", ax.flat(vocab), *target[1:], summed)
     return None
+
+
+def _hot_sum(p: Program, ax: Axes, inner: Ref, over: list[tuple[int, ...]]) -> Choice | None:
+    """sum(target * source), `over` the vocabulary and perhaps tokens, perhaps weighted by token."""
+    if inner.expr.op == "select":
+        pred, a, b = args(inner)
+        for vocab in over:
+            label = _label_equality(p, ax, pred, vocab) if scalar(ax.strip(b)) == 0 else None
+            if label is not None:
+                return Choice(ax.strip(a), label, "zero", vocab, summed=_others(ax, over, vocab))
+        return None
+    sign, parts = _product(ax, inner)
+    for vocab in over:
+        for hot in parts:
+            target = _target(p, ax, hot, vocab) if len(parts) > 1 else None
+            if target is None:
+                continue
+            rest = [q for q in parts if q is not hot]
+            source = [q for q in rest if set(ax.of(q)) & set(vocab)]
+            weights = tuple(q for q in rest if q not in source)
+            if len(source) == 1:
+                label, share, uniform = target
+                return Choice(source[0], label, "zero", vocab, sign * share, sign * uniform, _others(ax, over, vocab), weights)
+    return None
+
+
+def _others(ax: Axes, over: list[tuple[int, ...]], vocab: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a for o in over if o != vocab for a in ax.flat(o))
+
+
+def _product(ax: Axes, r: Ref) -> tuple[float, list[Ref]]:
+    """(sign, factors)."""
+    r = ax.strip(r)
+    if r.expr.op not in ("mul", "neg"):
+        return 1.0, [r]
+    parts = [_product(ax, a) for a in args(r)]
+    return math.prod(s for s, _ in parts) * (-1.0 if r.expr.op == "neg" else 1.0), [q for _, qs in parts for q in qs]
+
+
+def _target(p: Program, ax: Axes, r: Ref, vocab: tuple[int, ...]) -> tuple[Ref, float, float] | None:
+    """(labels, share, uniform) where `r` is share * one_hot(labels) + uniform."""
+    label = _one_hot(p, ax, r, vocab)
+    if label is not None:
+        return label, 1.0, 0.0
+    r = ax.strip(r)
+    if r.expr.op == "select":
+        pred, a, b = args(r)
+        high, low = scalar(ax.strip(a)), scalar(ax.strip(b))
+        label = _label_equality(p, ax, pred, vocab)
+        return None if label is None or high is None or low is None else (label, high - low, low)
+    const, parts = terms(ax, r, lambda q: q.expr.op not in ("add", "sub", "mul", "div", "neg"))
+    if len(parts) != 1 or not const and parts[0][0] == 1:
+        return None
+    label = _one_hot(p, ax, parts[0][1], vocab)
+    return None if label is None else (label, parts[0][0], const)
 
 
 def _one_hot(p: Program, ax: Axes, r: Ref, vocab: tuple[int, ...]) -> Ref | None:
@@ -204,7 +303,7 @@ def _known_arange(p: Program, r: Ref) -> bool:
     return bool(np.array_equal(np.asarray(p.exprs.consts[r.expr["key"]]), np.arange(r.expr.shape[0])))
 
 
-def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, ...]] | None:
+def _gathered(p: Program, ax: Axes, r: Ref) -> Choice | None:
     """take_along_axis over one axis, or x[arange, labels]; any layout that picks one element a row."""
     e = r.expr
     src, idx = e.args
@@ -245,7 +344,7 @@ def _gathered(p: Program, ax: Axes, r: Ref) -> tuple[Ref, Ref, str, tuple[int, .
     if any(d is None for d in dims):
         return None
     kind = "nan" if "fill" in e["mode"] else "clip"
-    return ax.strip(Ref(src, tuple(d for d in dims if d is not None))), label, kind, vocab
+    return Choice(ax.strip(Ref(src, tuple(d for d in dims if d is not None))), label, kind, vocab)
 
 
 def _columns(p: Program, ax: Axes, r: Ref) -> list[Ref] | None:
@@ -268,29 +367,37 @@ def _without_wrap(p: Program, ax: Axes, r: Ref) -> Ref:
 
 
 def _build(
-    p: Program, ax: Axes, out: Ref, root: Expr, z: Ref, vocab: tuple[int, ...], label: Ref, kind: str,
-    sign: float, log: Expr, exp: Expr, whole: bool,
+    p: Program, ax: Axes, out: Ref, root: Expr, z: Ref, vocab: tuple[int, ...], chosen: Choice, kind: str,
+    sign: float, smoothing: float, log: Expr, exp: Expr,
 ) -> list[Match] | None:  # fmt: skip
     x = p.exprs
-    rows = tuple(d for d in ax.resolve(out).dims if d)
-    labels = ax.arrange(narrow(p, ax, label), rows, x)
+    mine = tuple(d for d in ax.resolve(out).dims if d)
+    rows = (*mine, *((a,) for a in ax.flat(chosen.summed)))
+    labels = ax.arrange(narrow(p, ax, chosen.label), rows, x)
     if labels is None or not labels.dtype.startswith(("int", "uint")):
         return None
     shape = tuple(ax.extent(d) for d in rows)
     leaf: Expr = x.out(0, Spec(shape, "float32" if root.dtype != "float64" else "float64"))
-    size = ax.extent(vocab)
-    if kind != "clip" and whole:
-        # The label is chosen from log_softmax: one outside the vocabulary gives 0 (one-hot) or NaN (gather), and no gradient.
+    if kind == "drop" and chosen.kind == "nan":
         ok = x.apply("and", x.apply("ge", labels, x.full(0, shape, labels.dtype), dtype="bool"),
-                     x.apply("lt", labels, x.full(size, shape, labels.dtype), dtype="bool"), dtype="bool")  # fmt: skip
-        leaf = x.make("select", (ok, leaf, x.full(0.0 if kind == "zero" else math.nan, shape, leaf.dtype)), (), shape, leaf.dtype)
+                     x.apply("lt", labels, x.full(ax.extent(vocab), shape, labels.dtype), dtype="bool"), dtype="bool")  # fmt: skip
+        nan = x.make("select", (ok, *(x.full(c, shape, leaf.dtype) for c in (0.0, math.nan))), (), shape, leaf.dtype)
+        leaf = x.apply("add", leaf, nan)  # what smoothing adds keeps its gradient
+    for w in chosen.weights:
+        weight = ax.arrange(narrow(p, ax, w), rows, x)
+        if weight is None or not p.grounded(weight):
+            return None
+        leaf = x.apply("mul", leaf, x.convert(weight, leaf.dtype))
+    if len(rows) > len(mine):
+        leaf = x.make("reduce_sum", (leaf,), (("axes", tuple(range(len(mine), len(rows)))),), shape[: len(mine)], leaf.dtype)
     if sign < 0:
         leaf = x.apply("neg", leaf)
     leaf = x.convert(leaf, root.dtype)
-    result = ax.arrange(Ref(leaf, rows), ax.resolve(out).dims, x)
+    result = ax.arrange(Ref(leaf, mine), ax.resolve(out).dims, x)
     if result is None:
         return None
     results = p.result(root, result)
+    shared = {"invalid": kind} | ({"label_smoothing": smoothing} if smoothing > 1e-9 else {})
     logits, cap = _soft_cap(ax, z)
     matches = []
     pr = projection(p, ax, logits)
@@ -301,12 +408,12 @@ def _build(
         arrays = {n: a for n, a in made.items() if a is not None}
         if len(arrays) == len(made):
             arrays["labels"] = labels
-            params = {"logits_soft_cap": cap, "invalid": kind}
+            params = {"logits_soft_cap": cap, **shared}
             matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log)))
     logits_e = ax.arrange(ax.resolve(logits), (*rows, ax.flat(vocab)), x)
     if logits_e is not None:
         arrays = {"logits": logits_e, "labels": labels}
-        params = {"logits_soft_cap": cap, "invalid": kind}
+        params = {"logits_soft_cap": cap, **shared}
         matches.append(Match("cross_entropy", arrays, params, results, (exp,), p.source(log)))
     return matches or None
 

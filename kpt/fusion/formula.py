@@ -6,8 +6,9 @@ an expression (division or multiplication by the inverse, rsqrt or 1/sqrt, x*x o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from kpt.fusion.view import Axes, Ref
 from kpt.graph.evaluate import evaluate
 from kpt.graph.expr import ELEMENTWISE, Expr, Exprs
+from kpt.graph.normalize import boolean_behind
 
 _MAX = 64  # parts of one sum or product; no formula of ours has more than ten
 
@@ -115,15 +117,35 @@ def mean(ax: Axes, ref: Ref) -> tuple[Ref, tuple[int, ...]] | None:
     return ax.strip(inner), fresh[0]
 
 
-def softmax(e: Expr) -> tuple[Expr, int, tuple[Expr, ...]] | None:
-    """(scores, axis, inner values) where `e` is softmax(scores) over one axis, in any spelling.
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """softmax(scores) over one axis.
+
+    Attributes:
+      inner: values on the way.
+      hides: booleans of the scores' shape; where one is false, the exponential does not count, as if its score were -inf.
+      summed: booleans that the sum alone heeds.
+      zeroed: booleans that the weights alone heed.
+    """
+
+    scores: Expr
+    axis: int
+    inner: tuple[Expr, ...]
+    hides: tuple[Expr, ...] = ()
+    summed: tuple[Expr, ...] = ()
+    zeroed: tuple[Expr, ...] = ()
+
+
+def softmax(e: Expr, exprs: Exprs) -> Softmax | None:
+    """`e` as a softmax over one axis, in any spelling.
 
     The shift before exp may be anything constant along the axis: softmax does not depend on it.
     """
     ax = Axes()
     root = ax.root(e)
     if e.op == "exp":
-        return _exp_of_log_softmax(ax, root)
+        found = _exp_of_log_softmax(ax, root)
+        return None if found is None else Softmax(*found)
     if e.op in ("div", "mul"):
         num, den = args(root)
         for n, d in ((num, den), (den, num)) if e.op == "mul" else ((num, den),):
@@ -133,13 +155,45 @@ def softmax(e: Expr) -> tuple[Expr, int, tuple[Expr, ...]] | None:
                 if c != 1.0 or len(parts) != 1 or parts[0][0] != -1:
                     continue
                 d = parts[0][1]
-            if n.expr.op != "exp" or d.expr.op != "reduce_sum" or len(d.expr["axes"]) != 1:
+            if d.expr.op != "reduce_sum" or len(d.expr["axes"]) != 1:
                 continue
-            inner, _ = ax.reduced(d)
-            inner = ax.strip(inner)
-            axis = _aligned(ax, n, inner, n.expr)
+            above, below = _masked_exp(ax, n, exprs), _masked_exp(ax, ax.reduced(d)[0], exprs)
+            if above is None or below is None:
+                continue
+            exp = above[0].expr
+            axis = _aligned(ax, above[0], below[0], exp)
             if axis is not None:
-                return _unshifted(ax, n.expr, axis), axis, (n.expr,)
+                both = tuple(m for m in above[1] if m in below[1])
+                summed, zeroed = (tuple(m for m in ms if m not in both) for ms in (below[1], above[1]))
+                return Softmax(_unshifted(ax, exp, axis), axis, (exp,), both, summed, zeroed)
+    return None
+
+
+def _masked_exp(ax: Axes, r: Ref, exprs: Exprs) -> tuple[Ref, list[Expr]] | None:
+    """(exponential, booleans of its shape) where `r` is an exponential put to 0 where one of the booleans is false."""
+    keeps: list[Ref] = []
+    r = ax.strip(r)
+    for _ in range(4):
+        if r.expr.op == "exp":
+            same = all(ax.resolve(k).dims == r.dims for k in keeps)
+            return (r, [k.expr for k in keeps]) if same else None
+        kept = zeroed(ax, r, exprs)
+        if kept is None:
+            return None
+        keeps.append(kept[0])
+        r = ax.strip(kept[1])
+    return None
+
+
+def zeroed(ax: Axes, r: Ref, exprs: Exprs) -> tuple[Ref, Ref] | None:
+    """(boolean, value) where `r` is value, or 0 where the boolean is false."""
+    if r.expr.op == "select" and scalar(ax.strip(args(r)[2])) == 0:
+        return args(r)[0], args(r)[1]
+    if r.expr.op == "mul":
+        for a, b in (args(r), args(r)[::-1]):
+            keep = boolean_behind(b.expr, exprs)
+            if keep is not None:
+                return Ref(keep, r.dims), a
     return None
 
 
@@ -188,7 +242,7 @@ def cancel(ax: Axes, parts: list[tuple[float, Ref]]) -> bool:
         _, r, _ = left[0]
         same = [(k, moves) for k, q, moves in left if ax.same(q, r)]
         # The value, and apart from it the gradient: what stop_gradient holds back cancels nothing there.
-        if abs(sum(k for k, _ in same)) > 1e-12 or abs(sum(k for k, moves in same if moves)) > 1e-12:
+        if abs(sum(k for k, _ in same)) > 1e-6 or abs(sum(k for k, moves in same if moves)) > 1e-6:
             return False
         left = [part for part in left if not ax.same(part[1], r)]
     return True
@@ -267,10 +321,31 @@ def _table() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def activation(source: Expr, e: Expr, exprs: Exprs) -> str | None:
     """The name of the activation f where `e` = f(source) elementwise, or None."""
-    if e is source or not _unary(source, e, 40):
+    if e is source or not _elementwise_in((source,), e, 40):
         return None
-    got, far = (_evaluate_pointwise(source, e, exprs, points) for points in (_POINTS, _FAR))
-    if got is None or far is None or _replaces_nan(source, e, far):
+    return _named([_evaluate_pointwise({source: points}, e, exprs) for points in (_POINTS, _FAR)], (source,), e)
+
+
+def gate(source: Expr, up: Expr, e: Expr, exprs: Exprs) -> str | None:
+    """The name of the activation f where `e` = f(source) * up elementwise, or None."""
+    if not _elementwise_in((source, up), e, 40):
+        return None
+
+    def at(points: np.ndarray, u: float) -> np.ndarray | None:
+        return _evaluate_pointwise({source: points, up: np.full_like(points, u)}, e, exprs)
+
+    one = at(_POINTS, 1.0)
+    for u in (-0.5, 3.0):
+        other = at(_POINTS, u)
+        if one is None or other is None or not np.allclose(other, u * one, 1e-9, 1e-9):
+            return None
+    return _named([one, at(_FAR, 1.0)], (source, up), e)
+
+
+def _named(values: list[np.ndarray | None], sources: tuple[Expr, ...], e: Expr) -> str | None:
+    """The activation with these values at `_POINTS` and `_FAR`."""
+    got, far = values
+    if got is None or far is None or _replaces_nan(sources, e, far):
         return None
     # Constants in the code are rounded to float32 or bfloat16: 0.7978846 for sqrt(2/pi) is 3e-8 off, bfloat16's 4e-3.
     tol = 2e-6 if e.dtype in ("float32", "float64") else 2e-2
@@ -290,11 +365,11 @@ def _same_far_out(got: np.ndarray, want: np.ndarray, tol: float) -> bool:
     return bool(np.all(same))
 
 
-def _replaces_nan(source: Expr, e: Expr, far: np.ndarray) -> bool:
+def _replaces_nan(sources: tuple[Expr, ...], e: Expr, far: np.ndarray) -> bool:
     """Whether `e` asks for NaN and gives something else. where(x > 0, x, 0) gives 0 without asking, and is a relu."""
     if np.all(np.isnan(far[np.isnan(_FAR)])):
         return False
-    todo, seen = [e], {id(source)}
+    todo, seen = [e], set(map(id, sources))
     while todo:
         x = todo.pop()
         if id(x) in seen:
@@ -306,40 +381,39 @@ def _replaces_nan(source: Expr, e: Expr, far: np.ndarray) -> bool:
     return False
 
 
-def _unary(source: Expr, e: Expr, budget: int) -> bool:
-    """Whether `e` is elementwise in `source` and scalars alone, of one shape throughout."""
-    todo, seen, found = [e], set(), False
+def _elementwise_in(sources: tuple[Expr, ...], e: Expr, budget: int) -> bool:
+    """Whether `e` is elementwise in all of `sources` and scalars alone, of one shape throughout."""
+    todo, seen, found = [e], set(), 0
     while todo:
         x = todo.pop()
         if id(x) in seen:
             continue
         seen.add(id(x))
-        if x is source:
-            found = True
+        if any(x is s for s in sources):
+            found += 1
             continue
-        if len(seen) > budget or x.shape != source.shape:
+        if len(seen) > budget or x.shape != e.shape:
             return False
         if x.op == "full":
             continue
         if x.op not in ELEMENTWISE or x.op == "stop_gradient":
             return False
         todo.extend(x.args)
-    return found
+    return found == len(sources)
 
 
-def _evaluate_pointwise(source: Expr, e: Expr, exprs: Exprs, points: np.ndarray) -> np.ndarray | None:
-    """`e` at `source = points`, the shapes of the program put aside."""
-    memo: dict[int, Expr] = {}
-    probe = exprs.make("value", (), (("id", -1),), points.shape, source.dtype)
+def _evaluate_pointwise(sources: Mapping[Expr, np.ndarray], e: Expr, exprs: Exprs) -> np.ndarray | None:
+    """`e` where each source takes these values, the shapes of the program put aside."""
+    (shape,) = {points.shape for points in sources.values()}
+    probes = [exprs.make("value", (), (("id", -11 - i),), shape, s.dtype) for i, s in enumerate(sources)]
+    memo: dict[int, Expr] = {id(s): probe for s, probe in zip(sources, probes, strict=True)}
 
     def at_points(x: Expr) -> Expr:
-        if x is source:
-            return probe
         if id(x) not in memo:
             if x.op == "full":
-                memo[id(x)] = exprs.full(x["value"], points.shape, x.dtype)
+                memo[id(x)] = exprs.full(x["value"], shape, x.dtype)
             else:
-                memo[id(x)] = exprs.make(x.op, tuple(at_points(a) for a in x.args), x.attrs, points.shape, x.dtype)
+                memo[id(x)] = exprs.make(x.op, tuple(at_points(a) for a in x.args), x.attrs, shape, x.dtype)
         return memo[id(x)]
 
-    return evaluate(at_points(e), exprs, {id(probe): points})
+    return evaluate(at_points(e), exprs, {id(probe): v for probe, v in zip(probes, sources.values(), strict=True)})

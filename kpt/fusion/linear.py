@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 
-from kpt.fusion.formula import activation
+from kpt.fusion.formula import activation, gate
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.expr import ELEMENTWISE, Expr
@@ -114,7 +116,7 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
     """Gated units first; a projection that one takes is not offered as linear_act again."""
     taken: set[int] = set()
     matches: list[Match] = []
-    for e in list(p.exprs_with("mul")):
+    for e in list(p.exprs_with("mul", "div")):
         match = _glu(p, e)
         if match is not None:
             matches.append(match)
@@ -223,13 +225,8 @@ def _linear_act(p: Program, dot: Expr) -> Match | None:
 def _glu(p: Program, e: Expr) -> Match | None:
     ax = Axes()
     out = ax.root(e)
-    sides = [ax.strip(Ref(a, out.dims)) for a in e.args]
-    for gate, up in (sides, sides[::-1]):
-        got = _activated(p, gate.expr)
-        if got is None:
-            continue
-        name, source = got
-        a = projection(p, ax, Ref(source, gate.dims))
+    for name, source, up in itertools.chain(_factored(p, ax, out), _mingled(p, ax, out)):
+        a = projection(p, ax, source)
         b = projection(p, ax, up)
         if a is None or b is None or a.dot is b.dot and a.w.expr is b.w.expr:
             continue
@@ -237,11 +234,60 @@ def _glu(p: Program, e: Expr) -> Match | None:
             continue
         if a.columns != b.columns and ax.extent(a.columns) != ax.extent(b.columns):
             continue
-        inner = (a.dot, b.dot, source)
+        inner = (a.dot, b.dot, source.expr)
         match = _build(p, ax, out, e, "glu", [(a, ("w_gate", "b_gate")), (b, ("w_up", "b_up"))], name, inner)
         if match is not None:
             return match
     return None
+
+
+def _factored(p: Program, ax: Axes, out: Ref) -> Iterator[tuple[str, Ref, Ref]]:
+    """(activation, its argument, the other factor) for a product of an activation with something else."""
+    if out.expr.op != "mul":
+        return
+    sides = [ax.strip(Ref(a, out.dims)) for a in out.expr.args]
+    for gated, up in (sides, sides[::-1]):
+        got = _activated(p, gated.expr)
+        if got is not None:
+            yield got[0], Ref(got[1], gated.dims), up
+
+
+def _mingled(p: Program, ax: Axes, out: Ref) -> Iterator[tuple[str, Ref, Ref]]:
+    """The same where the factors of the activation and the other one stand in any order: a * up * sigmoid(a)."""
+    e = out.expr
+    todo, seen, sources = [e], set(), []
+    while todo:
+        s = todo.pop()
+        if id(s) in seen or s.op == "full":
+            continue
+        seen.add(id(s))
+        if s.op in ELEMENTWISE and s.shape == e.shape and not _biased_product(s):
+            todo.extend(s.args)
+        else:
+            sources.append(s)
+        if len(seen) > 40 or len(sources) > 2:
+            return
+    if len(sources) != 2 or not all(_behind(s).op in ("dot_general", "slice") or _biased_product(s) for s in sources):
+        return
+    for a, b in (sources, sources[::-1]):
+        name = gate(a, b, e, p.exprs)
+        if name is not None and name != "identity":
+            yield name, Ref(a, out.dims), Ref(b, out.dims)
+
+
+def _behind(e: Expr) -> Expr:
+    while e.op in TRANSPARENT:
+        e = e.args[0]
+    return e
+
+
+def _biased_product(e: Expr) -> bool:
+    """x w + b, the bias being smaller than the product."""
+    e = _behind(e)
+    if e.op != "add":
+        return False
+    ops = [_behind(a) for a in e.args]
+    return any(a.op == "dot_general" and math.prod(b.shape) < math.prod(e.shape) for a, b in (ops, ops[::-1]))
 
 
 def _same_rows(ax: Axes, a: Projection, b: Projection) -> bool:

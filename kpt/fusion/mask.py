@@ -275,6 +275,19 @@ def band_of(grid: np.ndarray) -> list[Term] | None:
     return out
 
 
+def tightest(terms: list[Term]) -> list[Term]:
+    """The terms without those that another one implies: of several Causal the strictest, of several Windows too."""
+    causal = [t.offset for t in terms if isinstance(t, Causal)]
+    left = [t.left for t in terms if isinstance(t, Window) and t.left is not None and t.right is None and t.offset == 0]
+
+    def implied(t: Term) -> bool:
+        if isinstance(t, Causal):
+            return t.offset > min(causal)
+        return isinstance(t, Window) and t.left in left and t.right is None and t.offset == 0 and t.left != min(left)
+
+    return [t for t in terms if not implied(t)]
+
+
 def never_empty(terms: list[Term], t: int, s: int) -> bool:
     """Whether these terms are sure to leave every query a key."""
     i = np.arange(t)

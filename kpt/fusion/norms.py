@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from kpt.fusion.formula import factors, mean, scalar, terms
-from kpt.fusion.program import Match, NearMiss, Program, Refuse
+from kpt.fusion.program import Match, NearMiss, Program, Refuse, safest
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.expr import Expr
 from kpt.ops.base import Spec
@@ -21,24 +21,33 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
         if root.op == "pow" and root["y"] not in (-0.5, 0.5) or id(root) in done:
             continue
         done.add(id(root))
-        why: str | None = None
         try:
             if not _is_statistic(p, root):
                 continue
         except Refuse as refusal:
             yield NearMiss("rms_norm", root.origins[0], str(refusal), p.source(root))
             continue
-        for e in reversed(_downstream(p, root)):
-            try:
-                match = _match(p, e, root)
-            except Refuse as refusal:
-                why = str(refusal)
-                continue
-            if match is not None:
-                yield match
-                break
+        refusals: list[str] = []
+        match = safest(p, _readings(p, root, refusals))
+        if match is not None:
+            yield match
         else:
-            yield NearMiss("rms_norm", root.origins[0], why or "what follows the root mean square is not x times it", p.source(root))
+            why = refusals[-1] if refusals else "what follows the root mean square is not x times it"
+            yield NearMiss("rms_norm", root.origins[0], why, p.source(root))
+
+
+def _readings(p: Program, root: Expr, refusals: list[str]) -> Iterator[Match]:
+    """The norms that `root` is the root of, the one that takes most first: with a cast behind it, with a bias, without."""
+    for e in reversed(_downstream(p, root)):
+        if e.op in ("reshape", "transpose", "broadcast"):
+            continue  # a view of the result; what it views is the result
+        try:
+            match = _match(p, e, root)
+        except Refuse as refusal:
+            refusals.append(str(refusal))
+            continue
+        if match is not None:
+            yield match
 
 
 def _downstream(p: Program, root: Expr, limit: int = 48) -> list[Expr]:
@@ -164,7 +173,9 @@ def _match(p: Program, e: Expr, root: Expr) -> Match | None:
         return None
     main = [(c, r) for c, r in parts if _holds(r.expr, root)]
     rest = [(c, r) for c, r in parts if not _holds(r.expr, root)]
-    if len(main) != 1 or len(rest) > 1:
+    if len(main) == 2 and main[0][0] < 0:
+        main.reverse()
+    if len(rest) > 1 or not (len(main) == 1 or len(main) == 2 and main[0][0] == -main[1][0]):
         return None
     scale, product = main[0]
     # First find the statistic, to know x; then read the product again without opening x.
@@ -190,14 +201,17 @@ def _match(p: Program, e: Expr, root: Expr) -> Match | None:
 
     c, fs = factors(ax, product, is_x)
     hits = [(f, r) for f, r in fs if r.expr is not root]
-    numer = [r for f, r in hits if f == 1 and _numerator(ax, r, x, kind)]
-    if len(numer) != 1:
+    apart = len(main) == 2  # x s - mean s
+    numer = [r for f, r in hits if f == 1 and _numerator(ax, r, x, "rms" if apart else kind)]
+    if len(numer) != 1 or apart and kind != "layer":
         return None
     numer_ref = numer[0]
-    own_axis = _norm_axis(ax, numer_ref, x, axis, kind)
+    own_axis = _norm_axis(ax, numer_ref, x, axis, "rms" if apart else kind)
     if own_axis is None:
         return None
     weights = [(f, r) for f, r in hits if r is not numer_ref]
+    if apart and not _same_but_mean(ax, main[1][1], numer_ref, own_axis, c, [(f, r) for f, r in fs if r is not numer_ref]):
+        return None
     arrays: dict[str, Expr] = {}
     xs = p.exprs
     params: dict = {"eps": eps, "out_dtype": e.dtype}
@@ -221,7 +235,7 @@ def _match(p: Program, e: Expr, root: Expr) -> Match | None:
         if bias is None or bias.shape != (ax.extent(own_axis),):
             return None
         arrays["bias"] = bias
-    base = _source(ax, numer_ref, x, kind)
+    base = _source(ax, numer_ref, x, "rms" if apart else kind)
     lead = tuple(d for d in ax.resolve(out).dims if d != own_axis)
     if any(set(d) & set(own_axis) for d in lead):
         return None
@@ -239,6 +253,26 @@ def _match(p: Program, e: Expr, root: Expr) -> Match | None:
     # Every row gives its one result; a result that is narrower than x (sliced) is another thing.
     inner_values = (root,)
     return Match(f"{kind}_norm", arrays, params, p.result(e, result), inner_values, p.source(root))
+
+
+def _same_but_mean(ax: Axes, product: Ref, x: Ref, axis: tuple[int, ...], c: float, others: list[tuple[Fraction, Ref]]) -> bool:
+    """Whether `product` is c * mean(x over `axis`) * others."""
+    x = ax.resolve(x)
+    k, fs = factors(ax, product, lambda r: any(r.expr is o.expr for _, o in others) or r.expr.op == "reduce_sum")
+    left = list(fs)
+    for f, o in others:
+        hit = next((i for i, (g, r) in enumerate(left) if g == f and ax.same(r, o)), None)
+        if hit is None:
+            return False
+        left.pop(hit)
+    if len(left) != 1 or left[0][0] != 1 or left[0][1].expr.op != "reduce_sum":
+        return False
+    inner, fresh = ax.reduced(left[0][1])
+    if len(fresh) != 1 or abs(k * ax.extent(fresh[0]) - c) > 1e-6 * abs(c):
+        return False
+    inner = ax.strip(inner)
+    over = {ax.flat(fresh[0]): axis}
+    return inner.expr is x.expr and tuple(over.get(d, d) for d in inner.dims) == x.dims
 
 
 def _holds(e: Expr, target: Expr, depth: int = 0) -> bool:

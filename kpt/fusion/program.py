@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kpt.graph.expr import ELEMENTWISE, Expr
@@ -12,7 +12,7 @@ from kpt.graph.normalize import normalize
 
 # What a front end can compute between a program and a kernel.
 GROUND = frozenset({"full", "const", "iota", "out"})
-EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concatenate".split())) - frozenset(
+EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concatenate reduce_or reduce_sum".split())) - frozenset(
     "erf erfc erf_inv log1p expm1 exp2 cbrt ceil round pow power atan2".split()
 )
 
@@ -29,7 +29,7 @@ class Match:
       op: name in `kpt.ops`.
       arrays: the op's arrays, as expressions over the program's values.
       params: the op's parameters.
-      results: program value id -> the expression, over "out" leaves, that it equals.
+      results: program value id -> the expression, over "out" leaves and values of the program, that it equals.
       inner: expressions that the kernel will not produce; nothing else may use them.
       source: where the code stands.
     """
@@ -126,7 +126,7 @@ class Program:
         if known is not None:
             return known[1]
         stop: set[int] = set()
-        for a in match.arrays.values():
+        for a in (*match.arrays.values(), *match.results.values()):
             for leaf in self.leaves(a):
                 stop.update(self.env[leaf].origins)
         todo = [v for v in match.results]
@@ -145,6 +145,16 @@ class Program:
     def unsafe(self, match: Match) -> str | None:
         """Why the match may not be swapped in, or None."""
         return validate_fusion_safety(self, match)
+
+
+def safest(p: Program, matches: Iterable[Match]) -> Match | None:
+    """The first of several readings of one piece of code that is safe to replace; else the first, for its reason."""
+    first = None
+    for m in matches:
+        if p.unsafe(m) is None:
+            return m
+        first = first or m
+    return first
 
 
 def validate_fusion_safety(p: Program, match: Match) -> str | None:

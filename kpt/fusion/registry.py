@@ -41,27 +41,31 @@ class FusionRegistry:
         program = Program(graph)
         taken: list[Match] = []
         missed: list[NearMiss] = []
-        claimed: set[int] = set()
+        claimed: dict[int, Match] = {}
+        replaced: dict[tuple[str, int], set[int]] = {}  # what a match that was left alone would have taken
         for name, pattern in self.patterns.items():
             for found in _finds(name, pattern, program):
                 if isinstance(found, NearMiss):
                     missed.append(found)
                     continue
                 value = next(iter(found.results))
-                why = program.unsafe(found)
-                core = _core(program, found) if why is None else set()
-                if why is None and core & claimed:
-                    continue
-                why = why or accept(found)
+                core = _core(program, found)
+                why = program.unsafe(found) or _overlap(claimed, core) or accept(found)
                 if why is not None:
                     missed.append(NearMiss(found.op, value, why, found.source))
+                    replaced[found.op, value] = core
                     continue
-                claimed |= core
+                claimed |= dict.fromkeys(core, found)
                 taken.append(found)
         done = {v for m in taken for v in m.results}
         inside = {id(n) for m in taken for n in program.consumed(m)}
-        missed = [m for m in _unique(missed) if m.value not in done and id(program.node_of.get(m.value)) not in inside]
-        return program, taken, missed
+
+        def gone(m: NearMiss) -> bool:
+            """Whether the code in question is replaced all the same, as itself or as part of something larger."""
+            core = replaced.get((m.op, m.value))
+            return m.value in done or (core <= inside if core else id(program.node_of.get(m.value)) in inside)
+
+        return program, taken, [m for m in _unique(missed) if not gone(m)]
 
 
 def _finds(name: str, pattern: Pattern, program: Program) -> Iterator[Match | NearMiss]:
@@ -82,6 +86,14 @@ def _core(p: Program, m: Match) -> set[int]:
             out.add(id(n))
             dying.update(n.outputs)
     return out
+
+
+def _overlap(claimed: dict[int, Match], core: set[int]) -> str | None:
+    """Why a match that takes `core` cannot be taken beside those that were, or None."""
+    other = next((claimed[n] for n in core if n in claimed), None)
+    if other is None:
+        return None
+    return f"part of it is already replaced by {other.op}{' at ' + other.source if other.source else ''}"
 
 
 def _unique(missed: Iterable[NearMiss]) -> list[NearMiss]:

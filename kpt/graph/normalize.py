@@ -366,7 +366,16 @@ def product_with_ones(e: Expr, x: Exprs) -> Expr | None:
 def _never_negative(e: Expr) -> bool:
     if e.op in ("exp", "square", "abs", "logistic"):
         return True
+    if e.op in ("div", "mul") and e.args[1].op == "full" and e.args[1]["value"] > 0:
+        return _never_negative(e.args[0])
     return e.op in ("reduce_sum", "reduce_max", "broadcast", "reshape", "transpose", "convert") and _never_negative(e.args[0])
+
+
+@rule("square")
+def square_of_root(e: Expr, x: Exprs) -> Expr | None:
+    """A standard deviation squared is the variance again."""
+    (a,) = e.args
+    return a.args[0] if a.op == "sqrt" and _never_negative(a.args[0]) else None
 
 
 @rule("abs")

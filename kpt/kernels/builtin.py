@@ -9,15 +9,15 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "quick_gelu", "relu2", "softplus",
                "elu", "mish")  # fmt: skip
 EVERY_MASK = frozenset({"causal", "window", "segments", "lengths", "explicit", "bias"})
-INVALID_LABELS = ("nan", "zero", "clip")
+INVALID_LABELS = ("nan", "zero", "clip", "drop")
 
 
-def _xla(op: str, level: str = "conservative", **honours: Any) -> KernelSpec:
+def _xla(op: str, level: str = "conservative", version: int = 1, **honours: Any) -> KernelSpec:
     """Plain JAX with a backward of its own: compiled by XLA for whatever XLA compiles for."""
     return KernelSpec(
         name=f"{op}.xla",
         op=op,
-        version=1,
+        version=version,
         provider="xla",
         framework="jax",
         platforms=EVERYWHERE,
@@ -36,8 +36,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("rope", params={"interleaved": (False, True)}),
-    _xla("cross_entropy", params={"invalid": INVALID_LABELS}),
-    _xla("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
+    _xla("cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
+    _xla("linear_cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),
 )

@@ -270,7 +270,7 @@ def _slower(time: float | None, best: float | None, measured: bool) -> str:
         return "was not measured" if measured else "nothing is known of its time, and another kernel comes first"
     how = "measured" if measured else "estimated"
     if time == best:
-        return f"{how} {seconds(time)}, as the choice is, which comes first"
+        return f"{how} {seconds(time)}, no faster than what was chosen"
     return f"{how} {seconds(time)} against {seconds(best)} for the choice"
 
 

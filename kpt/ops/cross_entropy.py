@@ -11,7 +11,7 @@ from kpt.ops.base import Cost, Op, Spec, Specs
 
 NAME = "cross_entropy"
 ARRAYS = ("logits", "labels")
-INVALID = ("nan", "zero", "clip")
+INVALID = ("nan", "zero", "clip", "drop")
 
 
 def loss_spec(dtype: str, shape: tuple[int, ...]) -> tuple[Spec, ...]:
@@ -52,7 +52,7 @@ def targets(labels: Any, vocab: int, smoothing: float, invalid: str) -> tuple[np
     y = np.asarray(labels).astype(np.int64)
     outside = (y < 0) | (y >= vocab)
     hot = np.arange(vocab) == np.clip(y, 0, max(vocab - 1, 0))[..., None]
-    if invalid == "zero":
+    if invalid in ("zero", "drop"):
         hot = hot & ~outside[..., None]
     weights = (1 - smoothing) * hot + (smoothing / vocab if vocab else 0.0)
     return weights, outside if invalid == "nan" else np.zeros_like(outside)
@@ -73,8 +73,10 @@ def loss_and_gradient(logits: np.ndarray, labels: Any, smoothing: float, cap: fl
         lse = (np.log(total) + top)[..., 0]
         # a weight of 0 hides the logit, -inf included: only what the target names is read
         picked = np.where(w != 0, w * z, 0.0).sum(-1)
-        loss = np.where(bad, np.nan, lse - picked)
-        p = np.exp(z - lse[..., None])
+        # a dropped label leaves the smoothing alone as target, which then does not sum to 1
+        total_w = w.sum(-1) if invalid == "drop" else np.ones(lse.shape)
+        loss = np.where(bad, np.nan, np.where(total_w == 0, 0.0, total_w * lse) - picked)
+        p = np.exp(z - lse[..., None]) * np.where(total_w == 0, 0.0, total_w)[..., None]
         # the label term of a NaN loss comes from outside the logits: no gradient passes through it
         grad = (p - np.where(bad[..., None], w - (1 - smoothing) * _hot(labels, vocab), w)) * slope
     return loss, grad

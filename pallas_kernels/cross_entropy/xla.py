@@ -28,15 +28,14 @@ def cross_entropy(
       labels: `[...]` integers.
       label_smoothing: weight of the uniform distribution in the target.
       logits_soft_cap: `c` in `c * tanh(logits / c)`; none if None.
-      invalid: what a label outside `[0, V)` does: "nan" makes the loss NaN, "zero" makes the term of the label 0,
-      "clip" takes
-        the nearest class.
+      invalid: what a label outside `[0, V)` does: "nan" makes the loss NaN, "zero" makes the term of the label 0, "clip"
+        takes the nearest class, "drop" leaves of the loss the share of the smoothing, as an all-zero one-hot does.
 
     Returns:
       Loss `[...]`, float32 (float64 for float64 logits).
 
     Raises:
-      OpError: shapes do not fit, or `invalid` is none of the three.
+      OpError: shapes do not fit, or `invalid` is none of these.
     """
     check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
     return _cross_entropy((label_smoothing, logits_soft_cap, invalid), *vary_alike(logits, labels))
@@ -67,6 +66,9 @@ def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid:
     loss = jnp.log(total) - (1 - label_smoothing) * jnp.where(valid, picked - m, -m)
     if label_smoothing:
         loss = loss - label_smoothing * (jnp.mean(z, -1) - m)
+    if invalid == "drop":
+        uniform = label_smoothing * (jnp.log(total) - (jnp.mean(z, -1) - m)) if label_smoothing else 0
+        loss = jnp.where(valid, loss, uniform)
     return jnp.where(valid, loss, jnp.nan) if invalid == "nan" else loss, m, total
 
 
@@ -75,7 +77,8 @@ def row_grad(logits, labels, m, scale, g, label_smoothing: float, cap: float | N
     t = None if cap is None else jnp.tanh(logits / cap)
     z = logits if t is None or cap is None else cap * t
     classes = z.shape[-1]
-    d = jnp.exp(z - m[..., None]) * (scale * g)[..., None]
+    share = jnp.where(_is_valid(labels, classes, invalid), scale, scale * label_smoothing) if invalid == "drop" else scale
+    d = jnp.exp(z - m[..., None]) * (share * g)[..., None]
     d = d - jnp.where(_is_label(labels, classes, invalid), ((1 - label_smoothing) * g)[..., None], 0)
     if label_smoothing:
         d = d - (label_smoothing / classes) * g[..., None]

@@ -146,6 +146,8 @@ def cross_entropy(*, logits, labels, label_smoothing=0.0, logits_soft_cap=None, 
         no_class = math.nan if invalid == "nan" else 0.0
         picked = z[label] if 0 <= label < len(z) else no_class
         # (1 - s) of the target on the label, s spread over every class
+        if invalid == "drop" and not 0 <= label < len(z):  # what remains of the target is the smoothing
+            log_sum = label_smoothing * log_sum
         loss[row] = log_sum - (1 - label_smoothing) * picked - label_smoothing * sum(z) / len(z)
     return (loss,)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kpt.errors import GraphError
 from kpt.fusion.formula import activation
-from kpt.fusion.mask import band_of, never_empty
+from kpt.fusion.mask import band_of, never_empty, tightest
 from kpt.fusion.registry import FusionRegistry, default_fusion
 from kpt.fusion.view import Axes, Ref
 from kpt.graph.evaluate import evaluate
@@ -189,3 +189,8 @@ def test_a_pattern_that_raises_costs_its_finds_only():
     registry = FusionRegistry({"broken": broken, **default_fusion().patterns})
     _, taken, _ = registry.find(norm_graph())
     assert [m.op for m in taken] == ["rms_norm"]
+
+
+def test_an_implied_band_is_dropped():
+    terms = [Causal(3), Window(5, None), Causal(0), Lengths(), Window(3, None), Window(2, 2)]
+    assert tightest(terms) == [Causal(0), Lengths(), Window(3, None), Window(2, 2)]

@@ -101,10 +101,13 @@ def cross_entropy(logits, labels, *, label_smoothing=0.0, logits_soft_cap=None, 
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     mode = {"nan": {"mode": "fill", "fill_value": jnp.nan}, "clip": {"mode": "clip"}, "zero": {"mode": "fill", "fill_value": 0}}
+    mode["drop"] = mode["zero"]
+    valid = (labels >= 0) & (labels < logits.shape[-1])
     labels = jnp.where(labels < 0, logits.shape[-1], labels) if invalid != "clip" else labels
     chosen = jnp.take_along_axis(logits, labels[..., None], -1, **mode[invalid])[..., 0]
     target = (1 - label_smoothing) * chosen + label_smoothing * logits.mean(-1)
-    return jax.nn.logsumexp(logits, -1) - target
+    share = jnp.where(valid, 1, label_smoothing) if invalid == "drop" else 1
+    return share * jax.nn.logsumexp(logits, -1) - target
 
 
 def linear_cross_entropy(x, w, b=None, *, labels, **params):

@@ -282,6 +282,102 @@ def pairs_put_back_as_halves(q, angles):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+@refused("attention", "another mask than the scores")
+def weights_masked_after_softmax_alone(q, k, v, pad):
+    return mix(jax.nn.softmax(scores(q, k), -1) * pad[:, None, None], v)
+
+
+@refused("attention", "another mask than the scores")
+def weights_masked_by_another_mask(q, k, v, pad, padx):
+    other = jnp.pad(padx, ((0, 0), (0, 2)))[:, None, None]
+    return mix(jnp.where(other, jax.nn.softmax(jnp.where(pad[:, None, None], scores(q, k), -1e9), -1), 0), v)
+
+
+@refused("attention", "another mask than the scores")
+def dropout_that_does_not_rescale(q, k, v, key0):
+    p = jax.nn.softmax(scores(q, k), -1)
+    return mix(p * jax.random.bernoulli(key0, 0.9, p.shape), v)
+
+
+@refused("attention", "a part of the scores' mask")
+def weights_zeroed_by_half_the_mask(q, k, v, pad, hidden):
+    s = jnp.where(pad[:, None, None] & hidden[:, None, None], scores(q, k), -1e9)
+    return mix(jnp.where(hidden[:, None, None], jax.nn.softmax(s, -1), 0), v)
+
+
+@refused("attention", "sink")
+def a_sink_beside_the_scores(q, k, v, slopes):
+    column = jnp.broadcast_to(slopes[None, :, None, None], (2, 4, T, 1))
+    return mix(jax.nn.softmax(jnp.concatenate([scores(q, k), column], -1), -1)[..., :-1], v)
+
+
+@refused("attention", "sink")
+def a_sink_in_the_sum(q, k, v, slopes):
+    e = jnp.exp(scores(q, k))
+    return mix(e / (e.sum(-1, keepdims=True) + jnp.exp(slopes[:, None, None])), v)
+
+
+@refused("attention", "depends on the scores")
+def a_shift_that_differs_by_key(q, k, v):
+    s = scores(q, k)
+    return mix(jax.nn.softmax(s - s.max(-2, keepdims=True), -1), v)
+
+
+@refused("layer_norm", None)
+def folded_around_another_mean(x, h, g, b):
+    scale = jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6) * g
+    return x * scale + (b - h.mean(-1, keepdims=True) * scale)
+
+
+@refused("layer_norm", None)
+def folded_with_two_scales(x, g, b):
+    root = jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
+    return x * (root * g) - x.mean(-1, keepdims=True) * root + b
+
+
+@refused("layer_norm", "outside the root")
+def epsilon_added_to_the_deviation(x, g, b):
+    return (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-6) * g + b
+
+
+@refused("glu", None)
+def unit_squared_in_the_other_factor(x, w1, w3):
+    a, u = x @ w1, x @ w3
+    return a * u * u * jax.nn.sigmoid(a)
+
+
+@refused("glu", None)
+def unit_of_another_gate(x, w1, w3, w13):
+    return (x @ w1) * (x @ w3) * jax.nn.sigmoid(x @ w13[:, : w1.shape[1]])
+
+
+@refused("glu", None)
+def unit_of_two_inputs_mingled(x, h, w1, w3):
+    return (a := x @ w1) * (h @ w3) * jax.nn.sigmoid(a)
+
+
+@refused("cross_entropy", "inner value")
+def z_loss_of_the_same_sum(logits, labels):
+    total = jax.nn.logsumexp(logits, -1)
+    return total - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0] + 1e-4 * total**2
+
+
+@refused("cross_entropy", None)
+def smoothing_that_does_not_sum_to_one(logits, labels):
+    lp = jax.nn.log_softmax(logits)
+    return -0.9 * jnp.take_along_axis(lp, labels[..., None], -1)[..., 0] - 0.2 * lp.mean(-1)
+
+
+@refused("cross_entropy", None)
+def onehot_weighted_by_class(logits, labels, bv):
+    return -(jax.nn.one_hot(labels, V) * bv * jax.nn.log_softmax(logits)).sum()
+
+
+@refused("cross_entropy", None)
+def soft_targets(logits, x, head):
+    return -(jax.nn.softmax(x @ head) * jax.nn.log_softmax(logits)).sum(-1)
+
+
 @pytest.mark.parametrize("miss", table, ids=lambda m: m.name)
 def test_near_miss(miss):
     op, reason = EXPECT[miss.name]

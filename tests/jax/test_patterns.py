@@ -7,9 +7,9 @@ import math
 import pytest
 
 from tests.jax.plain_kernels import assert_same, rewritten
-from tests.jax.spellings import attention, linear, loss, norms, rope, structure
+from tests.jax.spellings import attention, linear, loss, norms, public, rope, structure
 
-SPELLINGS = [(m.__name__.rsplit(".", 1)[-1], s) for m in (attention, norms, linear, loss, rope, structure) for s in m.table]
+SPELLINGS = [(m.__name__.rsplit(".", 1)[-1], s) for m in (attention, norms, linear, loss, rope, structure, public) for s in m.table]
 DEFAULTS = {"weight_offset": 0.0, "label_smoothing": 0.0, "interleaved": False}
 
 

@@ -33,14 +33,13 @@ def formula(logits, labels, g, label_smoothing=0.0, logits_soft_cap=None, invali
     m = z.max(-1, keepdims=True)
     lse = np.log(np.exp(z - m).sum(-1, keepdims=True)) + m
     picked = np.where(onehot > 0, z, 0).sum(-1)
-    loss = lse[..., 0] - (1 - label_smoothing) * picked
+    share = np.where(valid, 1.0, label_smoothing if invalid == "drop" else 1.0)  # what the target sums to
+    loss = share * lse[..., 0] - (1 - label_smoothing) * picked
     if label_smoothing:
         loss = loss - label_smoothing * z.mean(-1)
     if invalid == "nan":
         loss = np.where(valid, loss, np.nan)
-    d = (np.exp(z - lse) - (1 - label_smoothing) * onehot - label_smoothing / classes) * np.asarray(g, np.float64)[
-        ..., None
-    ]
+    d = (share[..., None] * np.exp(z - lse) - (1 - label_smoothing) * onehot - label_smoothing / classes) * np.asarray(g, np.float64)[..., None]
     return loss, d if t is None else d * (1 - t * t)
 
 
@@ -61,6 +60,8 @@ CASES = {
     "invalid is zero": {"bad": True, "invalid": "zero"},
     "invalid is zero, smoothed": {"bad": True, "invalid": "zero", "label_smoothing": 0.1},
     "invalid is clipped": {"bad": True, "invalid": "clip"},
+    "invalid is dropped": {"bad": True, "invalid": "drop"},
+    "invalid is dropped, smoothed": {"bad": True, "invalid": "drop", "label_smoothing": 0.1},
 }
 SHAPES = {"matrix": (23,), "batch": (3, 14), "one row": (1,), "no leading dim": (), "no rows": (0,), "no batch": (0, 5)}
 

@@ -81,3 +81,21 @@ table.add("fused_einsum", lambda x, w13: jax.nn.silu((y := jnp.einsum("btd,dcf->
 table.add("jax_nn_glu", lambda x, w13: jax.nn.glu(x @ w13), unit("sigmoid"))
 table.add("silu_spelled_out", lambda x, w1, w3: (a := x @ w1) * jax.nn.sigmoid(a) * (x @ w3), unit("silu"))
 table.add("bf16_glu", lambda x, w1, w3: jax.nn.silu(x @ w1) * (x @ w3), unit("silu", out_dtype="bfloat16"), dtype="bfloat16")
+
+# The factors in any order, the activation written out, two projections or one that is split, either half the gate.
+MINGLED = {
+    "a_up_sigmoid": ("silu", lambda a, u: a * u * jax.nn.sigmoid(a)),
+    "sigmoid_of_both": ("silu", lambda a, u: jax.nn.sigmoid(a) * (a * u)),
+    "swish_by_exp": ("silu", lambda a, u: a * u / (1 + jnp.exp(-a))),
+    "swish_inverse": ("silu", lambda a, u: u * (a * (1 / (1 + jnp.exp(-a))))),
+    "geglu_tanh": ("gelu_tanh", lambda a, u: 0.5 * a * u * (1 + jnp.tanh(0.7978845608 * (a + 0.044715 * a**3)))),
+    "geglu_erf": ("gelu", lambda a, u: u * 0.5 * a * (1 + jax.lax.erf(a / np.sqrt(2)))),
+    "reglu_squared": ("relu2", lambda a, u: jax.nn.relu(a) * u * jax.nn.relu(a)),
+}  # fmt: skip
+for short, (name, f) in MINGLED.items():
+    table.add(short, lambda x, w1, w3, f=f: f(x @ w1, x @ w3), unit(name))
+    table.add(f"{short}_split", lambda x, w13, f=f: f(*jnp.split(x @ w13, 2, -1)), unit(name))
+table.add("a_up_sigmoid_second_half", lambda x, w13: MINGLED["a_up_sigmoid"][1](*jnp.split(x @ w13, 2, -1)[::-1]), unit("silu"))
+table.add("a_up_sigmoid_biased", lambda x, w1, b1, w3, b3: MINGLED["a_up_sigmoid"][1](x @ w1 + b1, x @ w3 + b3),
+          unit("silu", "x w_gate w_up b_gate b_up"))
+table.add("a_up_sigmoid_bf16", lambda x, w1, w3: MINGLED["a_up_sigmoid"][1](x @ w1, x @ w3), unit("silu"), dtype="bfloat16")

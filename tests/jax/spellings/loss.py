@@ -65,8 +65,8 @@ def indexed(z, labels):
 
 
 SPELLED = {"optax_integer": (integer, "nan"), "log_softmax_take": (log_softmax_take, "nan"), "logsumexp_minus": (logsumexp_minus, "nan"),
-           "by_hand": (by_hand, "nan"), "optax_onehot": (lambda z, y: onehot(z, jax.nn.one_hot(y, V)), "zero"), "onehot_sum": (hot_sum, "zero"),
-           "onehot_einsum": (hot_einsum, "zero"), "onehot_where": (hot_where, "zero"), "vmapped": (vmapped, "clip")}  # fmt: skip
+           "by_hand": (by_hand, "nan"), "optax_onehot": (lambda z, y: onehot(z, jax.nn.one_hot(y, V)), "drop"), "onehot_sum": (hot_sum, "drop"),
+           "onehot_einsum": (hot_einsum, "drop"), "onehot_where": (hot_where, "drop"), "vmapped": (vmapped, "clip")}  # fmt: skip
 for name, (f, invalid) in SPELLED.items():
     table.add(name, lambda logits, labels, f=f: f(logits, labels).mean(), ce(invalid))
     table.add(f"{name}_head", lambda x, head, labels, f=f: f(x @ head, labels).mean(), head(invalid))
@@ -91,3 +91,45 @@ table.add("bf16_head_f32_loss", lambda x, head, labels: integer((x @ head).astyp
 table.add("logits_also_returned", lambda x, head, labels: (integer(z := x @ head, labels).mean(), z), ce())
 table.add("accuracy_as_well", lambda x, head, labels: (
     integer(z := x @ head, labels).mean(), (z.argmax(-1) == labels).mean()), ce())
+
+
+# Label smoothing, and one-hot losses summed over everything at once.
+def smoothed_by_hand(z, labels):
+    lp = jax.nn.log_softmax(z)
+    return 0.9 * -jnp.take_along_axis(lp, labels[..., None], -1)[..., 0] - 0.1 * lp.mean(-1)
+
+
+def smoothed_target(z, labels):
+    return -((0.9 * jax.nn.one_hot(labels, V) + 0.1 / V) * jax.nn.log_softmax(z)).sum(-1)
+
+
+def low_confidence(z, labels):
+    target = jnp.where(labels[..., None] == jnp.arange(V), 0.9, 0.1 / (V - 1))
+    return -jnp.sum(target * jax.nn.log_softmax(z), -1)
+
+
+SMOOTHED = {"smoothed_optax": (lambda z, y: onehot(z, optax.smooth_labels(jax.nn.one_hot(y, V), 0.1)), "drop", 0.1),
+            "smoothed_by_hand": (smoothed_by_hand, "nan", 0.1), "smoothed_target": (smoothed_target, "drop", 0.1),
+            "smoothed_t5x": (low_confidence, "drop", 0.1 * V / (V - 1))}  # fmt: skip
+for name, (f, invalid, share) in SMOOTHED.items():
+    table.add(name, lambda logits, labels, f=f: f(logits, labels).mean(), ce(invalid, label_smoothing=share))
+    table.add(f"{name}_head", lambda x, head, labels, f=f: f(x @ head, labels).mean(), head(invalid, label_smoothing=share))
+hot = lambda y: jax.nn.one_hot(y, V)  # noqa: E731
+TOGETHER = {"sum": lambda z, y: -(hot(y) * jax.nn.log_softmax(z)).sum(), "mean": lambda z, y: -(hot(y) * jax.nn.log_softmax(z)).mean(),
+            "negated_inside": lambda z, y: (hot(y) * -jax.nn.log_softmax(z)).sum() / y.size,
+            "vdot": lambda z, y: -jnp.vdot(hot(y), jax.nn.log_softmax(z)),
+            "einsum": lambda z, y: -jnp.einsum("btv,btv->", hot(y), jax.nn.log_softmax(z)),
+            "smoothed": lambda z, y: -((0.9 * hot(y) + 0.1 / V) * jax.nn.log_softmax(z)).sum()}  # fmt: skip
+for name, f in TOGETHER.items():
+    table.add(f"together_{name}", lambda logits, labels, f=f: f(logits, labels), ce("drop"))
+    table.add(f"together_{name}_head", lambda x, head, labels, f=f: f(x @ head, labels), head("drop"))
+table.add("together_weighted", lambda logits, labels, weights: -(
+    hot(labels) * jax.nn.log_softmax(logits) * weights[..., None]).sum() / weights.sum(), ce("drop"))
+table.add("weighted_by_token", lambda x, head, labels, bias: ((hot(labels) * -jax.nn.log_softmax(x @ head)).sum(-1) * bias[0, :2, :, 0]).sum(),
+          head("drop"))
+table.add("mean_where", lambda logits, labels, weights: jnp.mean(integer(logits, labels), where=weights), ce())
+table.add("labels_outside_onehot", lambda logits, labels: onehot(logits, hot(labels - 8)).sum(), ce("drop"))
+table.add("labels_outside_smoothed", lambda logits, labels: onehot(logits, optax.smooth_labels(hot(labels - 8), 0.1)), ce("drop"))
+table.add("labels_outside_together", lambda x, head, labels: -(hot(labels - 8) * jax.nn.log_softmax(x @ head)).sum(), head("drop"))
+table.add("labels_outside_lse", lambda logits, labels: jax.nn.logsumexp(logits, -1) - (hot(labels - 8) * logits).sum(-1), ce("zero"))
+table.add("z_loss_beside", lambda logits, labels: (integer(logits, labels) + 1e-4 * jax.nn.logsumexp(logits, -1) ** 2).mean(), ce())

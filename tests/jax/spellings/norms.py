@@ -79,6 +79,46 @@ table.add("layer_then_rms", lambda x, g, b: (
 table.add("norm_feeding_a_projection", lambda x, g, w1: jax.nn.relu(
     (x * jax.lax.rsqrt(mean_square(x) + 1e-6) * g) @ w1), rms, site("linear_act", activation="relu"))
 
+
+
+def folded(x, g, b):
+    scale = jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * g
+    return x * scale + (b - x.mean(-1, keepdims=True) * scale)
+
+
+def fast(x):
+    return jnp.maximum(0.0, mean_square(x) - jnp.square(x.mean(-1, keepdims=True)))
+
+
+table.add("layer_folded", folded, layer)
+table.add("layer_folded_in_a_row", lambda x, g, b: (
+    x * (s := g / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)) - x.mean(-1, keepdims=True) * s + b), layer)
+table.add("layer_fast_clipped", lambda x, g, b: by_hand(x, jax.lax.rsqrt(fast(x) + 1e-5) * g) + b, layer)
+table.add("layer_fast_clipped_root", lambda x, g, b: by_hand(x, 1 / jnp.sqrt(fast(x) + 1e-5)) * g + b, layer)
+table.add("layer_std_squared", lambda x, g, b: by_hand(x, 1 / jnp.sqrt(jnp.std(x, -1, keepdims=True) ** 2 + 1e-5)) * g + b, layer)
+table.add("layer_std", lambda x, g, b: by_hand(x, 1 / jnp.std(x, -1, keepdims=True)) * g + b, site("layer_norm", eps=0.0))
+table.add("layer_one_plus_scale", lambda x, g, b: by_hand(x, jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)) * (1 + g) + b, layer)
+table.add("rms_scale_plus_one", lambda x, g: (g + 1) * (x / jnp.sqrt(mean_square(x) + 1e-6)),
+          site("rms_norm", weight_offset=1.0, arrays="x weight", weight=(D,)))
+
+
+# A norm that is queries and keys at once, in one spelling and dtype after the other.
+def attend(h, v):
+    return jax.nn.softmax(h @ h.mT) @ v
+
+
+def normed(x, g=1.0):
+    return x * jax.lax.rsqrt(mean_square(x) + 1e-6) * g
+
+
+alone = site("attention", q=(2, 12, 1, D), k=(2, 12, 1, D))
+table.add("rms_is_queries_and_keys", lambda x, g: attend(normed(x, g), x), rms, alone)
+table.add("rms_is_queries_keys_values", lambda x, g: x + attend(h := normed(x, g), h), rms, alone)
+table.add("rms_bare_is_queries_and_keys", lambda x: attend(normed(x), x), bare, alone)
+table.add("rms_is_queries_and_keys_bf16", lambda x, g: attend(normed(x.astype(jnp.float32), g).astype(x.dtype), x),
+          site("rms_norm", out_dtype="bfloat16"), alone, dtype="bfloat16")
+table.add("layer_is_queries_and_keys", lambda x, g, b: attend(folded(x, g, b), x), layer, alone)
+
 nnx_layer, nnx_rms = nnx.LayerNorm(D, rngs=nnx.Rngs(0)), nnx.RMSNorm(D, rngs=nnx.Rngs(0))
 linen_layer, linen_rms = nn.LayerNorm(), nn.RMSNorm()
 ones = jnp.ones(D)

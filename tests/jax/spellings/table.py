@@ -27,14 +27,15 @@ INPUTS: dict[str, Any] = {
     "kx": normal(B, S, N, H), "vx": normal(B, S, N, H), "q1": normal(B, 1, N, H),
     "pad": jnp.asarray(np.arange(T)[None] < np.array([[T], [7]])), "padx": jnp.asarray(np.arange(S)[None] < np.array([[S], [3]])),
     "segments": jnp.asarray([[0] * 5 + [1] * 7, [0] * 3 + [1] * 5 + [2] * 4]), "lengths": jnp.asarray([5, 9]),
-    "position": jnp.asarray(7), "bias": normal(1, N, T, T), "slopes": normal(N),
+    "position": jnp.asarray(7), "hidden": jnp.asarray(np.arange(T)[None] < np.array([[0], [7]])), "bias": normal(1, N, T, T), "slopes": normal(N),
     "x": normal(B, T, D), "h": normal(B, T, D), "x2": normal(T, D), "g": normal(D), "b": normal(D),
     "w1": normal(D, F) / 4, "w2": normal(F, D) / 4, "w3": normal(D, F) / 4, "b1": normal(F), "b3": normal(F), "w13": normal(D, 2 * F) / 4,
     "wt": normal(F, D) / 4, "b13": normal(2 * F),
     "head": normal(D, V) / 4, "table": normal(V, D) / 4, "bv": normal(V), "logits": normal(B, T, V),
     "labels": jnp.asarray(_rng.integers(0, V, (B, T))), "weights": jnp.asarray(_rng.random((B, T)) < 0.7),
     "angles": normal(T, H // 2), "positions": jnp.asarray([range(T), range(3, T + 3)]), "layers": normal(3, D, D) / 4,
-    "key0": jnp.asarray([0, 7], jnp.uint32),
+    "key0": jnp.asarray([0, 7], jnp.uint32), "qkv": normal(B, T, 3, N, H), "relative": normal(16, N), "wh": normal(H), "wh2": normal(H),
+    "w33": normal(D, 3 * D) / 4, "w44": normal(D, D) / 4, "k_new": normal(B, 1, K, H), "v_new": normal(B, 1, K, H),
 }  # fmt: skip
 
 
