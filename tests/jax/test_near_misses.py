@@ -378,6 +378,18 @@ def soft_targets(logits, x, head):
     return -(jax.nn.softmax(x @ head) * jax.nn.log_softmax(logits)).sum(-1)
 
 
+@refused("rope", None)
+def complex_turned_back(q, angles):
+    c = jax.lax.complex(q[..., ::2], q[..., 1::2]) * jnp.exp(-1j * angles)[:, None]
+    return jnp.stack([c.imag, c.real], -1).reshape(q.shape)
+
+
+@refused("rope", None)
+def complex_and_squared(q, angles):
+    c = jax.lax.complex(q[..., ::2], q[..., 1::2]) * jnp.exp(1j * angles)[:, None]
+    return jnp.stack([(c * c).real, c.imag], -1).reshape(q.shape)
+
+
 @pytest.mark.parametrize("miss", table, ids=lambda m: m.name)
 def test_near_miss(miss):
     op, reason = EXPECT[miss.name]
