@@ -30,13 +30,16 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
             continue
         refusals: list[str] = []
         taken: set[int] = set()
+        shared: set[int] = set()
         unsafe: Match | None = None
         for match in _readings(p, root, refusals):  # one statistic may serve several norms, each with its own weight
             nodes = {id(n) for n in p.consumed(match)}
-            if nodes & taken:
+            if nodes & (taken | shared):
                 continue
             if p.unsafe(match) is not None:
                 unsafe = unsafe or match
+                if not any(p.node_of[v].op == "convert" for v in match.results):  # before a cast there may be a norm that is safe
+                    shared |= nodes
                 continue
             taken |= nodes
             fused = _with_residual(p, match)

@@ -368,6 +368,8 @@ def _never_negative(e: Expr) -> bool:
         return False
     if e.op in ("exp", "square", "abs", "logistic"):
         return True
+    if e.op == "select":
+        return all(is_full(a, 0) or _never_negative(a) for a in e.args[1:])
     if e.op in ("div", "mul") and e.args[1].op == "full" and e.args[1]["value"] > 0:
         return _never_negative(e.args[0])
     return e.op in ("reduce_sum", "reduce_max", "broadcast", "reshape", "transpose", "convert") and _never_negative(e.args[0])
