@@ -50,7 +50,7 @@ def _slice(p: dict) -> tuple[str, dict]:
 
 
 # jax primitive -> (neutral op, attributes). Primitives with the op's own name and no attribute are in _SAME.
-_SAME = (ELEMENTWISE - {"convert", "power", "select", "pow", "not"}) | {"dynamic_slice"}
+_SAME = (ELEMENTWISE - {"convert", "power", "select", "pow", "not"}) | {"dynamic_slice", "complex", "real", "imag"}
 _TABLE: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "dot_general": _dot,
     "gather": _gather,

@@ -18,7 +18,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "div": jax.lax.div, "max": jnp.maximum,
     "min": jnp.minimum, "rem": jax.lax.rem, "and": jnp.bitwise_and, "or": jnp.bitwise_or, "xor": jnp.bitwise_xor,
     "eq": jnp.equal, "ne": jnp.not_equal, "ge": jnp.greater_equal, "gt": jnp.greater, "le": jnp.less_equal,
-    "lt": jnp.less, "select": jnp.where, "clamp": jax.lax.clamp,
+    "lt": jnp.less, "real": jnp.real, "imag": jnp.imag, "select": jnp.where, "clamp": jax.lax.clamp,
 }  # fmt: skip
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"reduce_sum": jnp.sum, "reduce_or": jnp.any}
 EMITTABLE = frozenset(_OPS) | frozenset(_REDUCTIONS) | frozenset(

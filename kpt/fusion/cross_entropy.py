@@ -26,6 +26,9 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
         inner = e.args[0]
         while inner.op in TRANSPARENT:
             inner = inner.args[0]
+        if inner.op == "select" and any(a.op == "exp" for a in inner.args) and _candidates(p, log):
+            masked = "the sum over the vocabulary is masked (where=), which no kernel does; mask the loss of each token instead"
+            yield NearMiss("cross_entropy", log.origins[0], masked, p.source(log))
         if inner.op != "exp" or id(log) in done:
             continue
         done.add(id(log))

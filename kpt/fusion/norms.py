@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from fractions import Fraction
 
 from kpt.fusion.formula import factors, mean, scalar, terms
-from kpt.fusion.program import Match, NearMiss, Program, Refuse, safest
+from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.expr import Expr
 from kpt.ops.base import Spec
@@ -28,12 +29,44 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
             yield NearMiss("rms_norm", root.origins[0], str(refusal), p.source(root))
             continue
         refusals: list[str] = []
-        match = safest(p, _readings(p, root, refusals))
-        if match is not None:
+        taken: set[int] = set()
+        shared: set[int] = set()
+        unsafe: Match | None = None
+        for match in _readings(p, root, refusals):  # one statistic may serve several norms, each with its own weight
+            nodes = {id(n) for n in p.consumed(match)}
+            if nodes & (taken | shared):
+                continue
+            if p.unsafe(match) is not None:
+                unsafe = unsafe or match
+                if not any(p.node_of[v].op == "convert" for v in match.results):  # before a cast there may be a norm that is safe
+                    shared |= nodes
+                continue
+            taken |= nodes
+            fused = _with_residual(p, match)
+            if fused is not None:
+                yield fused
             yield match
-        else:
+        if not taken and unsafe is not None:
+            yield unsafe
+        elif not taken:
             why = refusals[-1] if refusals else "what follows the root mean square is not x times it"
             yield NearMiss("rms_norm", root.origins[0], why, p.source(root))
+
+
+def _with_residual(p: Program, match: Match) -> Match | None:
+    """The norm together with the sum h = x + residual before it, where h is also used later (else the sum is read once)."""
+    h = match.arrays["x"]
+    if h.op != "add" or not h.origins or any(a.op in TRANSPARENT or not a.origins or a.spec != h.spec for a in h.args):
+        return None
+    mine = {id(n) for n in p.consumed(match)}
+    users = [n for v in h.origins for n in p.readers(v) if id(n) not in mine]
+    if not users and not set(h.origins) & set(p.graph.outputs):
+        return None
+    a, b = h.args
+    if a is b:
+        return None
+    arrays = {**match.arrays, "x": a, "residual": b}
+    return dataclasses.replace(match, arrays=arrays, results={**match.results, **p.result(h, p.exprs.out(1, h.spec))})
 
 
 def _readings(p: Program, root: Expr, refusals: list[str]) -> Iterator[Match]:

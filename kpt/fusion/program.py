@@ -12,7 +12,7 @@ from kpt.graph.normalize import normalize
 
 # What a front end can compute between a program and a kernel.
 GROUND = frozenset({"full", "const", "iota", "out"})
-EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concatenate reduce_or reduce_sum".split())) - frozenset(
+EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concatenate reduce_or reduce_sum real imag".split())) - frozenset(
     "erf erfc erf_inv log1p expm1 exp2 cbrt ceil round pow power atan2".split()
 )
 
@@ -87,6 +87,10 @@ class Program:
                 found.setdefault(id(u), u)
         return list(found.values())
 
+    def readers(self, v: int) -> Iterable[Node]:
+        """The nodes that read a value."""
+        return self._users.get(v, ())
+
     def source(self, e: Expr) -> str:
         """Where in the user's code `e` is computed."""
         for v in e.origins:
@@ -145,16 +149,6 @@ class Program:
     def unsafe(self, match: Match) -> str | None:
         """Why the match may not be swapped in, or None."""
         return validate_fusion_safety(self, match)
-
-
-def safest(p: Program, matches: Iterable[Match]) -> Match | None:
-    """The first of several readings of one piece of code that is safe to replace; else the first, for its reason."""
-    first = None
-    for m in matches:
-        if p.unsafe(m) is None:
-            return m
-        first = first or m
-    return first
 
 
 def validate_fusion_safety(p: Program, match: Match) -> str | None:

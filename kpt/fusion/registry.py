@@ -77,12 +77,12 @@ def _finds(name: str, pattern: Pattern, program: Program) -> Iterator[Match | Ne
 
 
 def _core(p: Program, m: Match) -> set[int]:
-    """The nodes that only this match may take: those made from its inner values, and their makers."""
+    """The nodes that only this match may take: those made from its inner values, their makers, and the makers of its results."""
     nodes = p.consumed(m)
     dying = {v for e in m.inner for v in e.origins}
     out: set[int] = set()
     for n in nodes:
-        if any(v in dying for v in (*n.inputs, *n.outputs)):
+        if any(v in dying for v in (*n.inputs, *n.outputs)) or any(v in m.results for v in n.outputs):
             out.add(id(n))
             dying.update(n.outputs)
     return out

@@ -29,7 +29,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum,
     "power": np.power, "rem": _trunc_rem, "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
     "eq": np.equal, "ne": np.not_equal, "ge": np.greater_equal, "gt": np.greater, "le": np.less_equal,
-    "lt": np.less, "atan2": np.arctan2,
+    "lt": np.less, "atan2": np.arctan2, "real": np.real, "imag": np.imag,
     "select": lambda p, a, b: np.where(p, a, b), "clamp": lambda lo, x, hi: np.clip(x, lo, hi),
 }  # fmt: skip
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "and": np.all, "or": np.any}

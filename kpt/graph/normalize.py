@@ -364,11 +364,56 @@ def product_with_ones(e: Expr, x: Exprs) -> Expr | None:
 
 
 def _never_negative(e: Expr) -> bool:
+    if e.dtype.startswith("complex"):
+        return False
     if e.op in ("exp", "square", "abs", "logistic"):
         return True
+    if e.op == "select":
+        return all(is_full(a, 0) or _never_negative(a) for a in e.args[1:])
     if e.op in ("div", "mul") and e.args[1].op == "full" and e.args[1]["value"] > 0:
         return _never_negative(e.args[0])
     return e.op in ("reduce_sum", "reduce_max", "broadcast", "reshape", "transpose", "convert") and _never_negative(e.args[0])
+
+
+@rule("real", "imag")
+def part_of_complex(e: Expr, x: Exprs) -> Expr | None:
+    """Real and imaginary part of a sum, a product, an exponential, a view: formulas of the parts, without complex numbers."""
+    (a,) = e.args
+    real = e.op == "real"
+    if a.op == "complex":
+        return a.args[0 if real else 1]
+    if a.op == "full":
+        value = complex(a["value"])
+        return x.full(value.real if real else value.imag, e.shape, e.dtype)
+
+    def part(op: str, b: Expr) -> Expr:
+        return simplify(x.make(op, (b,), (), b.shape, e.dtype), x)
+
+    def apply(op: str, *args: Expr) -> Expr:
+        return simplify(x.make(op, args, (), e.shape, e.dtype), x)
+
+    def product(b: Expr, c: Expr) -> Expr:
+        return x.full(0.0, e.shape, e.dtype) if is_full(b, 0) or is_full(c, 0) else apply("mul", b, c)
+
+    if a.op == "convert":
+        b = a.args[0]
+        if b.dtype.startswith("complex"):
+            return None if b.dtype != a.dtype else part(e.op, b)
+        return x.convert(b, e.dtype) if real else x.full(0.0, e.shape, e.dtype)
+    if a.op in ("broadcast", "reshape", "transpose", "slice"):
+        return simplify(x.make(a.op, (part(e.op, a.args[0]),), a.attrs, e.shape, e.dtype), x)
+    if a.op in ("add", "sub"):
+        return apply(a.op, *(part(e.op, b) for b in a.args))
+    if a.op == "neg":
+        return apply("neg", part(e.op, a.args[0]))
+    if a.op == "mul":
+        (p, q), (r, s) = ((part("real", b), part("imag", b)) for b in a.args)
+        return apply("sub", product(p, r), product(q, s)) if real else apply("add", product(p, s), product(q, r))
+    if a.op == "exp":
+        size, turn = part("real", a.args[0]), part("imag", a.args[0])
+        turned = apply("cos" if real else "sin", turn)
+        return turned if is_full(size, 0) else product(apply("exp", size), turned)
+    return None
 
 
 @rule("square")

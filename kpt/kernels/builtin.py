@@ -1,8 +1,10 @@
 """The kernels that come with kpt, as data."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from kpt.kernels.spec import KernelSpec
+from kpt.ops.base import Specs
 
 EVERYWHERE = ("cpu", "cuda", "rocm", "tpu", "xpu")
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -29,10 +31,15 @@ def _xla(op: str, level: str = "conservative", version: int = 1, **honours: Any)
     )
 
 
+def _sum_outside(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """XLA fuses the sum before a norm by itself: a call that returns two arrays would only stand in its way."""
+    return "leaves the sum before the norm to XLA, which fuses it by itself" if "residual" in specs else None
+
+
 KERNELS: tuple[KernelSpec, ...] = (
     _xla("attention", masks=EVERY_MASK, additive=True),
-    _xla("rms_norm"),
-    _xla("layer_norm"),
+    _xla("rms_norm", accepts=_sum_outside),
+    _xla("layer_norm", accepts=_sum_outside),
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("rope", params={"interleaved": (False, True)}),

@@ -432,3 +432,12 @@ assert found.choice.name == "rms_norm.xla", found
 assert not {"jax", "torch", "pallas_kernels"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
+def test_the_sum_before_a_norm_is_left_to_xla(op):
+    x = Spec((64, 256), "float32")
+    alone = registry.select(op, CPU, "float32", {"x": x}, params={"eps": 1e-6})
+    both = registry.select(op, CPU, "float32", {"x": x, "residual": x}, params={"eps": 1e-6})
+    assert alone.choice.name == f"{op}.xla" and both.choice.provider == "original"
+    assert "fuses it by itself" in both.reasons[f"{op}.xla"]

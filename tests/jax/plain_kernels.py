@@ -72,13 +72,19 @@ def glu(x, w_gate, w_up, b_gate=None, b_up=None, *, activation="silu", out_dtype
     return (linear_act(x, w_gate, b_gate, activation=activation) * up).astype(out_dtype or x.dtype)
 
 
-def rms_norm(x, weight=None, *, eps=1e-6, weight_offset=0.0, out_dtype=None):
+def rms_norm(x, weight=None, residual=None, *, eps=1e-6, weight_offset=0.0, out_dtype=None):
+    if residual is not None:
+        h = x + residual
+        return rms_norm(h, weight, eps=eps, weight_offset=weight_offset, out_dtype=out_dtype), h
     wide = x.astype(jnp.float32)
     y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
     return (y if weight is None else y * (weight_offset + weight)).astype(out_dtype or x.dtype)
 
 
-def layer_norm(x, weight=None, bias=None, *, eps=1e-6, out_dtype=None):
+def layer_norm(x, weight=None, bias=None, residual=None, *, eps=1e-6, out_dtype=None):
+    if residual is not None:
+        h = x + residual
+        return layer_norm(h, weight, bias, eps=eps, out_dtype=out_dtype), h
     wide = x.astype(jnp.float32)
     y = (wide - wide.mean(-1, keepdims=True)) * jax.lax.rsqrt(wide.var(-1, keepdims=True) + eps)
     y = y if weight is None else y * weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from tests.jax.plain_kernels import assert_same, rewritten
@@ -376,6 +377,23 @@ def onehot_weighted_by_class(logits, labels, bv):
 @refused("cross_entropy", None)
 def soft_targets(logits, x, head):
     return -(jax.nn.softmax(x @ head) * jax.nn.log_softmax(logits)).sum(-1)
+
+
+@refused("rope", None)
+def complex_turned_back(q, angles):
+    c = jax.lax.complex(q[..., ::2], q[..., 1::2]) * jnp.exp(-1j * angles)[:, None]
+    return jnp.stack([c.imag, c.real], -1).reshape(q.shape)
+
+
+@refused("rope", None)
+def complex_and_squared(q, angles):
+    c = jax.lax.complex(q[..., ::2], q[..., 1::2]) * jnp.exp(1j * angles)[:, None]
+    return jnp.stack([(c * c).real, c.imag], -1).reshape(q.shape)
+
+
+@refused("cross_entropy", "mask the loss")
+def sum_over_a_part_of_the_vocabulary(logits, labels, weights):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels, where=weights)
 
 
 @pytest.mark.parametrize("miss", table, ids=lambda m: m.name)

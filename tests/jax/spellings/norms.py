@@ -81,6 +81,10 @@ table.add("norm_feeding_a_projection", lambda x, g, w1: jax.nn.relu(
 
 
 
+def normed(x, g=1.0):
+    return x * jax.lax.rsqrt(mean_square(x) + 1e-6) * g
+
+
 def folded(x, g, b):
     scale = jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * g
     return x * scale + (b - x.mean(-1, keepdims=True) * scale)
@@ -102,13 +106,22 @@ table.add("rms_scale_plus_one", lambda x, g: (g + 1) * (x / jnp.sqrt(mean_square
           site("rms_norm", weight_offset=1.0, arrays="x weight", weight=(D,)))
 
 
+# The sum before a norm, where it is used again.
+fused = site("rms_norm", eps=1e-6, arrays="x residual weight", x=(2, 12, D), residual=(2, 12, D))
+table.add("residual_rms", lambda x, h, g: ((y := x + h), normed(y, g)), fused)
+table.add("residual_rms_stream", lambda x, h, g, w1, w2: (y := x + h) + jnp.tanh(normed(y, g) @ w1) @ w2, fused, site("linear_act"))
+table.add("residual_layer", lambda x, h, g, b: ((y := h + x), folded(y, g, b)), site("layer_norm", arrays="x residual weight bias"))
+table.add("residual_normed_twice", lambda x, h, g, b: ((y := x + h), normed(y, g), normed(y, b)), fused, rms)
+table.add("two_norms_of_one_array", lambda x, g, b: (normed(x, g), normed(x, b)), rms, rms)
+table.add("two_layer_norms_of_one_array", lambda x, g, b: (folded(x, g, b), folded(x, b, g)), layer, layer)
+table.add("residual_rms_bf16", lambda x, h, g: ((y := x + h), (normed(y.astype(jnp.float32)) * g).astype(x.dtype)),
+          site("rms_norm", out_dtype="bfloat16", arrays="x residual weight"), dtype="bfloat16")
+table.add("residual_of_a_row", lambda x, h, g: ((y := x + h[:, :1]), normed(y, g)), rms)
+
+
 # A norm that is queries and keys at once, in one spelling and dtype after the other.
 def attend(h, v):
     return jax.nn.softmax(h @ h.mT) @ v
-
-
-def normed(x, g=1.0):
-    return x * jax.lax.rsqrt(mean_square(x) + 1e-6) * g
 
 
 alone = site("attention", q=(2, 12, 1, D), k=(2, 12, 1, D))

@@ -2,6 +2,7 @@
 
 
 
+import jax
 import jax.numpy as jnp
 
 from tests.jax.spellings.table import H, N, T, Table, site
@@ -104,3 +105,33 @@ def before_attention(q, k, v, angles):
     q = q * cos + rotate_half(q) * sin
     w = jnp.exp(s := jnp.einsum("btnh,bsnh->bnts", q, k)) / jnp.exp(s).sum(-1, keepdims=True)
     return jnp.einsum("bnts,bsnh->btnh", w, v)
+
+
+# By complex numbers: made of pairs or of halves, the turn as exp(1j angle), from cosines and sines, or a table computed before.
+def complex_pairs(q, turn):
+    c = jax.lax.complex(q[..., ::2], q[..., 1::2]) * turn
+    return jnp.stack([c.real, c.imag], -1).reshape(q.shape)
+
+
+def complex_pairs_of_a_reshape(q, turn):
+    p = q.reshape(*q.shape[:-1], -1, 2)
+    c = jax.lax.complex(p[..., 0], p[..., 1]) * turn
+    return jnp.stack((jnp.real(c), jnp.imag(c)), axis=-1).reshape(*q.shape)
+
+
+def complex_sum(q, turn):
+    c = (q[..., ::2] + 1j * q[..., 1::2]) * turn
+    return jnp.stack([c.real, c.imag], -1).reshape(q.shape)
+
+
+def complex_halves(q, turn):
+    c = jax.lax.complex(q[..., : H // 2], q[..., H // 2 :]) * turn
+    return jnp.concatenate([c.real, c.imag], -1)
+
+
+TURNS = {"exp": lambda a: jnp.exp(1j * a)[:, None], "cis": lambda a: jax.lax.complex(jnp.cos(a), jnp.sin(a))[None, :, None],
+         "ones": lambda a: (jnp.ones_like(a) * jnp.exp(1j * a))[:, None]}  # fmt: skip
+for how, turn in TURNS.items():
+    for f in (complex_pairs, complex_pairs_of_a_reshape, complex_sum, complex_halves):
+        table.add(f"{f.__name__}_{how}", lambda q, angles, f=f, turn=turn: f(q, turn(angles)), half if f is complex_halves else pairs)
+table.add("complex_table", lambda q, cis: complex_pairs(q, cis[:, None]), pairs)

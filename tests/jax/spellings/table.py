@@ -33,7 +33,7 @@ INPUTS: dict[str, Any] = {
     "wt": normal(F, D) / 4, "b13": normal(2 * F),
     "head": normal(D, V) / 4, "table": normal(V, D) / 4, "bv": normal(V), "logits": normal(B, T, V),
     "labels": jnp.asarray(_rng.integers(0, V, (B, T))), "weights": jnp.asarray(_rng.random((B, T)) < 0.7),
-    "angles": normal(T, H // 2), "positions": jnp.asarray([range(T), range(3, T + 3)]), "layers": normal(3, D, D) / 4,
+    "angles": normal(T, H // 2), "cis": jnp.exp(1j * normal(T, H // 2)), "positions": jnp.asarray([range(T), range(3, T + 3)]), "layers": normal(3, D, D) / 4,
     "key0": jnp.asarray([0, 7], jnp.uint32), "qkv": normal(B, T, 3, N, H), "relative": normal(16, N), "wh": normal(H), "wh2": normal(H),
     "w33": normal(D, 3 * D) / 4, "w44": normal(D, D) / 4, "k_new": normal(B, 1, K, H), "v_new": normal(B, 1, K, H),
 }  # fmt: skip
