@@ -49,6 +49,11 @@ def _slice(p: dict) -> tuple[str, dict]:
                      "stride": _ints(p["strides"]) if p["strides"] else (1,) * len(start)}  # fmt: skip
 
 
+def _put(p: dict) -> tuple[str, dict]:
+    # jnp.asarray of a NumPy array in jax 0.7: a move to nowhere in particular.
+    return ("identity" if tuple(p["devices"]) == (None,) else "opaque:device_put"), {}
+
+
 # jax primitive -> (neutral op, attributes). Primitives with the op's own name and no attribute are in _SAME.
 _SAME = (ELEMENTWISE - {"convert", "power", "select", "pow", "not"}) | {"dynamic_slice", "complex", "real", "imag"}
 _TABLE: dict[str, Callable[[dict], tuple[str, dict]]] = {
@@ -60,6 +65,7 @@ _TABLE: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "integer_pow": lambda p: ("pow", {"y": int(p["y"])}),
     "copy_p": lambda p: ("identity", {}),
     "copy": lambda p: ("identity", {}),
+    "device_put": _put,
     "pvary": lambda p: ("identity", {}),  # the same number on every device of a shard_map
     "convert_element_type": lambda p: ("convert", {"dtype": np.dtype(p["new_dtype"]).name}),
     "broadcast_in_dim": lambda p: ("broadcast", {"shape": _ints(p["shape"]), "dims": _ints(p["broadcast_dimensions"])}),

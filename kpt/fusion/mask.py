@@ -141,8 +141,6 @@ def _affine(ax: Axes, ref: Ref, depth: int = 0) -> tuple[dict[tuple[int, ...], i
         for k, c in b[0].items():
             out[k] = out.get(k, 0) + sign * c
         return {k: c for k, c in out.items() if c}, a[1] + sign * b[1]
-    if e.op == "const" and len(e.shape) == 1 and e.shape[0] > 1 and "int" in e.dtype:
-        return None
     return None
 
 

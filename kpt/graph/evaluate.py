@@ -35,6 +35,20 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "and": np.all, "or": np.any}
 
 
+def _closed(e: Expr, seen: set[int]) -> bool:
+    """Whether `e` ends in known values alone; a stack of its own, since a program can be deeper than Python's."""
+    stack = [e]
+    while stack:
+        a = stack.pop()
+        if id(a) in seen:
+            continue
+        if not a.args and a.op not in ("full", "const", "iota"):
+            return False
+        seen.add(id(a))
+        stack.extend(a.args)
+    return True
+
+
 def evaluate(e: Expr, exprs: Exprs, known: Mapping[int, np.ndarray] | None = None, floats: Any = np.float64) -> np.ndarray | None:
     """The value of `e`, or None where it depends on something not known.
 
@@ -43,6 +57,8 @@ def evaluate(e: Expr, exprs: Exprs, known: Mapping[int, np.ndarray] | None = Non
       floats: dtype in which floating point is computed, whatever the expression says.
     """
     memo: dict[int, np.ndarray | None] = dict(known or {})
+    if not _closed(e, set(memo)):
+        return None
 
     def dtype_of(x: Expr) -> Any:
         d = numpy_dtype(x.dtype)

@@ -92,7 +92,7 @@ def normalize(graph: Graph) -> tuple[Exprs, dict[int, Expr]]:
         if spec.shape == () and np.ndim(data) == 0 and spec.dtype != "key":
             env[v] = exprs.full(np.asarray(data).item(), (), spec.dtype)
         else:
-            env[v] = exprs.const(v, spec, data)
+            env[v] = simplify(exprs.const(v, spec, data), exprs)
             env[v].origins.append(v)
     for n in graph.nodes:
         args = tuple(env[v] for v in n.inputs)
@@ -429,19 +429,52 @@ def abs_of_positive(e: Expr, x: Exprs) -> Expr | None:
     return e.args[0] if _never_negative(e.args[0]) else None
 
 
+_INDICES = 1 << 16  # elements of an index array that is evaluated to see whether it counts evenly
+
+
 @rule("gather")
-def gather_at_known_place(e: Expr, x: Exprs) -> Expr | None:
-    """x[..., 0] written as a gather is a slice."""
+def gather_is_slice(e: Expr, x: Exprs) -> Expr | None:
+    """x[..., 0], x[:, 2:5] or x[..., ::2] written as a gather at known places is a slice."""
     src, idx = e.args
-    if idx.op != "full" or len(idx.shape) != 1 or e["operand_batch"]:
+    if e["operand_batch"] or not idx.shape or int(np.prod(idx.shape)) > _INDICES:
         return None
-    start, sizes = [0] * len(src.shape), e["sizes"]
-    for d in e["index_map"]:
-        start[d] = int(idx["value"])
-        if not 0 <= start[d] <= src.shape[d] - sizes[d]:
+    known = evaluate(idx, x)
+    if known is None or known.size == 0:
+        return None
+    sizes, n = e["sizes"], int(np.prod(idx.shape[:-1]))
+    start, limit, stride = [0] * len(sizes), list(sizes), [1] * len(sizes)
+    walked = None  # the dimension along which the indices count: start, start + stride, ...
+    for d, column in zip(e["index_map"], np.asarray(known).astype(np.int64).reshape(n, -1).T, strict=True):
+        step = int(column[1] - column[0]) if n > 1 else 0
+        if step < 0 or (step and (walked is not None or d not in e["collapsed"])) or np.any(np.diff(column) != step):
             return None
-    kept = tuple(s for d, s in enumerate(sizes) if d not in e["collapsed"])
-    if kept != e.shape:
+        if column[0] < 0 or column[-1] + sizes[d] > src.shape[d]:
+            return None
+        start[d], limit[d], stride[d] = int(column[0]), int(column[-1]) + sizes[d], step or 1
+        walked = d if step else walked
+    if n > 1 and walked is None:
         return None
-    limit = tuple(a + s for a, s in zip(start, sizes, strict=True))
-    return x.reshape(simplify(x.slice(src, tuple(start), limit, (1,) * len(start)), x), e.shape)
+    cut = simplify(x.slice(src, tuple(start), tuple(limit), tuple(stride)), x)
+    kept = [d for d in range(len(sizes)) if d not in e["collapsed"]]
+    if walked is None:
+        return simplify(x.reshape(cut, e.shape), x)
+    if len(e.shape) != len(kept) + 1:
+        return None
+    # The walked dimension goes where the result has its one dimension that is no offset.
+    (place,) = set(range(len(e.shape))) - set(e["offset_dims"])
+    order = [*kept[:place], walked, *kept[place:]]
+    both = sorted(order)
+    flat = simplify(x.reshape(cut, tuple(cut.shape[d] for d in both)), x)
+    return simplify(x.transpose(flat, tuple(both.index(d) for d in order)), x)
+
+
+@rule("const")
+def counting_constant(e: Expr, x: Exprs) -> Expr | None:
+    """The constant array [c, c + 1, ...] is positions: jnp.array(range(n)), np.arange(n)."""
+    if len(e.shape) != 1 or e.dtype not in ("int32", "int64") or not 1 < e.shape[0] <= _INDICES:
+        return None
+    data = np.asarray(x.consts[e["key"]]).astype(np.int64)
+    if np.any(np.diff(data) != 1):
+        return None
+    count = x.make("iota", (), (("dimension", 0),), e.shape, e.dtype)
+    return count if data[0] == 0 else x.apply("add", count, x.full(int(data[0]), e.shape, e.dtype))

@@ -130,6 +130,57 @@ def test_composed_ops_mean_what_they_say(name):
         np.testing.assert_array_equal(evaluate(env[v], exprs, {id(env[0]): x}), expected)
 
 
+# name: (sizes, index_map, collapsed, offset_dims, indices, result in NumPy or None where it stays a gather), x being [4, 6]
+GATHERS = {
+    "x[1:3, 2:5]": ((2, 3), (0, 1), (), (0, 1), [1, 2], lambda x: x[1:3, 2:5]),
+    "x[1, 2:5]": ((1, 3), (0, 1), (0,), (0,), [1, 2], lambda x: x[1, 2:5]),
+    "x[2]": ((1, 6), (0,), (0,), (0,), [2], lambda x: x[2]),
+    "x[:, ::2]": ((4, 1), (1,), (1,), (0,), [[0], [2], [4]], lambda x: x[:, ::2]),
+    "x[:, 1::2].T": ((4, 1), (1,), (1,), (1,), [[1], [3], [5]], lambda x: x[:, 1::2].T),
+    "x[1:4]": ((1, 6), (0,), (0,), (1,), [[1], [2], [3]], lambda x: x[1:4]),
+    "x[:, [3]]": ((4, 1), (1,), (1,), (0,), [[3]], lambda x: x[:, [3]]),
+    "x[::3, 2]": ((1, 1), (0, 1), (0, 1), (), [[0, 2], [3, 2]], lambda x: x[::3, 2]),
+    "backwards": ((4, 1), (1,), (1,), (0,), [[4], [2], [0]], None),
+    "uneven": ((4, 1), (1,), (1,), (0,), [[0], [2], [5]], None),
+    "one place twice": ((4, 1), (1,), (1,), (0,), [[2], [2]], None),
+    "the diagonal": ((1, 1), (0, 1), (0, 1), (), [[0, 0], [1, 1]], None),
+    "overlapping windows": ((4, 2), (1,), (), (1, 2), [[0], [1]], None),
+    "past the end": ((4, 1), (1,), (1,), (0,), [[4], [6]], None),
+    "before the start": ((4, 3), (1,), (), (0, 1), [-1], None),
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_a_gather_at_known_places_is_a_slice(name):
+    sizes, index_map, collapsed, offset, indices, want = GATHERS[name]
+    x = np.arange(24.0).reshape(A)
+    kept = [s for d, s in enumerate(sizes) if d not in collapsed]
+    rows = list(np.shape(indices)[:-1])
+    shape = tuple(kept.pop(0) if i in offset else rows.pop(0) for i in range(len(offset) + len(rows)))
+    attrs = {"sizes": sizes, "index_map": index_map, "collapsed": collapsed, "offset_dims": offset, "operand_batch": (),
+             "index_batch": (), "mode": "clip"}  # fmt: skip
+    g = program(("gather", (0, 1), shape, F, attrs), consts=[np.asarray(indices, np.int32)])
+    exprs, env = normalize(g)
+    got = evaluate(env[2], exprs, {id(env[0]): x})
+    if want is None:
+        assert env[2].op == "gather"
+    else:
+        np.testing.assert_array_equal(got, want(x))
+
+
+def test_an_array_that_counts_is_positions():
+    exprs, env = normalize(program(("add", (0, 0), A, F, {}), consts=[np.arange(5, dtype=np.int32), np.arange(3, 9), np.array([1, 2, 4])]))
+    assert [env[v].op for v in (1, 2, 3)] == ["iota", "add", "const"]
+    np.testing.assert_array_equal(evaluate(env[2], exprs), np.arange(3, 9))
+
+
+def test_a_value_at_the_end_of_a_deep_program_is_not_known():
+    deep = [("sin" if i % 2 else "cos", (i,), A, F, {}) for i in range(3000)]
+    index = [("convert", (3000,), A, I, {"dtype": I}), ("gather", (0, 3001), A, F, {"operand_batch": ()})]
+    exprs, env = normalize(program(*deep, *index))
+    assert env[3002].op == "gather" and evaluate(env[3000], exprs) is None
+
+
 @pytest.mark.parametrize("lhs_ones", [True, False])
 def test_an_outer_product_with_ones_is_a_view(lhs_ones):
     ones = np.ones((3, 6), np.float32)
