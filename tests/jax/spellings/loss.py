@@ -64,7 +64,7 @@ def indexed(z, labels):
     return -jax.nn.log_softmax(z)[jnp.arange(2 * T), labels]
 
 
-SPELLED = {"optax_integer": (integer, "nan"), "log_softmax_take": (log_softmax_take, "nan"), "logsumexp_minus": (logsumexp_minus, "nan"),
+SPELLED = {"optax_integer": (integer, "nan"), "log_softmax_take": (log_softmax_take, "drop"), "logsumexp_minus": (logsumexp_minus, "nan"),
            "by_hand": (by_hand, "nan"), "optax_onehot": (lambda z, y: onehot(z, jax.nn.one_hot(y, V)), "drop"), "onehot_sum": (hot_sum, "drop"),
            "onehot_einsum": (hot_einsum, "drop"), "onehot_where": (hot_where, "drop"), "vmapped": (vmapped, "clip")}  # fmt: skip
 for name, (f, invalid) in SPELLED.items():
@@ -72,7 +72,7 @@ for name, (f, invalid) in SPELLED.items():
     table.add(f"{name}_head", lambda x, head, labels, f=f: f(x @ head, labels).mean(), head(invalid))
 table.add("indexed", lambda logits, labels: indexed(logits, labels), ce("clip", logits=(2 * T, V), labels=(2 * T,)))
 table.add("per_token", lambda logits, labels: integer(logits, labels), ce())
-table.add("mean_of_picked", lambda logits, labels: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)), ce())
+table.add("mean_of_picked", lambda logits, labels: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)), ce("drop"))
 table.add("masked_mean", lambda x, head, labels, weights: (
     (integer(x @ head, labels) * weights).sum() / weights.sum()), head())
 table.add("masked_where", lambda x, head, labels, weights: jnp.where(weights, integer(x @ head, labels), 0).sum() / weights.sum(), head())
@@ -109,7 +109,7 @@ def low_confidence(z, labels):
 
 
 SMOOTHED = {"smoothed_optax": (lambda z, y: onehot(z, optax.smooth_labels(jax.nn.one_hot(y, V), 0.1)), "drop", 0.1),
-            "smoothed_by_hand": (smoothed_by_hand, "nan", 0.1), "smoothed_target": (smoothed_target, "drop", 0.1),
+            "smoothed_by_hand": (smoothed_by_hand, "drop", 0.1), "smoothed_target": (smoothed_target, "drop", 0.1),
             "smoothed_t5x": (low_confidence, "drop", 0.1 * V / (V - 1))}  # fmt: skip
 for name, (f, invalid, share) in SMOOTHED.items():
     table.add(name, lambda logits, labels, f=f: f(logits, labels).mean(), ce(invalid, label_smoothing=share))
