@@ -41,26 +41,37 @@ def _dtype_name(dtype: Any) -> str:
     return "key" if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.name
 
 
-_LAYERS = "flax haiku equinox optax kpt_jax pallas_kernels".split()  # whose lines say little without the line that called them
+_LAYERS = "flax haiku equinox optax pallas_kernels".split()  # whose lines say little without the line that called them
 
 
-def source_of(eqn: Any) -> str:
-    """Where in the user's code an equation comes from, and through which line of a library of layers; "" if unknown."""
+def source_of(eqn: Any) -> tuple[str, bool]:
+    """Where in the user's code an equation comes from, and through which line of a library of layers; "" if unknown.
+
+    And whether it is part of a kernel of kpt's, which has nothing left to find.
+    """
     tb = getattr(getattr(eqn, "source_info", None), "traceback", None)
     if tb is None:
-        return ""
+        return "", False
+    library = None
     try:
         from jax._src import source_info_util
 
-        libraries = tuple(p + os.sep for n in _LAYERS if n in sys.modules for p in sys.modules[n].__path__)
-        library = None
+        libraries = _folders(*_LAYERS)
         for frame in source_info_util.user_frames(tb):  # innermost first
             if not frame.file_name.startswith(libraries):
-                return _line(frame) + (f" through {_line(library)}" if library else "")
+                return _line(frame) + (f" through {_line(library)}" if library else ""), _is_kernel(library)
             library = library or frame
     except Exception:  # no public way to read a jaxpr's source; a missing one costs only a comment
-        return ""
-    return _line(library) if library else ""
+        return "", False
+    return _line(library) if library else "", _is_kernel(library)
+
+
+def _folders(*packages: str) -> tuple[str, ...]:
+    return tuple(p + os.sep for n in packages if n in sys.modules for p in sys.modules[n].__path__)
+
+
+def _is_kernel(frame: Any) -> bool:
+    return frame is not None and frame.file_name.startswith(_folders("pallas_kernels"))
 
 
 def _line(frame: Any) -> str:

@@ -195,10 +195,11 @@ class _Capture:
                 outputs = tuple(self.graph.new_value(_spec(v.aval)) for v in eqn.outvars)
                 env.update(zip(eqn.outvars, outputs, strict=True))
                 bodies = self._bodies(eqn, inputs)
-                op, attrs = (name, {}) if bodies else _neutral(eqn)
+                source, in_kernel = _compat.source_of(eqn)
+                op, attrs = (name, {}) if bodies else (f"opaque:{name}", {}) if in_kernel else _neutral(eqn)
                 if op == "select":  # select_n puts the value for False first; the graph, the one for True
                     inputs = (inputs[0], inputs[2], inputs[1])
-                self._add(Node(_BODY_OP.get(op, op), inputs, outputs, attrs, _compat.source_of(eqn),
+                self._add(Node(_BODY_OP.get(op, op), inputs, outputs, attrs, source,
                                bool(eqn.effects), bodies, region, eqn))  # fmt: skip
 
     def _inline(self, inner: Any, inputs: tuple, eqn: Any, env: dict, region: Region | None) -> None:

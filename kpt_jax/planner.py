@@ -58,6 +58,11 @@ class Planner:
     token: object = dataclasses.field(default_factory=object)
 
     def plan(self, function: str) -> Plan:
+        met = {(s.path, s.op, s.fingerprint) for s in (*self.sites, *self.skipped)}
+        for key, site in (self.wanted or {}).items():
+            if key not in met:
+                at = f" ({site.source})" if site.source else ""
+                self.notes.append(f"The plan that was given names {site.op} at {site.path}{at}, which this function does not have.")
         log.info("%s: %d sites swapped, %d left as they are", function, len(self.sites), len(self.skipped))
         return Plan(function, self.level, self.hardware.name, "jax", versions(), tuple(self.sites), tuple(self.skipped),
                     tuple(dict.fromkeys(self.notes)))  # fmt: skip
@@ -118,7 +123,8 @@ class Planner:
             return None
         asked = self.wanted.get((site.path, site.op, site.fingerprint))
         if asked is None:
-            return "The plan that was given does not name this site; make a plan on this machine to include it."
+            return ("The plan that was given has no such site here: the code, a shape, a dtype or a parameter is another than when it "
+                    "was made. Make a new plan to include it.")  # fmt: skip
         if asked.kernel != site.kernel:
             return f"The plan asks for {asked.kernel}, which cannot be had here (this machine would take {site.kernel})."
         if asked.version != site.version:

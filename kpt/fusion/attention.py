@@ -75,8 +75,8 @@ def _values_product(p: Program, soft: Expr) -> Expr:
         if len(users) > 1 and views:
             raise Refuse(f"the attention weights are used in more than one place ({what})")
         raise Refuse(
-            f"between softmax and the values stands {what} (dropout? turn it off with deterministic=True or rate 0, "
-            "or drop out the output instead of the weights)"
+            f"between softmax and the values stands {what}; if that is dropout, turn it off (deterministic=True, rate 0) or drop "
+            "out the output instead of the weights"
         )
     raise Refuse("no product with values follows the softmax")
 
@@ -429,7 +429,7 @@ def _same_mask(ax: Axes, found: _Weighted, acc: _Scores, may_be_empty: bool) -> 
     if not all(any(ax.same(q, m) for m in mine) for q in again):
         raise Refuse(
             "the attention weights are masked or dropped out after softmax, by another mask than the scores, so that they do "
-            "not sum to 1 (dropout? turn it off with deterministic=True or rate 0)"
+            "not sum to 1; if that is dropout, turn it off (deterministic=True, rate 0)"
         )
     if found.idle and may_be_empty and not (found.zeroed and all(any(ax.same(q, m) for q in again) for m in mine)):
         raise Refuse("the weights are masked by a part of the scores' mask only, and a query may see nothing")

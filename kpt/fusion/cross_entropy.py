@@ -412,12 +412,12 @@ def _build(
         if len(arrays) == len(made):
             arrays["labels"] = labels
             params = {"logits_soft_cap": cap, **shared}
-            matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log)))
+            matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log) or p.source(root)))
     logits_e = ax.arrange(ax.resolve(logits), (*rows, ax.flat(vocab)), x)
     if logits_e is not None:
         arrays = {"logits": logits_e, "labels": labels}
         params = {"logits_soft_cap": cap, **shared}
-        matches.append(Match("cross_entropy", arrays, params, results, (exp,), p.source(log)))
+        matches.append(Match("cross_entropy", arrays, params, results, (exp,), p.source(log) or p.source(root)))
     return matches or None
 
 

@@ -126,7 +126,7 @@ def test_a_plan_made_elsewhere_swaps_exactly_what_it_names(kernel):
         assert [s.path for s in got.sites] == [plan.sites[i].path for i in chosen]
         assert got.hash == given.hash
         left = {s.path: s.reason for s in got.skipped}
-        assert all("does not name this site" in left[s.path] for i, s in enumerate(plan.sites) if i not in chosen)
+        assert all("has no such site here" in left[s.path] for i, s in enumerate(plan.sites) if i not in chosen)
         values_agree(fast, *arrays())
 
 
@@ -175,3 +175,24 @@ def test_the_whole_of_a_function_that_is_not_deterministic_is_refused(monkeypatc
     fast = kpt_jax.optimize(lambda x, w: fn(x, w) * next(count))
     with pytest.raises(ValidationError, match="with no kernel in place.*deterministic"):
         fast.certify(*arrays())
+
+
+def headed(q, k, v):
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / jnp.sqrt(q.shape[-1])
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), v)
+
+
+def test_kernels_are_not_planned_again():
+    args = jax.random.normal(jax.random.key(0), (3, 2, 8, 2, 4))
+    once = kpt_jax.optimize(headed)
+    for fn in (once, lambda q, k, v: once(q, k, v) * 2, jax.grad(lambda q, k, v: once(q, k, v).sum())):
+        (site,) = kpt_jax.plan(fn, *args).sites  # the user's own attention, and nothing of its kernel
+        assert site.op == "attention" and site.source.startswith("test_plans.py")
+
+
+def test_a_plan_for_another_function_says_what_it_misses():
+    args = jax.random.normal(jax.random.key(0), (3, 2, 8, 2, 4))
+    plan = kpt_jax.plan(headed, *args)
+    other = kpt_jax.plan(lambda q, k, v: q + k + v, *args, plan=plan)
+    assert any("names attention at attention0" in note and "does not have" in note for note in other.notes)
+    assert "does not have" in other.explain()
