@@ -125,6 +125,13 @@ def plan(
         arguments: Any = ()
         if args_from is not None:
             arguments = _attribute(args_from)()
+            arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+            if (problem := _does_not_take(target, arguments)) is not None:
+                raise KptError(
+                    f"A plan for {function} was asked for, with what {args_from} returned",
+                    f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
+                    "Return all of them as one tuple, in the order of the function's parameters",
+                )
         elif required := _required_parameters(target):
             raise KptError(
                 f"A plan for {function} was asked for",
@@ -132,7 +139,7 @@ def plan(
                 "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
             )
         made = _front_end("kpt_jax", "plan")(
-            target, *(arguments if isinstance(arguments, tuple) else (arguments,)), level=level
+            target, *arguments, level=level
         )
         typer.echo(made.to_json() if as_json else made.explain())
 
@@ -330,7 +337,8 @@ def _attribute(reference: str) -> Any:
             raise
         raise KptError(
             f"{reference!r} was given", f"There is no module {error.name!r} in {os.getcwd()} or on the path",
-            "Run kpt where the module is, or install it",
+            f"Modules are named without .py: {module[:-3]}:{path}" if module.endswith(".py")
+            else "Run kpt where the module is, or install it",
         ) from None  # fmt: skip
     for name in path.split("."):
         if not hasattr(found, name):
@@ -342,6 +350,19 @@ def _attribute(reference: str) -> Any:
             )
         found = getattr(found, name)
     return found
+
+
+def _does_not_take(function: Any, arguments: tuple[Any, ...]) -> str | None:
+    """Why the function cannot be called with these arguments, as far as their number tells; None if it can."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _required_parameters(function: Any) -> list[str]:

@@ -114,10 +114,12 @@ ERRORS = [
     (("plan", "no_such_module:f"), REFUSED, ["no_such_module"]),
     (("plan", "users:nothing"), REFUSED, ["nothing", "double"]),
     (("plan", "users:double"), REFUSED, ["x", "--args-from"]),
+    (("plan", "users:double", "--args-from", "users:pair"), REFUSED, ["users:pair", "2 positional arguments", "one tuple"]),
+    (("plan", "users.py:double"), REFUSED, ["without .py: users:double"]),
     (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
     (("plan", "broken:f"), CRASHED, ["absent_dependency"]),
 ]
-USERS = "def double(x):\n    return 2 * x\n\n\ndef fails():\n    1 / 0\n"
+USERS = "def double(x):\n    return 2 * x\n\n\ndef pair():\n    return 1, 2\n\n\ndef fails():\n    1 / 0\n"
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), ERRORS, ids=[" ".join(e[0]) for e in ERRORS])
