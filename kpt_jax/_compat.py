@@ -210,3 +210,10 @@ def placement(aval: Any) -> tuple[Any, Any]:
 def with_leading(size: int, aval: Any) -> Any:
     """The type of `size` such arrays, stacked."""
     return jax._src.core.unmapped_aval(size, 0, aval)
+
+
+def varies(x: Any) -> bool:
+    """Whether `x` is known to differ from device to device: an argument inside of a `shard_map` that checks its types."""
+    kind = jax.typeof(x)
+    varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # vma until jax 0.9
+    return bool(varying)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import sys
 import threading
 import types
@@ -24,6 +25,8 @@ from kpt_jax.apply import Rewrite, run
 from kpt_jax.capture import capture
 from kpt_jax.derivatives import derivatives_seen
 from kpt_jax.planner import Planner, active
+
+log = logging.getLogger("kpt")
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct)
 _SCALARS = (int, float, complex)
@@ -250,6 +253,10 @@ class Optimized:
         """Runs the rewritten program on arrays or tracers, whatever trace is under way."""
         if not all(isinstance(n, int) for x in dynamic for n in np.shape(x)):
             return key.call(self._fn, dynamic)  # jax.export with symbolic sizes: kernels are chosen for known ones
+        if any(map(_compat.varies, dynamic)):
+            name = getattr(self._fn, "__name__", "a function")
+            log.info("%s runs as written inside of a shard_map; optimize the function around it instead", name)
+            return key.call(self._fn, dynamic)
         if _compat.forward_mode(dynamic):
             # Kernels carry a backward pass alone; forward derivatives are those of the code as it was written.
             return key.call(self._fn, dynamic)

@@ -567,3 +567,20 @@ def test_threads_share_an_optimized_function():
 def test_wrapping_keeps_name_and_doc():
     fast = kpt_jax.optimize(block)
     assert (fast.__name__, fast.__doc__) == (block.__name__, block.__doc__)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_inside_a_shard_map_the_function_does_as_before(checked):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    whole = jax.sharding.PartitionSpec()
+    x, w = jax.random.normal(jax.random.key(0), (4, 6)), jax.random.normal(jax.random.key(1), (6, 5))
+
+    def layer(x, w):
+        return jax.nn.gelu(x @ w)
+
+    def mapped(f):
+        fn = jax.shard_map(f, mesh=mesh, in_specs=(spec, whole), out_specs=spec, check_vma=checked)
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(fn(x, w) ** 2), (0, 1)))(x, w)
+
+    same(mapped(kpt_jax.optimize(layer)), mapped(layer))
