@@ -55,7 +55,8 @@ def _compute(e: Expr, args: list, consts: Mapping[int, Any]) -> Any:
     if e.op == "transpose":
         return jnp.transpose(args[0], e["perm"])
     if e.op == "broadcast":
-        return jax.lax.broadcast_in_dim(args[0], e.shape, e["dims"])
+        order = sorted(range(len(e["dims"])), key=lambda i: e["dims"][i])  # jax 0.7 takes increasing dims alone
+        return jax.lax.broadcast_in_dim(jax.lax.transpose(args[0], order), e.shape, sorted(e["dims"]))
     if e.op == "slice":
         return jax.lax.slice(args[0], e["start"], e["limit"], e["stride"])
     if e.op == "convert":

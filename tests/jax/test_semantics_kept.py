@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import kpt_jax
 
@@ -151,6 +152,6 @@ def test_an_example_is_part_of_a_proof():
 
 def test_symbolic_sizes_run_as_written():
     fast = kpt_jax.optimize(lambda x, w: jax.nn.gelu(x @ w))
-    rows = jax.export.symbolic_shape("b, 32")
-    exported = jax.export.export(jax.jit(fast))(jax.ShapeDtypeStruct(rows, jnp.float32), jax.ShapeDtypeStruct(W.shape, W.dtype))
+    rows = export.symbolic_shape("b, 32")
+    exported = export.export(jax.jit(fast))(jax.ShapeDtypeStruct(rows, jnp.float32), jax.ShapeDtypeStruct(W.shape, W.dtype))
     np.testing.assert_allclose(exported.call(X, W), jax.nn.gelu(X @ W), rtol=1e-5, atol=1e-6)
