@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -20,11 +21,11 @@ from kpt.graph.expr import numpy_dtype
 from kpt.kernels.validate import cancelling_terms
 from kpt.ops.base import Spec
 from kpt.validation import Certificate, compare
+from kpt.validation.conditioning import COARSE, sensitivity
 from kpt_jax import _compat
 from kpt_jax.apply import Rewrite, isolated, leaf_values, run
 from kpt_jax.emit import emit
 
-_STEP = 2.0**-7  # relative size of the perturbation that shows how much a result may cancel
 _FEW = 4096  # elements of a site below which it is looked at more than once
 
 
@@ -197,30 +198,20 @@ def certify_site(
                 jnp.asarray(rng.standard_normal(program.graph.specs[v].shape).astype(numpy_dtype(program.graph.specs[v].dtype)))
                 for v in match.results
             ]
-            want, want_grads = jax.device_get(sides.original(leaves, cts))
-            got, got_grads = jax.device_get(sides.kernel(leaves, cts))
 
-            def named(outs: Any, grads: Any) -> dict[str, np.ndarray]:
+            def named(side: Callable[..., Any], leaves: Mapping[int, Any], cts: list[Any] = cts) -> dict[str, np.ndarray]:
+                outs, grads = jax.device_get(side(leaves, cts))
                 return {f"result{i}": np.asarray(o) for i, o in enumerate(outs)} | {
                     f"d{names[v]}": np.asarray(x) for v, x in zip(floats, grads, strict=True)
                 }
 
-            actual, original = named(got, got_grads), named(want, want_grads)
-            sensitivity = {n: np.zeros(a.shape) for n, a in original.items()}
-            for _ in range(min(16, few)):  # one direction of movement may miss the one that matters
-                moved = {
-                    v: (a * (1 + _STEP * rng.uniform(-1, 1, a.shape)).astype(a.dtype) if v in names else a)
-                    for v, a in leaves.items()
-                }
-                with np.errstate(all="ignore"):
-                    for n, a in named(*jax.device_get(sides.original(moved, cts))).items():
-                        step = np.abs(np.asarray(a, np.float64) - np.asarray(original[n], np.float64)) / _STEP
-                        sensitivity[n] = np.fmax(sensitivity[n], step)  # an infinity minus itself is no movement
+            actual, original = named(sides.kernel, leaves), named(sides.original, leaves)
+            moved = sensitivity(functools.partial(named, sides.original), leaves, rng, original, COARSE)
             lengths = {n: _reduction_length(match, a.size) for n, a in original.items()}
-            made = hold(actual, original, lengths, sensitivity, where)
+            made = hold(actual, original, lengths, moved, where)
             if not made.passed:  # for most sites nothing cancels, and the bounds need no more than that
                 terms = _cancelling(program, match, leaves, original, cts, names)
-                made = hold(actual, original, lengths, sensitivity, where, terms)
+                made = hold(actual, original, lengths, moved, where, terms)
             certificate = made if certificate is None else certificate.merge(made)
     assert certificate is not None
     return certificate

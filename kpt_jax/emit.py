@@ -66,19 +66,3 @@ def _compute(e: Expr, args: list, consts: Mapping[int, Any]) -> Any:
     if e.op == "concatenate":
         return jnp.concatenate(args, axis=e["axis"])
     return _OPS[e.op](*args).astype(dtype)
-
-
-def used_origins(e: Expr, out: set[int], available: Callable[[Expr], int | None], seen: set[int]) -> None:
-    """Adds to `out` the program values that emitting `e` reads."""
-    if id(e) in seen:
-        return
-    seen.add(id(e))
-    v = available(e)
-    if v is not None:
-        out.add(v)
-        return
-    for a in e.args:
-        used_origins(a, out, available, seen)
-
-
-

@@ -17,7 +17,7 @@ import numpy as np
 
 import kpt.hardware as hardware_room
 from kpt.config import config, start_logging
-from kpt.errors import KptError, PlanError
+from kpt.errors import HardwareError, KptError, PlanError
 from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
 from kpt_jax import _compat, modules
@@ -47,6 +47,10 @@ class Traced:
     out_statics: tuple[tuple[Any, Any], ...]
     donated: tuple[int, ...]
 
+    @property
+    def foreign(self) -> bool:
+        return any(kind is not None for kind, _ in self.out_statics)
+
     def result(self, flat: Sequence[Any]) -> Any:
         return jax.tree.unflatten(self.out_tree, _woven(self.out_statics, flat))
 
@@ -75,7 +79,22 @@ class Signature:
 
 
 class _Static(Exception):
-    """A call has arguments that are part of its signature, and not arrays."""
+    """A call has arguments that are part of its signature, or results that are Python objects, and not arrays."""
+
+
+@jax.tree_util.register_pytree_node_class
+class _Foreign:
+    """A result that jax cannot carry, as part of the structure of what a jitted call returns."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple, _Foreign]:
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, aux: _Foreign, _: Any) -> _Foreign:
+        return aux
 
 
 class Optimized:
@@ -90,6 +109,7 @@ class Optimized:
         self._calls: dict[Any, Callable[..., Any]] = {}  # where some arguments are static
         self._jitted: Callable[..., Any] | None = None  # where none are: jax.jit's own dispatch
         self._static_scalars = False
+        self._foreign = False  # whether some result is no array: jax.jit cannot return it
         self._over_state: Optimized | None = None  # where arguments are nnx objects
         self._banned: frozenset[str] = frozenset()
         with contextlib.suppress(AttributeError, TypeError):
@@ -141,11 +161,14 @@ class Optimized:
 
     def _first_call(self, key: Signature, dynamic: list[Any], args: tuple, kwargs: dict) -> Any:
         traced = self._trace(key, dynamic, example=dynamic)
-        if not key.has_statics and not self._static_scalars:
+        if traced.foreign:
+            self._foreign, self._jitted = True, None
+        if not (key.has_statics or self._static_scalars or self._foreign):
             positions, names = _whole_arguments(args, kwargs, traced.donated)
             self._jitted = jax.jit(_named(self._fn, self._traced_call), donate_argnums=positions, donate_argnames=names)
             return _with_example((args, kwargs), self._jitted, *args, **kwargs)
-        call = jax.jit(_named(self._fn, functools.partial(self._traced_flat_call, key)), donate_argnums=traced.donated)
+        jitted = jax.jit(_named(self._fn, functools.partial(self._traced_flat_call, key)), donate_argnums=traced.donated)
+        call = functools.partial(_unwrapped, jitted)
         out = _with_example(dynamic, call, *dynamic)
         self._calls[key] = call
         return out
@@ -158,10 +181,14 @@ class Optimized:
             if real_key.has_statics:
                 raise _Static
         key, dynamic = self.split(args, kwargs)
-        return self._inline(key, dynamic, real)
+        out = self._inline(key, dynamic, real)
+        if any(map(_is_foreign, jax.tree.leaves(out))):
+            raise _Static
+        return out
 
     def _traced_flat_call(self, key: Signature, *dynamic: Any) -> Any:
-        return self._inline(key, dynamic, _example())
+        out = self._inline(key, dynamic, _example())
+        return jax.tree.map(lambda x: _Foreign(x) if _is_foreign(x) else x, out)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """`jax.jit(self).lower(...)`: the rewritten program, for inspection and ahead-of-time compilation."""
@@ -313,10 +340,6 @@ class Optimized:
     def _planner(self) -> Planner:
         wanted = None
         if self._given is not None:
-            if self._given.framework != "jax":
-                raise PlanError(f"A plan for {self._given.framework} was given to kpt_jax.optimize",
-                                "a site is found again by the structure of the jax program",
-                                "make a plan with kpt_jax.plan")  # fmt: skip
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         c = config()
         return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify)
@@ -339,6 +362,11 @@ def _example() -> Any:
     example = getattr(_local, "example", None)
     _local.example = None
     return example
+
+
+def _unwrapped(call: Callable[..., Any], *dynamic: Any) -> Any:
+    out = call(*dynamic)
+    return jax.tree.map(lambda x: x.value if isinstance(x, _Foreign) else x, out, is_leaf=lambda x: isinstance(x, _Foreign))
 
 
 def _woven(statics: Sequence[tuple[Any, Any]], dynamic: Sequence[Any]) -> list[Any]:
@@ -400,6 +428,16 @@ def nested(fun: Callable[..., Any]) -> Callable[..., Any]:
     return Optimized(fun, planner.level, planner.hardware, None)
 
 
+def _readable(plan: Any) -> None:
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"kpt_jax.optimize was given a {type(plan).__name__} as its plan", "it follows a kpt.Plan",
+                        "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
+    if plan is not None and plan.framework != "jax":
+        raise PlanError(f"A plan for {plan.framework} was given to kpt_jax.optimize",
+                        "a site is found again by the structure of the jax program",
+                        "make a plan with kpt_jax.plan")  # fmt: skip
+
+
 @functools.cache
 def _detected(platform: str) -> HardwareProfile:
     return hardware_room.detect_hardware(platform=platform)
@@ -420,6 +458,9 @@ def profile(hardware: str | HardwareProfile) -> HardwareProfile:
     if hardware == "auto":
         named = config().hardware
         return _detected(_platform()) if named == "auto" else hardware_room.hardware_profile(named)
+    if not isinstance(hardware, str):
+        raise HardwareError(f"A {type(hardware).__name__} was given as the hardware", "It is a name or a HardwareProfile",
+                            "Pass one of kpt.hardware.PROFILES, or describe yours with HardwareProfile.from_json")  # fmt: skip
     return hardware_room.hardware_profile(hardware)
 
 
@@ -444,10 +485,13 @@ def optimize(
       shares its parameters.
 
     Raises:
-      KptError: for an unknown level or hardware, or a plan of another framework.
+      KptError: at once, for an unknown level or hardware, or a `plan` that is none or is of another framework.
     """
     start_logging()
     level = level or config().level
+    _readable(plan)
+    if hardware != "auto":  # what is there is looked for when a program is: jax may not be set up yet
+        hardware = profile(hardware)
     if modules.is_nnx(fn):
         return modules.optimize_nnx(fn, level, hardware, plan)
     if modules.is_linen(fn):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ import numpy as np
 from kpt.errors import ValidationError
 from kpt.strategy import Plan, Site
 from kpt.validation import Certificate, compare
+from kpt.validation.conditioning import COARSE, sensitivity
 from kpt_jax import _compat
 from kpt_jax.certify import narrowest, reduction_length
 from kpt_jax.optimize import Optimized
 
 log = logging.getLogger("kpt")
-_STEP = 2.0**-7  # relative size of the perturbation that shows how much a result may cancel
 
 
 def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
@@ -99,21 +99,16 @@ class Reference:
             self.gradients = False  # a while loop, a callback: it has none
             self.run = self._compiled(optimized.original)
             self.want = self.run(self.inputs)
-        rng = np.random.default_rng(0)
-        moved = list(self.inputs)
-        for i in self.diff:
-            x = np.asarray(moved[i])
-            moved[i] = (x * (1 + _STEP * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
-        near = self.run(moved)
-        with np.errstate(all="ignore"):
-            self.sensitivity = {
-                n: np.abs(near[n].astype(np.float64) - a.astype(np.float64)) / _STEP for n, a in self.want.items()
-            }
+        floating = {i: np.asarray(self.inputs[i]) for i in self.diff}
+        self.sensitivity = sensitivity(self._at, floating, np.random.default_rng(0), self.want, COARSE)
         floats = [jax.typeof(self.inputs[i]).dtype.name for i in self.diff]
         floats += [spec.dtype for s in plan.sites for spec in s.specs.values()] + [a.dtype.name for a in self.want.values()]
         self.dtype = narrowest(floats)
         # Roundings of sites in sequence add in squares, as if all of their sums were one.
         self.terms = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
+
+    def _at(self, floating: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.run([floating.get(i, x) for i, x in enumerate(self.inputs)])
 
     def compare(self, fn: Callable[..., Any]) -> Certificate:
         """The certificate of `fn`, called like the original."""

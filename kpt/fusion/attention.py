@@ -359,10 +359,8 @@ def _match(p: Program, found: _Weighted) -> Match:
     kv_heads = tuple(order[1:])
     lay = Layout(batch, kv_heads + groups, query, key)
 
+    # softmax(cap * tanh(y)): what stood above tanh is the cap, what stands below scales q k^T to y.
     params: dict = {"scale": scale * (1.0 if acc.cap is None else acc.cap), "logits_soft_cap": acc.cap}
-    if acc.cap is not None:
-        # softmax(cap * tanh(y)): what stood above tanh is the cap, what stands below scales q k^T to y.
-        params["scale"] = scale * acc.cap
     reading = Reading()
     fills: set[tuple[float, bool]] = set()
     ambiguous = False

@@ -234,9 +234,17 @@ def _plan(data: dict[str, Any]) -> Plan:
             for key, value in fields.items():
                 if not isinstance(value, _TYPES[key]):
                     raise PlanError("A plan was read", f"The {key!r} of one of its {name} is {value!r}", _AGAIN)
+            for key, kind in (("specs", Spec), ("alternatives", str)):
+                if not all(isinstance(v, kind) for v in fields.get(key, {}).values()):
+                    raise PlanError("A plan was read", f"The {key!r} of one of its {name} is {fields[key]!r}", _AGAIN)
             sites.append(Site(**fields))
         values[name] = tuple(sites)
-    values["notes"] = tuple(map(str, values.get("notes", ())))
+    versions, notes = values.setdefault("versions", {}), values.get("notes", [])
+    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+        raise PlanError("A plan was read", f"Its 'versions' is {versions!r}, and not strings by name", _AGAIN)
+    if not isinstance(notes, list | tuple):
+        raise PlanError("A plan was read", f"Its 'notes' is {notes!r}, and not a list", _AGAIN)
+    values["notes"] = tuple(map(str, notes))
     if unknown:
         values["notes"] += (f"Fields unknown to this version were left out: {', '.join(dict.fromkeys(unknown))}.",)
     plan = Plan(**values)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-# Small enough for the first-order term to dominate, large enough to stand far above float64's own rounding.
-_STEP = 2.0**-20
+# Small enough for the first-order term to dominate, large enough to stand far above the rounding of what computes:
+FINE = 2.0**-20  # in float64
+COARSE = 2.0**-7  # in what programs store, float32 or narrower
 
 
-def sensitivity(
-    function: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]],
-    arrays: Mapping[str, np.ndarray],
+def sensitivity[Name](
+    function: Callable[[Mapping[Name, np.ndarray]], Mapping[str, np.ndarray]],
+    arrays: Mapping[Name, np.ndarray],
     rng: np.random.Generator,
     outputs: Mapping[str, np.ndarray] | None = None,
+    step: float = FINE,
 ) -> dict[str, np.ndarray]:
     """Movement of each output element per unit of relative change of the inputs: `|f(x (1 + h d)) - f(x)| / h`.
 
@@ -22,9 +24,10 @@ def sensitivity(
     boolean arrays stay as they are.
 
     Args:
-      function: from named arrays to named outputs, computed in float64.
+      function: from named arrays to named outputs.
       arrays: where to measure.
       outputs: `function(arrays)`, if already known.
+      step: `h`: `FINE` where the function computes in float64, else `COARSE`.
 
     Returns:
       By output name, in float64, with the shape of the output.
@@ -36,10 +39,14 @@ def sensitivity(
     with np.errstate(all="ignore"):
         for _ in range(draws):
             shifted = {
-                name: a * (1 + _STEP * rng.uniform(-1, 1, np.shape(a))) if a.dtype.kind == "f" else a
+                name: (a * (1 + step * rng.uniform(-1, 1, np.shape(a)))).astype(a.dtype) if _is_float(a) else a
                 for name, a in arrays.items()
             }
             for name, value in function(shifted).items():
-                step = np.abs(np.asarray(value, np.float64) - np.asarray(base[name], np.float64)) / _STEP
-                moved[name] = np.fmax(moved[name], step)  # an infinity minus itself is no movement
+                distance = np.abs(np.asarray(value, np.float64) - np.asarray(base[name], np.float64)) / step
+                moved[name] = np.fmax(moved[name], distance)  # an infinity minus itself is no movement
     return moved
+
+
+def _is_float(a: np.ndarray) -> bool:
+    return a.dtype.name.startswith(("float", "bfloat"))

@@ -102,7 +102,7 @@ def without(name):
 
 def site_with(**changes):
     data = json.loads(PLAN.to_json())
-    data["sites"] = [data["sites"][0] | changes]
+    data["sites"][0] |= changes
     return json.dumps(data)
 
 
@@ -125,6 +125,11 @@ MALFORMED = [
     (site_with(reason=""), "no reason"),
     (site_with(params={"mask": {"$mask": {"terms": [{"kind": "no_such"}]}}}), "malformed"),
     (site_with(time_before="slow"), "'time_before'"),
+    (site_with(specs={"q": 3}), "'specs'"),
+    (site_with(alternatives={"a": 3}), "'alternatives'"),
+    (edited(versions=5), "'versions'"),
+    (edited(versions={"jax": 0.11}), "'versions'"),
+    (edited(notes="word"), "'notes'"),
 ]
 
 
@@ -142,9 +147,7 @@ def test_unknown_fields_are_left_out_with_a_note(text, name):
     assert any(name in note for note in Plan.from_json(text).notes)
 
 
-@pytest.mark.parametrize(
-    "text", [site_with(kernel="attention.other"), site_with(params={}), edited(level="aggressive")]
-)
+@pytest.mark.parametrize("text", [site_with(kernel="attention.other"), site_with(params={}), edited(level="aggressive")])
 def test_an_edited_plan_says_so(text):
     assert any("edited" in note for note in Plan.from_json(text).notes)
     assert not any("edited" in note for note in Plan.from_json(PLAN.to_json()).notes)

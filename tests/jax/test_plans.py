@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kpt_jax
-from kpt.errors import PlanError, ValidationError
+from kpt.errors import ConfigError, HardwareError, PlanError, ValidationError
 from kpt.kernels import KernelSpec, registry
 from kpt.strategy import Plan
 
@@ -142,6 +142,19 @@ def test_a_plan_for_another_kernel_version_or_program_says_so(kernel):
     assert len(got.sites) == len(plan.sites) and any("version 9" in n for n in got.notes)
     with pytest.raises(PlanError, match="torch"):
         kpt_jax.plan(fn, *arrays(), plan=dataclasses.replace(plan, framework="torch", sites=()))
+
+
+@pytest.mark.parametrize(("given", "error", "says"), [
+    ({"plan": "{}"}, PlanError, "Plan.from_json"),
+    ({"plan": {"sites": []}}, PlanError, "Plan.load"),
+    ({"plan": Plan("f", "balanced", "cpu", "torch")}, PlanError, "torch"),
+    ({"hardware": "gtx"}, HardwareError, "gtx"),
+    ({"hardware": None}, HardwareError, "NoneType"),
+    ({"level": "reckless"}, ConfigError, "conservative"),
+])  # fmt: skip
+def test_what_cannot_be_followed_is_refused_at_once(given, error, says):
+    with pytest.raises(error, match=says):
+        kpt_jax.optimize(fn, **given)
 
 
 def test_the_whole_finds_the_site_that_certificates_could_not(kernel, monkeypatch):

@@ -258,6 +258,35 @@ def test_aux_that_is_no_array_comes_back():
     same(kpt_jax.optimize(step)(*args), step(*args))
 
 
+def described(x, loud=False):
+    """Results that are no arrays: a name, an object without a hash, and their place among arrays that depends on the shape."""
+    y = jax.nn.softmax(x @ x.T)
+    return {"name": "loud" if loud else "quiet", "y": y, "rows": [{len(x)}] if len(x) > 3 else None}
+
+
+@pytest.mark.parametrize("more", [{}, {"loud": True}], ids=["arrays alone", "a static argument"])
+def test_results_that_are_no_arrays_come_back(more):
+    fast = kpt_jax.optimize(described)
+    for _ in range(2):  # the first call of a signature, and what it left compiled
+        for rows in (2, 5, 3, 6):
+            x = jnp.arange(rows * 4.0).reshape(rows, 4) / 10
+            got, want = fast(x, **more), described(x, **more)
+            assert (got["name"], got["rows"]) == (want["name"], want["rows"])
+            same(got["y"], want["y"])
+    assert float(jax.jit(lambda x: fast(x, **more)["y"].sum())(jnp.ones((4, 4)))) == 4
+
+
+def test_a_result_may_become_no_array_with_another_shape():
+    def named_if_long(x):
+        return (x + 1, "long") if len(x) > 3 else (x + 1, x)
+
+    fast = kpt_jax.optimize(named_if_long)
+    for rows in (2, 5, 2, 5):
+        got, want = fast(jnp.ones(rows)), named_if_long(jnp.ones(rows))
+        assert isinstance(got[1], str) == isinstance(want[1], str)
+        same(got[0], want[0])
+
+
 def test_what_was_traced_inside_stays_inside():
     """A jitted function that an optimized one called is the user's own again when the user calls it."""
     step = jax.jit(lambda w, x: jax.grad(loss)(w, x))
