@@ -50,19 +50,22 @@ def source_of(eqn: Any) -> tuple[str, bool]:
     And whether it is part of a kernel of kpt's, which has nothing left to find.
     """
     tb = getattr(getattr(eqn, "source_info", None), "traceback", None)
-    if tb is None:
-        return "", False
-    library = None
     try:
-        from jax._src import source_info_util
-
-        libraries = _folders(*_LAYERS)
-        for frame in source_info_util.user_frames(tb):  # innermost first
-            if not frame.file_name.startswith(libraries):
-                return _line(frame) + (f" through {_line(library)}" if library else ""), _is_kernel(library)
-            library = library or frame
+        return ("", False) if tb is None else _place(tb)
     except Exception:  # no public way to read a jaxpr's source; a missing one costs only a comment
         return "", False
+
+
+@functools.lru_cache(4096)
+def _place(tb: Any) -> tuple[str, bool]:
+    from jax._src import source_info_util
+
+    library = None
+    libraries = _folders(*_LAYERS)
+    for frame in source_info_util.user_frames(tb):  # innermost first
+        if not frame.file_name.startswith(libraries):
+            return _line(frame) + (f" through {_line(library)}" if library else ""), _is_kernel(library)
+        library = library or frame
     return _line(library) if library else "", _is_kernel(library)
 
 

@@ -71,11 +71,14 @@ class Planner:
         """The graph with the kernels that were chosen and proved, bodies included."""
         chosen: dict[int, tuple[KernelSpec, Callable[..., Any], str, dict[str, str]]] = {}
         refusals: dict[int, dict[str, str]] = {}
+        choices: dict[Any, tuple[KernelSpec | None, str, dict[str, str]]] = {}
 
         def accept(match: Match) -> str | None:
-            specs = {n: e.spec for n, e in match.arrays.items()}
-            kernel, reason, others = choose(match.op, _first_array_first(match.op, specs), match.params,
-                                            hardware=self.hardware, level=self.level, framework="jax")  # fmt: skip
+            specs = _first_array_first(match.op, {n: e.spec for n, e in match.arrays.items()})
+            call = match.op, tuple(specs.items()), repr(match.params)
+            if call not in choices:  # layers are alike
+                choices[call] = choose(match.op, specs, match.params, hardware=self.hardware, level=self.level, framework="jax")
+            kernel, reason, others = choices[call]
             if kernel is None:
                 refusals[next(iter(match.results))] = others
                 return reason
@@ -243,7 +246,7 @@ def fingerprint(program: Program, match: Match) -> str:
         ins = [number.setdefault(v, len(number)) for v in n.inputs]
         outs = [number.setdefault(v, len(number)) for v in n.outputs]
         g = program.graph
-        known = [repr(np.asarray(g.consts[v])) if v in g.consts and g.specs[v].shape == () else "" for v in n.inputs]
+        known = [np.asarray(g.consts[v]).item() if v in g.consts and g.specs[v].shape == () else "" for v in n.inputs]
         made = [(g.specs[v].shape, g.specs[v].dtype) for v in n.outputs]
         parts.append((n.op, ins, outs, sorted(n.attrs.items()), made, known))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

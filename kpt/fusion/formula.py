@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -309,6 +309,7 @@ def strip_shape(e: Expr) -> Expr:
 _POINTS = np.concatenate([np.linspace(-9, 9, 73), [-0.3, 1e-3, 0.7, 2.5]])
 # Where a clip, a threshold or a test for NaN shows that no random input reaches.
 _FAR = np.concatenate([s * np.logspace(1.1, 6, 30) for s in (-1.0, 1.0)] + [[-np.inf, np.inf, np.nan]])
+_ALL = np.concatenate([_POINTS, _FAR])
 
 
 @functools.cache
@@ -323,29 +324,34 @@ def activation(source: Expr, e: Expr, exprs: Exprs) -> str | None:
     """The name of the activation f where `e` = f(source) elementwise, or None."""
     if e is source or not _elementwise_in((source,), e, 40):
         return None
-    return _named([_evaluate_pointwise({source: points}, e, exprs) for points in (_POINTS, _FAR)], (source,), e)
+    probe, f = _abstracted((source,), e, exprs)
+    if id(f) not in exprs.activations:
+        exprs.activations[id(f)] = _named(evaluate(f, exprs, {id(probe[0]): _ALL}), probe, f)
+    return exprs.activations[id(f)]
 
 
 def gate(source: Expr, up: Expr, e: Expr, exprs: Exprs) -> str | None:
     """The name of the activation f where `e` = f(source) * up elementwise, or None."""
     if not _elementwise_in((source, up), e, 40):
         return None
+    probes, f = _abstracted((source, up), e, exprs)
+    if id(f) not in exprs.activations:
+        one, *others = (evaluate(f, exprs, {id(probes[0]): _ALL, id(probes[1]): np.full_like(_ALL, u)}) for u in (1.0, -0.5, 3.0))
+        near = slice(len(_POINTS))
+        linear = one is not None and all(
+            other is not None and np.allclose(other[near], u * one[near], 1e-9, 1e-9)
+            for u, other in zip((-0.5, 3.0), others, strict=True)
+        )
+        exprs.activations[id(f)] = _named(one, probes, f) if linear else None
+    return exprs.activations[id(f)]
 
-    def at(points: np.ndarray, u: float) -> np.ndarray | None:
-        return _evaluate_pointwise({source: points, up: np.full_like(points, u)}, e, exprs)
 
-    one = at(_POINTS, 1.0)
-    for u in (-0.5, 3.0):
-        other = at(_POINTS, u)
-        if one is None or other is None or not np.allclose(other, u * one, 1e-9, 1e-9):
-            return None
-    return _named([one, at(_FAR, 1.0)], (source, up), e)
-
-
-def _named(values: list[np.ndarray | None], sources: tuple[Expr, ...], e: Expr) -> str | None:
+def _named(values: np.ndarray | None, sources: tuple[Expr, ...], e: Expr) -> str | None:
     """The activation with these values at `_POINTS` and `_FAR`."""
-    got, far = values
-    if got is None or far is None or _replaces_nan(sources, e, far):
+    if values is None:
+        return None
+    got, far = np.split(values, [len(_POINTS)])
+    if _replaces_nan(sources, e, far):
         return None
     # Constants in the code are rounded to float32 or bfloat16: 0.7978846 for sqrt(2/pi) is 3e-8 off, bfloat16's 4e-3.
     tol = 2e-6 if e.dtype in ("float32", "float64") else 2e-2
@@ -402,10 +408,10 @@ def _elementwise_in(sources: tuple[Expr, ...], e: Expr, budget: int) -> bool:
     return found == len(sources)
 
 
-def _evaluate_pointwise(sources: Mapping[Expr, np.ndarray], e: Expr, exprs: Exprs) -> np.ndarray | None:
-    """`e` where each source takes these values, the shapes of the program put aside."""
-    (shape,) = {points.shape for points in sources.values()}
-    probes = [exprs.make("value", (), (("id", -11 - i),), shape, s.dtype) for i, s in enumerate(sources)]
+def _abstracted(sources: tuple[Expr, ...], e: Expr, exprs: Exprs) -> tuple[tuple[Expr, ...], Expr]:
+    """`e` as a formula of probes in the place of the sources, at the points of `_ALL`: the same for equal code elsewhere."""
+    shape = _ALL.shape
+    probes = tuple(exprs.make("value", (), (("id", -11 - i),), shape, s.dtype) for i, s in enumerate(sources))
     memo: dict[int, Expr] = {id(s): probe for s, probe in zip(sources, probes, strict=True)}
 
     def at_points(x: Expr) -> Expr:
@@ -416,4 +422,4 @@ def _evaluate_pointwise(sources: Mapping[Expr, np.ndarray], e: Expr, exprs: Expr
                 memo[id(x)] = exprs.make(x.op, tuple(at_points(a) for a in x.args), x.attrs, shape, x.dtype)
         return memo[id(x)]
 
-    return evaluate(at_points(e), exprs, {id(probe): v for probe, v in zip(probes, sources.values(), strict=True)})
+    return probes, at_points(e)

@@ -61,6 +61,7 @@ class Exprs:
     def __init__(self) -> None:
         self._table: dict[Any, Expr] = {}
         self.consts: dict[int, Any] = {}
+        self.activations: dict[int, str | None] = {}  # names of formulas, by id: a formula is written, and looked at, once
 
     def make(self, op: str, args: tuple[Expr, ...], attrs: tuple, shape: tuple[int, ...], dtype: str) -> Expr:
         # repr() of a float keeps nan equal to itself and 0.0 apart from -0.0.
