@@ -152,6 +152,8 @@ def linear_cross_entropy(rng: np.random.Generator, most: int = 130) -> Case:
     specs = {"x": Spec((*rows, k), dtype), "w": Spec((k, v), dtype), "labels": Spec(rows, "int32")}
     if _maybe(rng, 0.4):
         specs["b"] = Spec((v,), dtype)
+    if _maybe(rng, 0.3):
+        specs["weights"] = Spec(rows, str(rng.choice(["float32", dtype])))
     return Case("linear_cross_entropy", specs, _loss_params(rng), ("x",))
 
 

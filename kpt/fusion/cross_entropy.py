@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -33,13 +35,15 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
             continue
         done.add(id(log))
         why, first = None, None
-        for root in _candidates(p, log):
+        candidates = _candidates(p, log)
+        for i, root in enumerate(candidates):
             try:
                 matches = _match(p, root, log)
             except Refuse as refusal:
                 why = str(refusal)
                 continue
             if matches is not None and any(p.unsafe(m) is None for m in matches):
+                yield from _weighted(p, candidates[i + 1 :], log)
                 yield from matches
                 break
             first = first or matches
@@ -62,16 +66,40 @@ def _candidates(p: Program, log: Expr) -> list[Expr]:
             if u.op in TRANSPARENT | {"add", "sub", "neg", "mul", "gather", "reduce_sum", "select", "dot_general"}:
                 depth[id(u)] = depth[id(e)] + 1
                 at.append(u)
-                if u.op in ("sub", "add", "gather", "reduce_sum", "reshape", "neg", "mul", "dot_general"):
+                if u.op in ("sub", "add", "gather", "reduce_sum", "reshape", "neg", "mul", "dot_general", "select"):
                     out.append(u)
     return out
+
+
+def _weighted(p: Program, larger: list[Expr], log: Expr) -> list[Match]:
+    """The loss of a head with the weights of the tokens taken in: a kernel that knows them makes all gradients in its forward."""
+    for root in larger:
+        if root.op not in ("mul", "select"):
+            continue
+        ax = Axes()
+        out = ax.root(root)
+        *pred, a, b = (ax.strip(r) for r in args(out))
+        sides = [(a, b), (b, a)] if not pred else [(a, pred[0])] if scalar(b) == 0 else []
+        for loss, by in sides:
+            if scalar(by) is not None or set(ax.of(loss)) != set(ax.of(out)):
+                continue
+            with contextlib.suppress(Refuse):
+                matches = _read(p, ax, out, loss, log, by) or []
+                if any(p.unsafe(m) is None for m in matches):
+                    return matches
+    return []
 
 
 def _match(p: Program, root: Expr, log: Expr) -> list[Match] | None:
     ax = Axes()
     out = ax.root(root)
+    return _read(p, ax, out, out, log)
+
+
+def _read(p: Program, ax: Axes, out: Ref, loss: Ref, log: Expr, by: Ref | None = None) -> list[Match] | None:
+    """Matches where `loss` is a cross entropy, and `out` that loss, times `by` if it is given (chosen by it if it is boolean)."""
     acc = _Sum(p, ax)
-    if not acc.read(1.0, out):
+    if not acc.read(1.0, loss):
         return None
     if acc.log is None or acc.pick is None or acc.const or acc.log[1].expr is not log:
         return None
@@ -104,7 +132,7 @@ def _match(p: Program, root: Expr, log: Expr) -> list[Match] | None:
         kind = "drop"
     elif kind == "zero" and acc.logs_inside:
         return None
-    return _build(p, ax, out, root, z, own, chosen, kind, math.copysign(1.0, c_log), smoothing, log, exp.expr)
+    return _build(p, ax, out, z, own, chosen, kind, math.copysign(1.0, c_log), smoothing, log, exp.expr, by)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,54 +398,68 @@ def _without_wrap(p: Program, ax: Axes, r: Ref) -> Ref:
 
 
 def _build(
-    p: Program, ax: Axes, out: Ref, root: Expr, z: Ref, vocab: tuple[int, ...], chosen: Choice, kind: str,
-    sign: float, smoothing: float, log: Expr, exp: Expr,
+    p: Program, ax: Axes, out: Ref, z: Ref, vocab: tuple[int, ...], chosen: Choice, kind: str,
+    sign: float, smoothing: float, log: Expr, exp: Expr, by: Ref | None,
 ) -> list[Match] | None:  # fmt: skip
-    x = p.exprs
+    x, root = p.exprs, out.expr
     mine = tuple(d for d in ax.resolve(out).dims if d)
     rows = (*mine, *((a,) for a in ax.flat(chosen.summed)))
     labels = ax.arrange(narrow(p, ax, chosen.label), rows, x)
     if labels is None or not labels.dtype.startswith(("int", "uint")):
         return None
     shape = tuple(ax.extent(d) for d in rows)
-    leaf: Expr = x.out(0, Spec(shape, "float32" if root.dtype != "float64" else "float64"))
-    if kind == "drop" and chosen.kind == "nan":
-        ok = x.apply("and", x.apply("ge", labels, x.full(0, shape, labels.dtype), dtype="bool"),
-                     x.apply("lt", labels, x.full(ax.extent(vocab), shape, labels.dtype), dtype="bool"), dtype="bool")  # fmt: skip
-        nan = x.make("select", (ok, *(x.full(c, shape, leaf.dtype) for c in (0.0, math.nan))), (), shape, leaf.dtype)
-        leaf = x.apply("add", leaf, nan)  # what smoothing adds keeps its gradient
-    for w in chosen.weights:
-        weight = ax.arrange(narrow(p, ax, w), rows, x)
+    spec = Spec(shape, "float32" if root.dtype != "float64" else "float64")
+    weights = []
+    for r in (*chosen.weights, *([] if by is None else [by])):
+        weight = ax.arrange(narrow(p, ax, r), rows, x)
         if weight is None or not p.grounded(weight):
             return None
-        leaf = x.apply("mul", leaf, x.convert(weight, leaf.dtype))
-    if len(rows) > len(mine):
-        leaf = x.make("reduce_sum", (leaf,), (("axes", tuple(range(len(mine), len(rows)))),), shape[: len(mine)], leaf.dtype)
-    if sign < 0:
-        leaf = x.apply("neg", leaf)
-    leaf = x.convert(leaf, root.dtype)
-    result = ax.arrange(Ref(leaf, mine), ax.resolve(out).dims, x)
-    if result is None:
-        return None
-    results = p.result(root, result)
-    shared = {"invalid": kind} | ({"label_smoothing": smoothing} if smoothing > 1e-9 else {})
+        weights.append(weight)
+
+    def results(weighted: bool) -> dict[int, Expr] | None:
+        """The program's values made of the kernel's losses, and whether these have the weights in them."""
+        leaf: Expr = x.out(0, spec)
+        if kind == "drop" and chosen.kind == "nan":
+            ok = x.apply("and", x.apply("ge", labels, x.full(0, shape, labels.dtype), dtype="bool"),
+                         x.apply("lt", labels, x.full(ax.extent(vocab), shape, labels.dtype), dtype="bool"), dtype="bool")  # fmt: skip
+            nan = x.make("select", (ok, *(x.full(c, shape, leaf.dtype) for c in (0.0, math.nan))), (), shape, leaf.dtype)
+            leaf = x.apply("add", leaf, nan)  # what smoothing adds keeps its gradient
+        for w in weights:
+            if w.dtype == "bool":
+                leaf = x.make("select", (w, leaf, x.full(0.0, shape, leaf.dtype)), (), shape, leaf.dtype)
+            elif not weighted:
+                leaf = x.apply("mul", leaf, x.convert(w, leaf.dtype))
+        if len(rows) > len(mine):
+            leaf = x.make("reduce_sum", (leaf,), (("axes", tuple(range(len(mine), len(rows)))),), shape[: len(mine)], leaf.dtype)
+        if sign < 0:
+            leaf = x.apply("neg", leaf)
+        result = ax.arrange(Ref(x.convert(leaf, root.dtype), mine), ax.resolve(out).dims, x)
+        return None if result is None else p.result(root, result)
+
     logits, cap = _soft_cap(ax, z)
+    params = {"logits_soft_cap": cap, "invalid": kind} | ({"label_smoothing": smoothing} if smoothing > 1e-9 else {})
+    source = p.source(log) or p.source(root)
     matches = []
+
+    def add(op: str, made: dict[str, Expr | None], inner: Expr) -> None:
+        arrays = {n: a for n, a in made.items() if a is not None}
+        found = results("weights" in made)
+        if found is not None and len(arrays) == len(made):
+            matches.append(Match(op, arrays, params, found, (inner,), source))
+
     pr = projection(p, ax, logits)
     if pr is not None and set(pr.columns) == set(ax.flat(vocab)):
-        made = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x)}
+        made = {"x": ax.arrange(pr.x, (*rows, pr.contracted), x), "w": ax.arrange(pr.w, (pr.contracted, vocab), x), "labels": labels}
         if pr.b is not None:
             made["b"] = ax.arrange(pr.b, (vocab,), x)
-        arrays = {n: a for n, a in made.items() if a is not None}
-        if len(arrays) == len(made):
-            arrays["labels"] = labels
-            params = {"logits_soft_cap": cap, **shared}
-            matches.append(Match("linear_cross_entropy", arrays, params, results, (pr.dot,), p.source(log) or p.source(root)))
-    logits_e = ax.arrange(ax.resolve(logits), (*rows, ax.flat(vocab)), x)
-    if logits_e is not None:
-        arrays = {"logits": logits_e, "labels": labels}
-        params = {"logits_soft_cap": cap, **shared}
-        matches.append(Match("cross_entropy", arrays, params, results, (exp,), p.source(log) or p.source(root)))
+        if weights:
+            floats = [w if w.dtype.startswith(("float", "bfloat")) else x.convert(w, spec.dtype) for w in weights]
+            product = functools.reduce(lambda v, w: x.apply("mul", x.convert(v, spec.dtype), x.convert(w, spec.dtype)), floats)
+            add("linear_cross_entropy", made | {"weights": product}, pr.dot)
+        if by is None:
+            add("linear_cross_entropy", made, pr.dot)
+    if by is None:
+        add("cross_entropy", {"logits": ax.arrange(ax.resolve(logits), (*rows, ax.flat(vocab)), x), "labels": labels}, exp)
     return matches or None
 
 

@@ -44,7 +44,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("rope", params={"interleaved": (False, True)}),
     _xla("cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
-    _xla("linear_cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
+    _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),
 )

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: cross entropy of the logits x w + b, which no kernel need ever write down."""
+"""linear_cross_entropy: cross entropy of the logits x w + b, which no kernel need ever write down, times a weight of each token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kpt.ops.cross_entropy import loss_and_gradient, loss_params, loss_spec
 from kpt.ops.linear_act import project, project_vjp
 
 NAME = "linear_cross_entropy"
-ARRAYS, OPTIONAL = ("x", "w", "labels"), ("b",)
+ARRAYS, OPTIONAL = ("x", "w", "labels"), ("b", "weights")
 
 
 def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | None = None, invalid: str = "nan") -> tuple[Spec, ...]:
@@ -26,25 +26,31 @@ def infer(specs: Specs, label_smoothing: float = 0.0, logits_soft_cap: float | N
     loss_params(NAME, label_smoothing, logits_soft_cap, invalid)
     sh.at_least(NAME, specs, "x", 1, "[..., K]")
     sh.rank(NAME, specs, "w", 2, "[K, V]")
-    sh.floats(NAME, specs, "x", "w", "b")
+    sh.floats(NAME, specs, "x", "w", "b", "weights")
     sh.integers(NAME, specs, "labels")
     sh.shaped(NAME, specs, "w", (specs["x"].shape[-1], specs["w"].shape[1]))
     sh.shaped(NAME, specs, "b", specs["w"].shape[1:])
     sh.shaped(NAME, specs, "labels", specs["x"].shape[:-1])
+    sh.shaped(NAME, specs, "weights", specs["x"].shape[:-1])
     return loss_spec(specs["x"].dtype, specs["labels"].shape)
 
 
-def reference(*, x: Any, w: Any, labels: Any, b: Any = None, label_smoothing: float = 0.0,
+def reference(*, x: Any, w: Any, labels: Any, b: Any = None, weights: Any = None, label_smoothing: float = 0.0,
               logits_soft_cap: float | None = None, invalid: str = "nan") -> tuple[np.ndarray, ...]:  # fmt: skip
-    return (loss_and_gradient(project(x, w, b), labels, label_smoothing, logits_soft_cap, invalid)[0],)
-
-
-def reference_vjp(cotangents: tuple, *, x: Any, w: Any, labels: Any, b: Any = None, label_smoothing: float = 0.0,
-                  logits_soft_cap: float | None = None, invalid: str = "nan") -> dict[str, np.ndarray]:  # fmt: skip
-    grad = loss_and_gradient(project(x, w, b), labels, label_smoothing, logits_soft_cap, invalid)[1]
+    loss = loss_and_gradient(project(x, w, b), labels, label_smoothing, logits_soft_cap, invalid)[0]
     with np.errstate(all="ignore"):
-        dx, dw, db = project_vjp(grad * sh.wide(cotangents[0])[..., None], x, w)
-    return {"x": dx, "w": dw} | ({} if b is None else {"b": db})
+        return (loss if weights is None else loss * sh.wide(weights),)
+
+
+def reference_vjp(cotangents: tuple, *, x: Any, w: Any, labels: Any, b: Any = None, weights: Any = None,
+                  label_smoothing: float = 0.0, logits_soft_cap: float | None = None,
+                  invalid: str = "nan") -> dict[str, np.ndarray]:  # fmt: skip
+    loss, grad = loss_and_gradient(project(x, w, b), labels, label_smoothing, logits_soft_cap, invalid)
+    g = sh.wide(cotangents[0])
+    with np.errstate(all="ignore"):
+        dx, dw, db = project_vjp(grad * (g if weights is None else g * sh.wide(weights))[..., None], x, w)
+        dweights = g * loss
+    return {"x": dx, "w": dw} | ({} if b is None else {"b": db}) | ({} if weights is None else {"weights": dweights})
 
 
 def sample(rng: np.random.Generator, specs: Specs, **params: Any) -> dict[str, np.ndarray]:
@@ -60,4 +66,4 @@ def cost(specs: Specs, **params: Any) -> Cost:
 
 
 OP = Op(NAME, ARRAYS, OPTIONAL, {"label_smoothing": 0.0, "logits_soft_cap": None, "invalid": "nan"},
-        ("x", "w", "b"), infer, reference, reference_vjp, sample, cost)  # fmt: skip
+        ("x", "w", "b", "weights"), infer, reference, reference_vjp, sample, cost)  # fmt: skip

@@ -3,9 +3,9 @@
 When differentiated, the forward makes the gradients of the sum of the losses while it has the logits of a chunk, as
 Liger-Kernel's fused linear cross entropy does (arXiv:2410.10989): three products, as many as plain code. That is all of
 dx, whose rows the backward scales by the cotangents `g` of the tokens. In dw the rows are summed already, so it can be
-scaled only where all have the same cotangent, as under a mean or a sum. The backward looks at `g`, and where tokens weigh
-differently it makes dw anew from recomputed logits: two products more. Tokens with a label outside the vocabulary are
-left out of the sum beforehand, since their losses are usually masked away.
+scaled only where all have the same cotangent, as under a mean or a sum of losses that `weights` has weighted. The backward
+looks at `g`, and where tokens differ all the same it makes dw anew from recomputed logits: two products more. Tokens with a
+label outside the vocabulary are left out of the sum beforehand, since their losses are usually masked away.
 
 Logits that fit one chunk are kept instead. A chunk takes every n-th token of the longest token dim, so that tokens
 sharded over devices are cut alike on all of them.
@@ -42,11 +42,12 @@ def linear_cross_entropy(
     w: jax.Array,
     labels: jax.Array,
     b: jax.Array | None = None,
+    weights: jax.Array | None = None,
     label_smoothing: float = 0.0,
     logits_soft_cap: float | None = None,
     invalid: str = "nan",
 ) -> jax.Array:
-    """`cross_entropy(x @ w + b, labels)` without the logits, differentiable in x, w and b (reverse mode).
+    """`cross_entropy(x @ w + b, labels) * weights` without the logits, differentiable in x, w, b and weights (reverse mode).
 
     Products accumulate in float32, and the logits stay float32 (float64 for float64 x).
 
@@ -55,6 +56,7 @@ def linear_cross_entropy(
       w: `[K, V]` float.
       labels: `[...]` integers.
       b: `[V]` float, or None.
+      weights: `[...]` float, or None for ones.
       label_smoothing, logits_soft_cap, invalid: as in `pallas_kernels.cross_entropy.xla.cross_entropy`.
 
     Returns:
@@ -67,11 +69,13 @@ def linear_cross_entropy(
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
         raise OpError(asked, "x is [..., K], w is [K, V], b is [V]", "check the axes")
     check(asked, x.shape[:-1], labels, invalid)
-    x, w, b, labels = vary_alike(x, w, b, labels)
+    if weights is not None and weights.shape != labels.shape:
+        raise OpError(f"{asked} weights{list(weights.shape)}", "weights are [...], one a token", "check the axes")
+    x, w, b, labels, weights = vary_alike(x, w, b, labels, weights)
     static = _Static((label_smoothing, logits_soft_cap, invalid), *_cut(x.shape[:-1], w.shape[1]))
     if x.ndim == 1:
-        return _loss(static, x[None], w, b, labels[None])[0]
-    return _loss(static, x, w, b, labels)
+        return _loss(static, x[None], w, b, labels[None], None if weights is None else weights[None])[0]
+    return _loss(static, x, w, b, labels, weights)
 
 
 def _cut(tokens: tuple[int, ...], classes: int) -> tuple[int, int]:
@@ -87,37 +91,38 @@ def _cut(tokens: tuple[int, ...], classes: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(static: _Static, x, w, b, labels):
+def _loss(static: _Static, x, w, b, labels, weights):
     """Without a derivative: one product."""
 
     def chunk(_, x, labels):
         return None, row_loss(_logits(x, w, b), labels, *static.loss)[0]
 
-    return _over_chunks(static, chunk, None, x, labels)[1]
+    return _times(_over_chunks(static, chunk, None, x, labels)[1], weights)
 
 
-def _fwd(static: _Static, x, w, b, labels):
+def _fwd(static: _Static, x, w, b, labels, weights):
     if static.chunks == 1:
         logits = _logits(x, w, b)
         loss, m, total = row_loss(logits, labels, *static.loss)
-        return loss, (x, w, b, labels, m, total, logits)
+        return _times(loss, weights), (x, w, b, labels, weights, loss, m, total, logits)
 
-    def chunk(sums, x, labels):
+    def chunk(sums, x, labels, *weights):
         logits = _logits(x, w, b)
         loss, m, total = row_loss(logits, labels, *static.loss)
         d = row_grad(logits, labels, m, 1 / total, jnp.ones_like(m), *static.loss)
         # Left out by a factor 0, not by a choice: 0 times NaN is NaN, as in plain code.
-        weight = _counted(labels, w).astype(d.dtype)
+        weight = _times(_counted(labels, w).astype(d.dtype), *weights)
         return _add_row_sums(sums, x, d, weight), (loss, m, total, _times_w(d, w))
 
-    sums, (loss, m, total, dx) = _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels)
-    return loss, (x, w, b, labels, m, total, (dx, sums))
+    sums, (loss, m, total, dx) = _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels, *([] if weights is None else [weights]))
+    return _times(loss, weights), (x, w, b, labels, weights, loss, m, total, (dx, sums))
 
 
 def _bwd(static: _Static, residuals, g):
-    x, w, b, labels, m, total, made = residuals
+    x, w, b, labels, weights, loss, m, total, made = residuals
+    each = _times(g, weights)
     if static.chunks == 1:
-        d = row_grad(made, labels, m, 1 / total, g, *static.loss)
+        d = row_grad(made, labels, m, 1 / total, each, *static.loss)
         dx, (dw, db) = _times_w(d, w), _add_row_sums(_zero_sums(x, w, b), x, d)
     else:
 
@@ -126,19 +131,26 @@ def _bwd(static: _Static, residuals, g):
 
         dx, sums = made
         counted = _counted(labels, w)
+        free = jnp.zeros(labels.shape, bool) if weights is None else weights == 0  # whatever their cotangent is
+        counted = counted & ~free
         c = jnp.max(jnp.where(counted, g, -jnp.inf), initial=-jnp.inf)
         c = jnp.where(jnp.any(counted), c, 0)
-        alike = jnp.all(g == jnp.where(counted, c, 0))
+        alike = jnp.all((g == jnp.where(counted, c, 0)) | free)
         dw, db = lax.cond(
             alike,
             lambda: jax.tree.map(lambda a: c * a, sums),
-            lambda: _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels, m, 1 / total, g)[0],
+            lambda: _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels, m, 1 / total, each)[0],
         )
-        dx = g[..., None] * dx
-    return dx.astype(x.dtype), dw.astype(w.dtype), None if b is None else db.astype(b.dtype), None
+        dx = each[..., None] * dx
+    dweights = None if weights is None else (g * loss).astype(weights.dtype)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None if b is None else db.astype(b.dtype), None, dweights
 
 
 _loss.defvjp(_fwd, _bwd)
+
+
+def _times(each, weights=None):
+    return each if weights is None else each * weights.astype(each.dtype)
 
 
 def _counted(labels, w):

@@ -152,8 +152,9 @@ def cross_entropy(*, logits, labels, label_smoothing=0.0, logits_soft_cap=None, 
     return (loss,)
 
 
-def linear_cross_entropy(*, x, w, labels, b=None, **params):
-    return cross_entropy(logits=_linear(x, w, b), labels=labels, **params)
+def linear_cross_entropy(*, x, w, labels, b=None, weights=None, **params):
+    (loss,) = cross_entropy(logits=_linear(x, w, b), labels=labels, **params)
+    return (loss if weights is None else loss * weights,)
 
 
 def matmul(*, a, b):

@@ -116,8 +116,9 @@ def cross_entropy(logits, labels, *, label_smoothing=0.0, logits_soft_cap=None, 
     return share * jax.nn.logsumexp(logits, -1) - target
 
 
-def linear_cross_entropy(x, w, b=None, *, labels, **params):
-    return cross_entropy(x @ w if b is None else x @ w + b, labels, **params)
+def linear_cross_entropy(x, w, b=None, *, labels, weights=None, **params):
+    loss = cross_entropy(x @ w if b is None else x @ w + b, labels, **params)
+    return loss if weights is None else loss * weights
 
 
 KERNELS = {

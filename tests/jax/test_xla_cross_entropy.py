@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -126,6 +127,60 @@ def test_linear_cross_entropy(case, shape, chunks, cotangents, monkeypatch):
     close(dx, dz @ w64.T, terms=37)
     close(dw, np.tensordot(x64, dz, (range(len(rows)),) * 2), terms=37)
     close(db, dz.sum(tuple(range(len(rows)))), terms=37)
+
+
+def products(jaxpr):
+    """Products of a program: those of a loop's body count once, those of the choices of a cond as in the shortest."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        bodies = [products(getattr(v, "jaxpr", v)) for p in eqn.params.values() for v in (p if isinstance(p, tuple) else (p,))
+                  if hasattr(getattr(v, "jaxpr", v), "eqns")]  # fmt: skip
+        total += eqn.primitive.name == "dot_general"
+        total += min(bodies, default=0) if eqn.primitive.name == "cond" else sum(bodies)
+    return total
+
+
+MEANS = {
+    "a mask": (lambda rng: rng.random((3, 14)) < 0.5, lambda loss, by: (loss * by).sum() / by.sum()),
+    "weights of both signs": (lambda rng: rng.normal(size=(3, 14)), lambda loss, by: (loss * by).mean()),
+    "a mask chosen by": (lambda rng: rng.random((3, 14)) < 0.5, lambda loss, by: jnp.where(by != 0, loss, 0).sum()),
+    "each its own cotangent": (lambda rng: rng.normal(size=(3, 14)), lambda loss, by: jnp.square(loss).sum()),
+}
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("case", ["invalid is zero, smoothed", "invalid is dropped"])
+def test_weights(case, mean, chunks, monkeypatch):
+    """Weighted inside as weighted outside, derivatives by the weights too."""
+    params = {k: v for k, v in CASES[case].items() if k != "bad"}
+    rng = np.random.default_rng(0)
+    x, w, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 14, 16), (16, 37), (37,)))
+    draw, total = MEANS[mean]
+    labels, by = jnp.asarray(labels_of(rng, (3, 14), 37, CASES[case].get("bad"))), jnp.asarray(draw(rng), jnp.float32)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 3 * 14 * 37 * 4 // chunks)
+
+    def inside(x, w, b, weights):
+        return total(linear_cross_entropy(x=x, w=w, b=b, labels=labels, weights=weights, **params), by)
+
+    def outside(x, w, b, weights):
+        return total(linear_cross_entropy(x=x, w=w, b=b, labels=labels, **params) * weights, by)
+
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(x, w, b, by) for f in (inside, outside))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_a_mean_of_weighted_losses_takes_three_products(monkeypatch):
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 8 * 64 * 4)
+    x, w, labels, mask = jnp.ones((64, 16)), jnp.ones((16, 64)), jnp.zeros(64, int), jnp.arange(64) % 3 == 0
+
+    def loss(x, w):
+        return linear_cross_entropy(x=x, w=w, labels=labels, weights=mask.astype(x.dtype)).sum() / mask.sum()
+
+    made = jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, w)
+    assert products(made.jaxpr) == 3
+    want = jax.grad(lambda x, w: (mask * linear_cross_entropy(x=x, w=w, labels=labels)).sum() / mask.sum(), (0, 1))(x, w)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), jax.grad(loss, (0, 1))(x, w), want)
 
 
 def test_large_logits_do_not_cancel():

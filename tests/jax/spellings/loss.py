@@ -19,6 +19,10 @@ def head(invalid="nan", **more):
     return site("linear_cross_entropy", invalid=invalid, **({"arrays": "x w labels", "x": (2, T, D), "w": (D, V), "labels": (2, T)} | more))
 
 
+def weighted(invalid="nan", **more):
+    return head(invalid, **({"arrays": "x w labels weights", "weights": (2, T)} | more))
+
+
 integer, onehot = optax.softmax_cross_entropy_with_integer_labels, optax.softmax_cross_entropy
 
 
@@ -74,10 +78,19 @@ table.add("indexed", lambda logits, labels: indexed(logits, labels), ce("clip", 
 table.add("per_token", lambda logits, labels: integer(logits, labels), ce())
 table.add("mean_of_picked", lambda logits, labels: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)), ce("drop"))
 table.add("masked_mean", lambda x, head, labels, weights: (
-    (integer(x @ head, labels) * weights).sum() / weights.sum()), head())
-table.add("masked_where", lambda x, head, labels, weights: jnp.where(weights, integer(x @ head, labels), 0).sum() / weights.sum(), head())
+    (integer(x @ head, labels) * weights).sum() / weights.sum()), weighted())
+table.add("masked_where", lambda x, head, labels, weights: jnp.where(weights, integer(x @ head, labels), 0).sum() / weights.sum(), weighted())
+table.add("weighted_mean", lambda x, head, labels, bias: (integer(x @ head, labels) * bias[0, 0, :2]).mean(), weighted())
+table.add("weighted_after_a_cast", lambda x, head, labels, weights: (
+    weights.astype(x.dtype) * integer((x @ head).astype(jnp.float32), labels)).sum(), weighted(), dtype="bfloat16")
+table.add("masked_flat", lambda x, head, labels, weights: jnp.where(
+    weights.reshape(-1), integer((x @ head).reshape(-1, V), labels.reshape(-1)), 0).sum(),
+          weighted(x=(2 * T, D), labels=(2 * T,), weights=(2 * T,)))
+table.add("loss_also_returned", lambda x, head, labels, weights: (
+    ((each := integer(x @ head, labels)) * weights).sum(), each), head())
+table.add("weighted_by_itself", lambda x, head, labels: ((each := integer(x @ head, labels)) * jnp.exp(-each)).sum(), head())
 table.add("ignore_index", lambda x, head, labels: jnp.where(
-    labels > 3, integer(x @ head, jnp.where(labels > 3, labels, 0)), 0).sum(), head())
+    labels > 3, integer(x @ head, jnp.where(labels > 3, labels, 0)), 0).sum(), weighted())
 table.add("shifted", lambda x, head, labels: integer((x @ head)[:, :-1], labels[:, 1:]).mean(), head(x=(2, T - 1, D), labels=(2, T - 1)))
 table.add("shifted_x", lambda x, head, labels: integer(x[:, :-1] @ head, labels[:, 1:]).mean(), head(x=(2, T - 1, D), labels=(2, T - 1)))
 table.add("flattened", lambda x, head, labels: integer((x @ head).reshape(-1, V), labels.reshape(-1)).mean(), head(x=(2 * T, D), labels=(2 * T,)))
@@ -126,7 +139,7 @@ for name, f in TOGETHER.items():
 table.add("together_weighted", lambda logits, labels, weights: -(
     hot(labels) * jax.nn.log_softmax(logits) * weights[..., None]).sum() / weights.sum(), ce("drop"))
 table.add("weighted_by_token", lambda x, head, labels, bias: ((hot(labels) * -jax.nn.log_softmax(x @ head)).sum(-1) * bias[0, :2, :, 0]).sum(),
-          head("drop"))
+          weighted("drop"))
 table.add("mean_where", lambda logits, labels, weights: jnp.mean(integer(logits, labels), where=weights), ce())
 table.add("labels_outside_onehot", lambda logits, labels: onehot(logits, hot(labels - 8)).sum(), ce("drop"))
 table.add("labels_outside_smoothed", lambda logits, labels: onehot(logits, optax.smooth_labels(hot(labels - 8), 0.1)), ce("drop"))
