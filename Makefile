@@ -3,12 +3,13 @@ python := .venv/bin/python
 # One process a core; the tests of a file share what they set up.
 pytest := $(python) -m pytest -n logical --dist loadfile
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow test-gpu lint clean
 
 help:
 	@echo 'make demo        train a small language model as written and through kpt; report in kpt-report/demo.html'
 	@echo 'make test        the default test suite'
 	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make test-gpu    the tests that need an NVIDIA GPU'
 	@echo 'make lint        style and types'
 	@echo 'make clean       remove the environments'
 
@@ -23,6 +24,9 @@ test: setup
 
 test-slow: setup
 	$(pytest) -m slow $(ARGS)
+
+test-gpu: setup
+	$(python) -m pytest -m gpu $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

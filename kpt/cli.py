@@ -144,6 +144,35 @@ def plan(
         typer.echo(made.to_json() if as_json else made.explain())
 
 
+@app.command()
+def bench(
+    context: typer.Context,
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="What to measure; everything unless given.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Other libraries' kernels too, where they are installed.")] = False,
+    shapes: Annotated[str | None, typer.Option(help="16384x4096,32768x8192 instead of the table's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 unless given; float32 on a CPU.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For each contender, about.")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes, besides.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where a chart goes, as SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure kernels beside the code that they replace.
+
+    Every kernel that can run here, plain JAX code and with --peers other libraries' kernels, in one process and in turn,
+    on inputs larger than the caches; each is checked against float64 first. On an NVIDIA GPU the times are those of
+    the kernels, by CUPTI.
+    """
+    with answering(context, as_json):
+        measure = _front_end("kpt_jax.bench", "main")
+        say = _console(stderr=as_json)
+        result = measure(
+            ops or (), shapes, peers, dtype, seconds, out, plot,
+            lambda text: say.print(text, highlight=False, markup=False, soft_wrap=True),
+        )  # fmt: skip
+        if as_json:
+            _print_json(result)
+
+
 @hardware_app.command("list")
 def hardware_list(context: typer.Context, as_json: AsJson = False) -> None:
     """The chips that kpt has figures for."""

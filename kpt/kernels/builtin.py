@@ -11,6 +11,8 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "quick_gelu", "relu2", "softplus",
                "elu", "mish")  # fmt: skip
 EVERY_MASK = frozenset({"causal", "window", "segments", "lengths", "explicit", "bias"})
+NARROW_FLOATS = ("bfloat16", "float16", "float32")
+AMPERE, FROM_HOPPER = ("sm80", "sm86", "sm87", "sm89"), ("sm90", "sm100", "sm103", "sm120")
 INVALID_LABELS = ("nan", "zero", "clip", "drop")
 
 
@@ -31,6 +33,47 @@ def _xla(op: str, level: str = "conservative", version: int = 1, **honours: Any)
     )
 
 
+def _hopper(op: str, dtypes: tuple[str, ...], level: str = "conservative", version: int = 1, **honours: Any) -> KernelSpec:
+    """A Mosaic GPU kernel written for NVIDIA Hopper."""
+    return KernelSpec(
+        name=f"{op}.pallas_gpu",
+        op=op,
+        version=version,
+        provider="pallas_gpu",
+        framework="jax",
+        platforms=("cuda",),
+        architectures=("sm90",),
+        dtypes=dtypes,
+        level=level,
+        requires=("jax>=0.11.1",),
+        loader=f"pallas_kernels.{op}.gpu:{op}",
+        accepts=f"pallas_kernels.{op}.gpu:refusal",
+        **honours,
+    )
+
+
+def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
+    """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
+    return KernelSpec(
+        name=name,
+        op="attention",
+        version=1,
+        provider="cudnn",
+        framework="jax",
+        platforms=("cuda",),
+        architectures=architectures,
+        dtypes=("bfloat16", "float16"),
+        masks=frozenset({"causal", "window", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "kv_lengths"}),
+        params={"logits_soft_cap": (None,)},
+        requires=("jax>=0.7.2",),
+        loader="pallas_kernels.attention.cudnn:attention",
+        accepts=f"pallas_kernels.attention.cudnn:{accepts}",
+        efficiency=0.6,
+        deterministic=False,
+    )
+
+
 def _sum_outside(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """XLA fuses the sum before a norm by itself: a call that returns two arrays would only stand in its way."""
     return "leaves the sum before the norm to XLA, which fuses it by itself" if "residual" in specs else None
@@ -38,12 +81,17 @@ def _sum_outside(specs: Specs, params: Mapping[str, Any]) -> str | None:
 
 KERNELS: tuple[KernelSpec, ...] = (
     _xla("attention", masks=EVERY_MASK, additive=True),
+    _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refusal_to_128"),
+    _cudnn("attention.cudnn_wide", FROM_HOPPER, "refusal_to_256"),
     _xla("rms_norm", accepts=_sum_outside),
     _xla("layer_norm", accepts=_sum_outside),
+    _hopper("rms_norm", NARROW_FLOATS, efficiency=0.85),
+    _hopper("layer_norm", NARROW_FLOATS, efficiency=0.85),
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}),
     _xla("rope", params={"interleaved": (False, True)}),
     _xla("cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
+    _hopper("cross_entropy", NARROW_FLOATS, params={"invalid": INVALID_LABELS}, efficiency=0.9),
     _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),

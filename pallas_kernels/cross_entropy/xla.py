@@ -61,15 +61,21 @@ def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid:
         return jnp.full_like(m, -jnp.inf), m, total
     # Picking by comparison is one fused pass over what is read anyway, and stays local where classes are sharded.
     picked = jnp.sum(jnp.where(_is_label(labels, classes, invalid), z, 0), -1)
+    mean = jnp.mean(z, -1) if label_smoothing else None
+    return loss_of_row(m, total, picked, mean, labels, classes, label_smoothing, invalid), m, total
+
+
+def loss_of_row(m, total, picked, mean, labels, classes: int, label_smoothing: float, invalid: str):
+    """Loss from a row's maximum, its sum of `exp(z - maximum)`, the label's `z`, and with smoothing the mean of `z`."""
     # Relative to the maximum, so that large logits do not cancel.
     valid = _is_valid(labels, classes, invalid)
     loss = jnp.log(total) - (1 - label_smoothing) * jnp.where(valid, picked - m, -m)
     if label_smoothing:
-        loss = loss - label_smoothing * (jnp.mean(z, -1) - m)
+        loss = loss - label_smoothing * (mean - m)
     if invalid == "drop":
-        uniform = label_smoothing * (jnp.log(total) - (jnp.mean(z, -1) - m)) if label_smoothing else 0
+        uniform = label_smoothing * (jnp.log(total) - (mean - m)) if label_smoothing else 0
         loss = jnp.where(valid, loss, uniform)
-    return jnp.where(valid, loss, jnp.nan) if invalid == "nan" else loss, m, total
+    return jnp.where(valid, loss, jnp.nan) if invalid == "nan" else loss
 
 
 def row_grad(logits, labels, m, scale, g, label_smoothing: float, cap: float | None, invalid: str):

@@ -1,0 +1,174 @@
+"""RMS norm and layer norm for NVIDIA Hopper, a row in registers: one pass forward, one pass backward.
+
+Forward: `(x + residual - mean) r weight + bias` with `r = rsqrt(var + eps)`; an RMS norm is the same with `mean = 0`. Kept for the
+backward pass: the sum that was normalised, and `mean` and `r` of each row.
+
+Backward: a thread block walks over rows, each loaded while the one before it is computed. Gradients of weight and bias are summed in
+registers on the way and written once a thread block; a small sum over the thread blocks follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kpt.ops.base import Specs
+from pallas_kernels.rows import BLOCK, Cut, cut, kernel
+
+FORWARD, BACKWARD = 8192, 4096
+"""Elements of a row that one warpgroup holds: 64 a thread of x, or 32 of each of x, dy and the gradients of weight and bias."""
+MOST_WARPGROUPS = 4
+"""Of a thread block: with more, a thread has too few registers for the backward pass."""
+BACKWARD_BLOCKS = 264
+"""Thread blocks of the backward pass, two for each streaming multiprocessor of an H100: fewer hide less latency, more write more
+partial sums."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What is known before tracing.
+
+    Attributes:
+      centred: subtract the mean, as a layer norm does.
+      offset: added to the weight.
+      residual: a second array is added to the first, and the sum is a result.
+      out_dtype: of the normalised result.
+    """
+
+    centred: bool
+    eps: float
+    offset: float
+    residual: bool
+    out_dtype: str
+
+
+def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """Why these arrays cannot be taken, or None."""
+    x = specs["x"]
+    width = x.shape[-1]
+    if 0 in x.shape:
+        return "has no empty arrays"
+    if "residual" in specs and specs["residual"].dtype != x.dtype:
+        return f"adds arrays of one dtype, and these are {x.dtype} and {specs['residual'].dtype}"
+    if width < 512:
+        return f"gives a warpgroup to each row, and {width} elements are too few for one; XLA fuses norms of short rows"
+    if width > BACKWARD * MOST_WARPGROUPS:
+        return f"holds rows of up to {BACKWARD * MOST_WARPGROUPS} elements in registers, and these have {width}"
+    return None
+
+
+def norm(
+    static: Norm, x: jax.Array, residual: jax.Array | None = None, weight: jax.Array | None = None, bias: jax.Array | None = None
+) -> Any:
+    """The norm over the last axis of arrays that `refusal` lets pass; with a residual, `(y, x + residual)`."""
+    rows = [None if a is None else a.reshape(-1, x.shape[-1]) for a in (x, residual)]
+    y, h = _norm(static, *rows, weight, bias)
+    return (y.reshape(x.shape), h.reshape(x.shape)) if h is not None else y.reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm(static: Norm, x, residual, weight, bias):
+    return _fwd(static, x, residual, weight, bias)[0]
+
+
+def _fwd(static: Norm, x, residual, weight, bias):
+    rows, width = x.shape
+    held = cut(width, (x.dtype, static.out_dtype), FORWARD)
+    given = [a for a in (x, residual, weight, bias) if a is not None]
+    out = [jax.ShapeDtypeStruct((rows, width), static.out_dtype), *[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 2]
+    if static.residual:
+        out.append(jax.ShapeDtypeStruct((rows, width), x.dtype))
+
+    def body(*refs: Any) -> None:
+        *arrays, sums = refs
+        queue = iter(arrays)
+        x_ref, residual_ref, weight_ref, bias_ref = (None if a is None else next(queue) for a in (x, residual, weight, bias))
+        y_ref, mean_ref, r_ref, *h_ref = queue
+        row = lax.axis_index(BLOCK)
+        values = held.load(x_ref, row)
+        if residual_ref is not None:
+            values = [a + b for a, b in zip(values, held.load(residual_ref, row), strict=True)]
+            held.store(h_ref[0], values, row)
+        mean: Any = jnp.float32(0)
+        if static.centred:
+            mean = sums(0, held.widened(values))[0] / width
+        r = lax.rsqrt(sums(1, [(a - mean) * (a - mean) for a in held.widened(values)])[0] / width + static.eps)
+        values = [(a - mean) * r for a in held.widened(values)]
+        if weight_ref is not None:
+            values = [a * w for a, w in zip(values, _weight(static, held, weight_ref), strict=True)]
+        if bias_ref is not None:
+            values = [a + b.astype(jnp.float32) for a, b in zip(values, held.load(bias_ref), strict=True)]
+        held.store(y_ref, values, row)
+
+        @held.once
+        def _() -> None:
+            mean_ref[row], r_ref[row] = mean, r
+
+    y, mean, r, *summed = kernel(body, out, rows, held, 1)(*given)
+    h = summed[0] if summed else None
+    return (y, h), (x if h is None else h, weight, bias, mean, r)
+
+
+def _weight(static: Norm, held: Cut, ref: Any) -> list[jax.Array]:
+    return [static.offset + w.astype(jnp.float32) for w in held.load(ref)]
+
+
+def _bwd(static: Norm, residuals, cotangents):
+    h, weight, bias, mean, r = residuals
+    dy, dh = cotangents
+    rows, width = h.shape
+    held = cut(width, (h.dtype, static.out_dtype), BACKWARD)
+    blocks = min(rows, BACKWARD_BLOCKS)
+    given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
+    partial = jax.ShapeDtypeStruct((blocks, width), jnp.float32)
+    out = [jax.ShapeDtypeStruct(h.shape, h.dtype), *[partial for a in (weight, bias) if a is not None]]
+
+    def body(*refs: Any) -> None:
+        *arrays, sums = refs
+        queue = iter(arrays)
+        h_ref, dy_ref, dh_ref, weight_ref = (None if a is None else next(queue) for a in (h, dy, dh, weight))
+        mean_ref, r_ref, dx_ref, *partial_refs = queue
+        block = lax.axis_index(BLOCK)
+        w = None if weight_ref is None else _weight(static, held, weight_ref)
+
+        def load(row: Any) -> Any:
+            return [held.load(ref, row) for ref in (h_ref, dy_ref, dh_ref) if ref is not None], mean_ref[row], r_ref[row]
+
+        def step(i: Any, carry: Any) -> Any:
+            (arrays, mean, r), d_weight, d_bias = carry
+            row = block + i * blocks
+            following = load(jnp.where(row + blocks < rows, row + blocks, row))
+            h_row, g, *kept = [[a.astype(jnp.float32) for a in array] for array in arrays]
+            n = [(a - mean) * r if static.centred else a * r for a in h_row]
+            if weight is not None:
+                d_weight = [s + a * b for s, a, b in zip(d_weight, g, n, strict=True)]
+            if bias is not None:
+                d_bias = [s + a for s, a in zip(d_bias, g, strict=True)]
+            gw = g if w is None else [a * b for a, b in zip(g, w, strict=True)]
+            along = [a * b for a, b in zip(gw, n, strict=True)]
+            slope, shift = sums(i, along, gw) if static.centred else (*sums(i, along), 0.0)
+            dx = [r * (a - shift / width - b * (slope / width)) for a, b in zip(gw, n, strict=True)]
+            if kept:
+                dx = [a + b for a, b in zip(dx, kept[0], strict=True)]
+            held.store(dx_ref, dx, row)
+            return following, d_weight, d_bias
+
+        steps = (rows - block + blocks - 1) // blocks
+        zeros = [held.zeros() if a is not None else [] for a in (weight, bias)]
+        _, *found = lax.fori_loop(0, steps, step, (load(block), *zeros))
+        for ref, pieces in zip(partial_refs, [p for p in found if p], strict=True):
+            held.store(ref, pieces, block)
+
+    dx, *partials = kernel(body, out, blocks, held, 2)(*given)
+    queue = iter(partials)
+    d_weight, d_bias = (None if a is None else jnp.sum(next(queue), 0).astype(a.dtype) for a in (weight, bias))
+    return dx, dx if static.residual else None, d_weight, d_bias
+
+
+_norm.defvjp(_fwd, _bwd)

@@ -1,0 +1,165 @@
+"""The row kernels for Hopper without one: interpreted against float64, lowered for CUDA, and what they refuse."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+import kpt
+from kpt.hardware import hardware_profile
+from kpt.kernels.spec import refusal, unmet
+from kpt.ops import Spec, op
+from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
+from kpt.strategy import choose
+from tests.jax.certified import certify, specs_of
+
+H100, A100 = hardware_profile("h100-sxm"), hardware_profile("a100-sxm-80gb")
+CAUSAL = Mask((Causal(),))
+needs_mosaic = pytest.mark.skipif(reason := unmet("jax>=0.11.1"), reason=reason or "")
+
+
+def rows(dtype="bfloat16", n=3, width=1024, names=("weight",), **more):
+    return specs_of(dtype, x=(n, width), **dict.fromkeys(names, ((width,), "float32")), **more)
+
+
+def losses(dtype="bfloat16", n=3, classes=5000):
+    return specs_of(dtype, logits=(n, classes)) | {"labels": Spec((n,), "int32")}
+
+
+CASES = {
+    "layer_norm": ("layer_norm", rows(names=("weight", "bias")), {}),
+    "layer_norm, no piece divides, residual": ("layer_norm", rows("float16", 5, 1000, ("weight", "bias"), residual=(5, 1000)), {}),
+    "layer_norm, odd width": ("layer_norm", rows("float32", 2, 513, ()), {"eps": 1e-3, "out_dtype": "bfloat16"}),
+    "rms_norm": ("rms_norm", rows(), {"weight_offset": 1.0}),
+    "rms_norm, residual, three axes": ("rms_norm", specs_of("bfloat16", x=(2, 2, 640), residual=(2, 2, 640)), {"out_dtype": "float32"}),
+    "cross_entropy": ("cross_entropy", losses(), {}),
+    "cross_entropy, all parameters": (
+        "cross_entropy",
+        losses("float16", 2, 5001),
+        {"label_smoothing": 0.1, "logits_soft_cap": 5.0, "invalid": "drop"},
+    ),
+    "cross_entropy, few loads": ("cross_entropy", losses("float32", 2, 1024), {"label_smoothing": 0.1, "invalid": "clip"}),
+}
+LARGE = {
+    f"{name} {width} {dtype}": (name, rows(dtype, 300, width, names, **({"residual": (300, width)} if width != 4096 else {})), {})
+    for name, names, width, dtype in (
+        ("layer_norm", ("weight", "bias"), 4096, "bfloat16"),
+        ("layer_norm", ("weight", "bias"), 8192, "float16"),
+        ("layer_norm", ("weight",), 2880, "bfloat16"),
+        ("rms_norm", ("weight",), 8192, "bfloat16"),
+        ("rms_norm", (), 5120, "float32"),
+    )
+} | {f"cross_entropy {n}": ("cross_entropy", losses("bfloat16", 8192, n), {}) for n in (128256, 50257)}
+
+
+@pytest.fixture
+def interpreted():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    jax.clear_caches()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+    jax.clear_caches()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_float64(case, interpreted, monkeypatch):
+    import pallas_kernels.norm_rows
+
+    monkeypatch.setattr(pallas_kernels.norm_rows, "BACKWARD_BLOCKS", 2)  # several rows each
+    name, specs, params = CASES[case]
+    certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", LARGE)
+def test_lowers_for_cuda_in_both_passes(case):
+    name, specs, params = LARGE[case]
+    fn = kpt.registry.load(f"{name}.pallas_gpu")
+    arrays, outputs = ({n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in d.items()}
+                       for d in (specs, dict(enumerate(op(name).infer(specs, **params)))))  # fmt: skip
+
+    def step(arrays, cotangents):
+        fixed = {n: a for n, a in arrays.items() if n == "labels"}
+        out, pull = jax.vjp(lambda d: fn(**d, **fixed, **params), {n: a for n, a in arrays.items() if n != "labels"})
+        return out, pull(cotangents if isinstance(out, tuple) else cotangents[0])
+
+    text = jax.jit(step).trace(arrays, tuple(outputs.values())).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == (1 if name == "cross_entropy" else 2)  # one call a pass
+
+
+def attended(dtype="bfloat16", t=256, s=256, h=64, hv=None, **more):
+    return specs_of(dtype, q=(2, t, 4, h), k=(2, s, 2, h), v=(2, s, 2, hv or h), **more)
+
+
+KV_LENGTHS = {"kv_lengths": ((2,), "int32")}
+ACCEPTED = [
+    ("attention.cudnn", attended(), {"mask": CAUSAL}, A100),
+    ("attention.cudnn", attended("float16", t=2, s=334, h=8), {"scale": 0.5, "out_dtype": "bfloat16"}, H100),
+    ("attention.cudnn", attended(), {"mask": Mask((Causal(), Window(50, None)))}, H100),
+    ("attention.cudnn", attended(**KV_LENGTHS), {"mask": Mask((Causal(), Lengths()), -1e9)}, H100),
+    ("attention.cudnn_wide", attended(h=256), {"mask": CAUSAL}, H100),
+]
+REFUSED = [
+    ("attention.cudnn", attended(), {}, hardware_profile("cpu"), "runs on cuda"),
+    ("attention.cudnn", attended(), {}, hardware_profile("t4"), "is built for sm80"),
+    ("attention.cudnn_wide", attended(h=256), {}, A100, "is built for sm90"),
+    ("attention.cudnn", attended("float32"), {}, H100, "computes in bfloat16, float16"),
+    ("attention.cudnn", attended(h=256), {}, H100, "head dims of 8 to 128"),
+    ("attention.cudnn_wide", attended(h=128), {}, H100, "head dims of 136 to 256"),
+    ("attention.cudnn", attended(h=20), {}, H100, "8 divides"),
+    ("attention.cudnn", attended(hv=128), {}, H100, "head dim of q"),
+    ("attention.cudnn", attended(t=255), {}, H100, "even numbers"),
+    ("attention.cudnn", attended(s=512), {"mask": Mask((Causal(256),))}, H100, "first position"),
+    ("attention.cudnn", attended(), {"mask": Mask((Window(8, 8),))}, H100, "under causality"),
+    ("attention.cudnn", attended(), {"mask": Mask((Window(None, 8),))}, H100, "bounded on the left"),
+    ("attention.cudnn", attended(**KV_LENGTHS), {"mask": Mask((Lengths(),))}, H100, "NaN"),
+    ("attention.cudnn", attended(**KV_LENGTHS), {"mask": Mask((Causal(), Window(9, 0), Lengths()), -1e9)}, H100, "past the length"),
+    ("attention.cudnn", attended(), {"mask": Mask((Segments(),))}, H100, "segments masks"),
+    ("attention.cudnn", attended(), {"mask": Mask((Bias(),))}, H100, "bias masks"),
+    ("attention.cudnn", attended(), {"mask": Mask((Explicit(),))}, H100, "explicit masks"),
+    ("attention.cudnn", attended(), {"mask": Mask((Causal(),), -1e9, True)}, H100, "adds to them"),
+    ("attention.cudnn", attended(), {"logits_soft_cap": 30.0}, H100, "logits_soft_cap"),
+    ("attention.cudnn", attended(), {"out_dtype": "float32"}, H100, "rounds its output"),
+    ("rms_norm.pallas_gpu", rows(width=256), {}, H100, "too few"),
+    ("rms_norm.pallas_gpu", rows(n=0), {}, H100, "empty"),
+    ("rms_norm.pallas_gpu", rows("float64"), {}, H100, "computes in"),
+    ("layer_norm.pallas_gpu", rows(residual=((3, 1024), "float32")), {}, H100, "one dtype"),
+    ("layer_norm.pallas_gpu", rows(), {}, A100, "is built for sm90"),
+    ("cross_entropy.pallas_gpu", losses(classes=1000), {}, H100, "too few"),
+]  # fmt: skip
+
+
+def refused(kernel, specs, params, hardware):
+    spec = kpt.registry.get(kernel)
+    return refusal(spec, spec.op, hardware, next(iter(specs.values())).dtype, specs, params, "conservative", "jax")
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("kernel", "specs", "params", "hardware"), ACCEPTED)
+def test_accepted(kernel, specs, params, hardware):
+    assert refused(kernel, specs, params, hardware) is None
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("kernel", "specs", "params", "hardware", "why"), REFUSED)
+def test_refused(kernel, specs, params, hardware, why):
+    assert why in refused(kernel, specs, params, hardware)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("name", "specs", "params", "hardware", "kernel"),
+    [
+        ("attention", attended(t=4096, s=4096, h=128), {"mask": CAUSAL}, A100, "attention.cudnn"),
+        ("attention", attended(t=4096, s=4096, h=128), {"mask": Mask((Segments(),))}, A100, "attention.xla"),
+        ("rms_norm", rows(n=16384, width=4096), {}, H100, "rms_norm.pallas_gpu"),
+        ("layer_norm", rows(n=16384, width=4096), {}, A100, "layer_norm.xla"),
+        ("cross_entropy", losses(n=8192, classes=128256), {}, H100, "cross_entropy.pallas_gpu"),
+    ],
+)
+def test_the_planner_takes_it_over_plain_jax(name, specs, params, hardware, kernel):
+    ids = {n: Spec((2, 4096), "int32") for n in ("q_segment_ids", "kv_segment_ids")} if "segments" in str(params).lower() else {}
+    chosen, _, _ = choose(name, specs | ids, params, hardware=hardware, level="conservative")
+    assert chosen.name == kernel
