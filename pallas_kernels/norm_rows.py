@@ -4,17 +4,20 @@ Forward: `(x + residual - mean) r weight + bias` with `r = rsqrt(var + eps)`; an
 backward pass: the sum that was normalised, and `mean` and `r` of each row.
 
 Backward: a thread block walks over rows, each loaded while the one before it is computed. Gradients of weight and bias are summed in
-registers on the way and written once a thread block; a small sum over the thread blocks follows.
+registers on the way and written once a thread block; a small sum over the thread blocks follows. Rows that registers cannot hold
+with those sums take two kernels: one goes over each row twice, the second time through the cache, and one sums columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
@@ -23,11 +26,19 @@ from pallas_kernels.rows import BLOCK, Cut, cut, kernel
 
 FORWARD, BACKWARD = 8192, 4096
 """Elements of a row that one warpgroup holds: 64 a thread of x, or 32 of each of x, dy and the gradients of weight and bias."""
-MOST_WARPGROUPS = 4
-"""Of a thread block: with more, a thread has too few registers for the backward pass."""
+ONE_PASS, WIDEST = 16384, 65536
+"""Elements of a row up to which the backward pass is one kernel (four warpgroups: with more, a thread has too few registers), and up
+to which a thread block holds a row."""
+LOAD_AHEAD = 2
+"""Warpgroups up to which a row is loaded while another is computed: with more, a thread lacks the registers."""
 BACKWARD_BLOCKS = 264
 """Thread blocks of the backward pass, two for each streaming multiprocessor of an H100: fewer hide less latency, more write more
 partial sums."""
+
+
+TWO_SWEEPS = 8192
+COLUMN_BLOCKS = 2112
+"""Thread blocks that sum columns, sixteen for each streaming multiprocessor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +69,8 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return f"adds arrays of one dtype, and these are {x.dtype} and {specs['residual'].dtype}"
     if width < 512:
         return f"gives a warpgroup to each row, and {width} elements are too few for one; XLA fuses norms of short rows"
-    if width > BACKWARD * MOST_WARPGROUPS:
-        return f"holds rows of up to {BACKWARD * MOST_WARPGROUPS} elements in registers, and these have {width}"
+    if width > WIDEST:
+        return f"holds rows of up to {WIDEST} elements in a thread block, and these have {width}"
     return None
 
 
@@ -97,11 +108,11 @@ def _fwd(static: Norm, x, residual, weight, bias):
             held.store(h_ref[0], values, row)
         mean: Any = jnp.float32(0)
         if static.centred:
-            mean = sums(0, held.widened(values))[0] / width
-        r = lax.rsqrt(sums(1, [(a - mean) * (a - mean) for a in held.widened(values)])[0] / width + static.eps)
+            mean = sums(0, held.widened(values)) / width
+        r = lax.rsqrt(sums(1, [(a - mean) * (a - mean) for a in held.widened(values)]) / width + static.eps)
         values = [(a - mean) * r for a in held.widened(values)]
         if weight_ref is not None:
-            values = [a * w for a, w in zip(values, _weight(static, held, weight_ref), strict=True)]
+            values = [a * w for a, w in zip(values, _weight(static, held, held.load(weight_ref)), strict=True)]
         if bias_ref is not None:
             values = [a + b.astype(jnp.float32) for a, b in zip(values, held.load(bias_ref), strict=True)]
         held.store(y_ref, values, row)
@@ -110,21 +121,26 @@ def _fwd(static: Norm, x, residual, weight, bias):
         def _() -> None:
             mean_ref[row], r_ref[row] = mean, r
 
-    y, mean, r, *summed = kernel(body, out, rows, held, 1)(*given)
+    y, mean, r, *summed = kernel(body, out, rows, held)(*given)
     h = summed[0] if summed else None
     return (y, h), (x if h is None else h, weight, bias, mean, r)
 
 
-def _weight(static: Norm, held: Cut, ref: Any) -> list[jax.Array]:
-    return [static.offset + w.astype(jnp.float32) for w in held.load(ref)]
+def _weight(static: Norm, held: Cut, pieces: list[jax.Array]) -> list[jax.Array]:
+    return [static.offset + w for w in held.widened(pieces)]
 
 
 def _bwd(static: Norm, residuals, cotangents):
-    h, weight, bias, mean, r = residuals
-    dy, dh = cotangents
+    one_pass = residuals[0].shape[1] <= ONE_PASS
+    dx, d_weight, d_bias = (_bwd_one_pass if one_pass else _bwd_two_kernels)(static, *residuals, *cotangents)
+    return dx, dx if static.residual else None, d_weight, d_bias
+
+
+def _bwd_one_pass(static: Norm, h, weight, bias, mean, r, dy, dh):
     rows, width = h.shape
     held = cut(width, (h.dtype, static.out_dtype), BACKWARD)
     blocks = min(rows, BACKWARD_BLOCKS)
+    ahead = held.warpgroups <= LOAD_AHEAD
     given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
     partial = jax.ShapeDtypeStruct((blocks, width), jnp.float32)
     out = [jax.ShapeDtypeStruct(h.shape, h.dtype), *[partial for a in (weight, bias) if a is not None]]
@@ -135,24 +151,25 @@ def _bwd(static: Norm, residuals, cotangents):
         h_ref, dy_ref, dh_ref, weight_ref = (None if a is None else next(queue) for a in (h, dy, dh, weight))
         mean_ref, r_ref, dx_ref, *partial_refs = queue
         block = lax.axis_index(BLOCK)
-        w = None if weight_ref is None else _weight(static, held, weight_ref)
+        w = None if weight_ref is None else held.load(weight_ref)
 
         def load(row: Any) -> Any:
             return [held.load(ref, row) for ref in (h_ref, dy_ref, dh_ref) if ref is not None], mean_ref[row], r_ref[row]
 
         def step(i: Any, carry: Any) -> Any:
-            (arrays, mean, r), d_weight, d_bias = carry
+            loaded, d_weight, d_bias = carry
             row = block + i * blocks
-            following = load(jnp.where(row + blocks < rows, row + blocks, row))
+            arrays, mean, r = loaded if ahead else load(row)
+            following = load(jnp.where(row + blocks < rows, row + blocks, row)) if ahead else ()
             h_row, g, *kept = [[a.astype(jnp.float32) for a in array] for array in arrays]
             n = [(a - mean) * r if static.centred else a * r for a in h_row]
             if weight is not None:
                 d_weight = [s + a * b for s, a, b in zip(d_weight, g, n, strict=True)]
             if bias is not None:
                 d_bias = [s + a for s, a in zip(d_bias, g, strict=True)]
-            gw = g if w is None else [a * b for a, b in zip(g, w, strict=True)]
+            gw = g if w is None else [a * b for a, b in zip(g, _weight(static, held, w), strict=True)]
             along = [a * b for a, b in zip(gw, n, strict=True)]
-            slope, shift = sums(i, along, gw) if static.centred else (*sums(i, along), 0.0)
+            slope, shift = (sums(2 * i, along), sums(2 * i + 1, gw)) if static.centred else (sums(i, along), 0.0)
             dx = [r * (a - shift / width - b * (slope / width)) for a, b in zip(gw, n, strict=True)]
             if kept:
                 dx = [a + b for a, b in zip(dx, kept[0], strict=True)]
@@ -161,14 +178,74 @@ def _bwd(static: Norm, residuals, cotangents):
 
         steps = (rows - block + blocks - 1) // blocks
         zeros = [held.zeros() if a is not None else [] for a in (weight, bias)]
-        _, *found = lax.fori_loop(0, steps, step, (load(block), *zeros))
+        _, *found = lax.fori_loop(0, steps, step, (load(block) if ahead else (), *zeros))
         for ref, pieces in zip(partial_refs, [p for p in found if p], strict=True):
             held.store(ref, pieces, block)
 
-    dx, *partials = kernel(body, out, blocks, held, 2)(*given)
+    dx, *partials = kernel(body, out, blocks, held)(*given)
+    return dx, *_summed(partials, weight, bias)
+
+
+def _summed(partials: list[jax.Array], weight: jax.Array | None, bias: jax.Array | None) -> Iterator[jax.Array | None]:
     queue = iter(partials)
-    d_weight, d_bias = (None if a is None else jnp.sum(next(queue), 0).astype(a.dtype) for a in (weight, bias))
-    return dx, dx if static.residual else None, d_weight, d_bias
+    return (None if a is None else jnp.sum(next(queue), 0).astype(a.dtype) for a in (weight, bias))
+
+
+def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
+    rows, width = h.shape
+    held = cut(width, (h.dtype, static.out_dtype), TWO_SWEEPS)
+    given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
+
+    def along_rows(*refs: Any) -> None:
+        *arrays, sums = refs
+        queue = iter(arrays)
+        h_ref, dy_ref, dh_ref, weight_ref = (None if a is None else next(queue) for a in (h, dy, dh, weight))
+        mean_ref, r_ref, dx_ref = queue
+        row = lax.axis_index(BLOCK)
+        mean, r = mean_ref[row], r_ref[row]
+
+        def load() -> Any:
+            gw = [a.astype(jnp.float32) for a in held.load(dy_ref, row)]
+            if weight_ref is not None:
+                gw = [a * b for a, b in zip(gw, _weight(static, held, held.load(weight_ref)), strict=True)]
+            return [((a.astype(jnp.float32) - mean) * r, b) for a, b in zip(held.load(h_ref, row), gw, strict=True)]
+
+        pairs = load()
+        along = [a * b for a, b in pairs]
+        slope, shift = sums(0, along), (sums(1, [b for _, b in pairs]) if static.centred else 0.0)
+        dx = [r * (b - shift / width - a * (slope / width)) for a, b in load()]
+        if dh_ref is not None:
+            dx = [a + b.astype(jnp.float32) for a, b in zip(dx, held.load(dh_ref, row), strict=True)]
+        held.store(dx_ref, dx, row)
+
+    (dx,) = kernel(along_rows, [jax.ShapeDtypeStruct(h.shape, h.dtype)], rows, held)(*given)
+    pieces = -(-width // held.piece)
+    parts = min(rows, COLUMN_BLOCKS // pieces)
+    one = dataclasses.replace(held, pieces=1, warpgroups=1)
+    sought = [a for a in (weight, bias) if a is not None]
+
+    def along_columns(h_ref: Any, dy_ref: Any, mean_ref: Any, r_ref: Any, *refs: Any) -> None:
+        *partial_refs, _ = refs
+        block = lax.axis_index(BLOCK)
+        part = block // pieces
+        place = pl.ds(jnp.minimum((block - part * pieces) * one.piece, width - one.piece), one.piece)
+
+        def step(i: Any, found: list[jax.Array]) -> list[jax.Array]:
+            row = part + i * parts
+            g = plgpu.load(dy_ref.at[row, place], layout=one.layout).astype(jnp.float32)
+            n = (plgpu.load(h_ref.at[row, place], layout=one.layout).astype(jnp.float32) - mean_ref[row]) * r_ref[row]
+            terms = [g * n] * (weight is not None) + [g] * (bias is not None)
+            return [s + a for s, a in zip(found, terms, strict=True)]
+
+        found = lax.fori_loop(0, (rows - part + parts - 1) // parts, step, one.zeros() * len(sought))
+        for ref, s in zip(partial_refs, found, strict=True):
+            ref[part, place] = s
+
+    if not sought:
+        return dx, None, None
+    partial = jax.ShapeDtypeStruct((parts, width), jnp.float32)
+    partials = kernel(along_columns, [partial] * len(sought), pieces * parts, one)(h, dy, mean, r)
+    return dx, *_summed(partials, weight, bias)
 
 
 _norm.defvjp(_fwd, _bwd)

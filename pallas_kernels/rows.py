@@ -52,13 +52,13 @@ class Cut:
         """Where each piece of this warpgroup starts, and how many of its first elements another piece owns."""
         found = []
         for j in range(self.pieces):
-            first: Any = (self._warpgroup() * self.pieces + j) * self.piece
+            first: Any = (self.warpgroup() * self.pieces + j) * self.piece
             last = self.width - self.piece
             start = min(first, last) if isinstance(first, int) else jnp.minimum(first, last)
             found.append((start, first - start))
         return found
 
-    def _warpgroup(self) -> Any:
+    def warpgroup(self) -> Any:
         return lax.axis_index(WARPGROUPS) if self.warpgroups > 1 else 0
 
     def load(self, ref: Any, *index: Any) -> list[jax.Array]:
@@ -88,7 +88,7 @@ class Cut:
 
     def once(self, write: Callable[[], None]) -> None:
         """Runs `write` in one warpgroup of the thread block."""
-        write() if self.warpgroups == 1 else pl.when(self._warpgroup() == 0)(write)
+        write() if self.warpgroups == 1 else pl.when(self.warpgroup() == 0)(write)
 
     def zeros(self) -> list[jax.Array]:
         zero = plgpu.layout_cast(jnp.zeros((self.piece,), jnp.float32), self.layout)
@@ -113,36 +113,37 @@ class Sums:
     """Sums over a row, which several warpgroups hold.
 
     Args:
-      scratch: `[2, n, warpgroups]` float32 in shared memory, and a barrier of `warpgroups` arrivals; None for one warpgroup.
+      scratch: `[2, warpgroups, piece]` float32 in shared memory, and a barrier of `warpgroups` arrivals; None for one warpgroup.
     """
 
     def __init__(self, held: Cut, scratch: Any = None, barrier: Any = None):
         self.held, self.scratch, self.barrier = held, scratch, barrier
 
-    def __call__(self, turn: Any, *terms: Sequence[jax.Array]) -> list[Any]:
-        """Sum over the row of each list of pieces.
+    def __call__(self, turn: Any, pieces: Sequence[jax.Array]) -> Any:
+        """The sum of all elements of a row.
+
+        Mosaic (jax 0.11) gives a reduction to a scalar the same scratch memory in every warpgroup. So warpgroups exchange vectors, and
+        all of them reduce the same one; the barrier keeps one call from the next.
 
         Args:
           turn: differs in parity from that of the call before: two calls share no shared memory, so that one barrier is enough.
         """
-        own = [jnp.sum(functools.reduce(jnp.add, self.held.owned(pieces))) for pieces in terms]
+        own = functools.reduce(jnp.add, self.held.owned(pieces))
         if self.held.warpgroups == 1:
-            return own
+            return jnp.sum(own)
         half = lax.rem(jnp.int32(turn), 2)
-        for i, value in enumerate(own):
-            self.scratch[half, i, self.held._warpgroup()] = value
+        self.scratch[half, self.held.warpgroup()] = own
         plgpu.barrier_arrive(self.barrier)
         plgpu.barrier_wait(self.barrier)
-        return [
-            functools.reduce(jnp.add, [self.scratch[half, i, w] for w in range(self.held.warpgroups)]) for i in range(len(own))
-        ]
+        all_of_them = [plgpu.load(self.scratch.at[half, w], layout=self.held.layout) for w in range(self.held.warpgroups)]
+        return jnp.sum(functools.reduce(jnp.add, all_of_them))
 
 
-def kernel(body: Callable[..., None], out: Sequence[Any], blocks: int, held: Cut, sums: int) -> Callable[..., Any]:
-    """`body(*inputs, *outputs, Sums)` on `blocks` thread blocks; it may ask for `sums` sums at once."""
+def kernel(body: Callable[..., None], out: Sequence[Any], blocks: int, held: Cut) -> Callable[..., Any]:
+    """`body(*inputs, *outputs, Sums)` on `blocks` thread blocks."""
     more: dict[str, Any] = {}
     if held.warpgroups > 1:
-        scratch = (plgpu.SMEM((2, sums, held.warpgroups), jnp.float32), plgpu.Barrier(num_arrivals=held.warpgroups))
+        scratch = (plgpu.SMEM((2, held.warpgroups, held.piece), jnp.float32), plgpu.Barrier(num_arrivals=held.warpgroups))
         more = {"scratch_types": scratch, "num_threads": held.warpgroups, "thread_name": WARPGROUPS}
     inner = len(more.get("scratch_types", ()))
 

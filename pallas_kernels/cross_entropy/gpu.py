@@ -131,7 +131,7 @@ def _statistics(logits: jax.Array, cap: float | None, with_mean: bool) -> Any:
             s = functools.reduce(jnp.add, [_but_first(held, z, n, 0) for z, (_, n) in zip(pieces, places, strict=True)], s)
             ref[row] = jnp.sum(s) / classes
 
-    found = kernel(body, [jax.ShapeDtypeStruct((rows,), jnp.float32)] * (2 + with_mean), rows, held, 1)(logits)
+    found = kernel(body, [jax.ShapeDtypeStruct((rows,), jnp.float32)] * (2 + with_mean), rows, held)(logits)
     return found if with_mean else (*found, None)
 
 

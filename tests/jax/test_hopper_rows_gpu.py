@@ -1,0 +1,111 @@
+"""The row kernels and cuDNN's attention on a Hopper GPU: against float64 at fixed and at random shapes; equal bits where promised."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import kpt
+from kpt.hardware import hardware_profile
+from kpt.kernels.spec import refusal
+from kpt.ops import Spec, op
+from kpt.ops.mask import Causal, Lengths, Mask, Window
+from tests.cases import CASES
+from tests.jax.certified import certify, specs_of
+
+pytestmark = pytest.mark.gpu
+KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "cross_entropy.pallas_gpu", "attention.cudnn", "attention.cudnn_wide")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_hopper():
+    gpu = jax.devices()[0]
+    if getattr(gpu, "compute_capability", None) != "9.0":
+        pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")
+
+
+def rows(dtype, n, width, *names):
+    return specs_of(dtype, x=(n, width), residual=(n, width), **{a: ((width,), "float32") for a in names})
+
+
+def attended(dtype="bfloat16", t=256, s=256, h=64, **more):
+    return specs_of(dtype, q=(2, t, 4, h), k=(2, s, 2, h), v=(2, s, 2, h), **more)
+
+
+FIXED = {
+    f"layer_norm {width} {dtype}": ("layer_norm.pallas_gpu", rows(dtype, 300, width, "weight", "bias"), {})
+    for width, dtype in ((4096, "bfloat16"), (8192, "float16"), (16384, "bfloat16"), (12345, "float32"), (65536, "bfloat16"))
+} | {
+    "rms_norm 2880": ("rms_norm.pallas_gpu", rows("bfloat16", 700, 2880, "weight"), {"weight_offset": 1.0}),
+    "rms_norm 40000": ("rms_norm.pallas_gpu", rows("float16", 50, 40000, "weight"), {}),
+    "cross_entropy 128256": ("cross_entropy.pallas_gpu", specs_of("bfloat16", logits=(64, 128256), labels=((64,), "int32")), {}),
+    "cross_entropy 50257": ("cross_entropy.pallas_gpu", specs_of("float32", logits=(64, 50257), labels=((64,), "int32")), {}),
+    "cudnn causal, cross": ("attention.cudnn", attended(t=128), {"mask": Mask((Causal(),))}),
+    "cudnn window": ("attention.cudnn", attended(t=300, s=300), {"mask": Mask((Causal(), Window(50, None)))}),
+    "cudnn lengths": ("attention.cudnn", attended(kv_lengths=((2,), "int32")), {"mask": Mask((Lengths(),), -1e9)}),
+    "cudnn 256": ("attention.cudnn_wide", attended("float16", h=256), {"mask": Mask((Causal(),))}),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_agrees_with_float64(case):
+    kernel, specs, params = FIXED[case]
+    certify(kpt.registry.get(kernel).op, specs, params, fn=kpt.registry.load(kernel))
+
+
+def _wider(rng: np.random.Generator, kernel: str):
+    """A random call, with rows long enough for a warpgroup and even lengths of sequences."""
+    case = CASES[kpt.registry.get(kernel).op](rng)
+    width, rest = int(rng.choice([512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 20000])), int(rng.integers(1, 600))
+    head = 8 * int(rng.integers(17, 33) if kernel == "attention.cudnn_wide" else rng.integers(1, 17))
+    specs = {}
+    for name, spec in case.specs.items():
+        shape = spec.shape
+        if name in ("x", "residual"):
+            shape = (rest, width)
+        elif name in ("weight", "bias") and len(shape) == 1:
+            shape = (width,)
+        elif name in ("logits", "labels"):
+            shape = (rest, width + 512)[: 2 if name == "logits" else 1]
+        elif name in ("q", "k", "v"):
+            shape = (shape[0], shape[1] + shape[1] % 2, shape[2], head)
+        specs[name] = Spec(shape, spec.dtype)
+    return specs, case.params
+
+
+def _draw(rng: np.random.Generator, kernel: str):
+    while True:
+        specs, params = _wider(rng, kernel)
+        spec = kpt.registry.get(kernel)
+        dtype = specs[op(spec.op).arrays[0]].dtype
+        if not refusal(spec, spec.op, hardware_profile("h100-sxm"), dtype, specs, params, "balanced", "jax"):
+            return specs, params
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("seed", range(20))
+def test_random_calls(kernel, seed):
+    """Ten a seed, 200 a kernel."""
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        specs, params = _draw(rng, kernel)
+        certify(kpt.registry.get(kernel).op, specs, params, fn=kpt.registry.load(kernel), seeds=(int(rng.integers(1 << 30)),))
+
+
+@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 65536 bfloat16", "cross_entropy 128256"])
+def test_equal_inputs_give_equal_bits(case):
+    kernel, specs, params = FIXED[case]
+    name = kpt.registry.get(kernel).op
+    arrays = op(name).sample(np.random.default_rng(0), specs, **params)
+    fixed = {n: a for n, a in arrays.items() if n == "labels"}
+
+    @jax.jit
+    def step(moving):
+        out, pull = jax.vjp(lambda d: kpt.registry.load(kernel)(**d, **fixed, **params), moving)
+        return out, pull(out)
+
+    moving = {n: a for n, a in arrays.items() if n not in fixed}
+    first = jax.device_get(step(moving))
+    for _ in range(5):
+        jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(step(moving)))
