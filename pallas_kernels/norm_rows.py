@@ -24,13 +24,11 @@ from jax import lax
 from kpt.ops.base import Specs
 from pallas_kernels.rows import BLOCK, Cut, cut, kernel
 
-FORWARD, BACKWARD = 8192, 4096
-"""Elements of a row that one warpgroup holds: 64 a thread of x, or 32 of each of x, dy and the gradients of weight and bias."""
-ONE_PASS, WIDEST = 16384, 65536
-"""Elements of a row up to which the backward pass is one kernel (four warpgroups: with more, a thread has too few registers), and up
-to which a thread block holds a row."""
-LOAD_AHEAD = 2
-"""Warpgroups up to which a row is loaded while another is computed: with more, a thread lacks the registers."""
+FORWARD, BACKWARD = 16384, 4096
+"""Elements of a row that one warpgroup holds: 128 a thread of x, or 32 of each of x, dy and the gradients of weight and bias."""
+ONE_PASS, WIDEST = 16384, 16384
+"""Elements of a row up to which the backward pass of an RMS norm is one kernel (with a mean and a bias, half as many): beyond, a thread
+has too few registers. And up to which the kernels beat XLA."""
 BACKWARD_BLOCKS = 264
 """Thread blocks of the backward pass, two for each streaming multiprocessor of an H100: fewer hide less latency, more write more
 partial sums."""
@@ -70,7 +68,7 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     if width < 512:
         return f"gives a warpgroup to each row, and {width} elements are too few for one; XLA fuses norms of short rows"
     if width > WIDEST:
-        return f"holds rows of up to {WIDEST} elements in a thread block, and these have {width}"
+        return f"is slower than XLA on rows wider than {WIDEST} elements, and these have {width}"
     return None
 
 
@@ -131,7 +129,7 @@ def _weight(static: Norm, held: Cut, pieces: list[jax.Array]) -> list[jax.Array]
 
 
 def _bwd(static: Norm, residuals, cotangents):
-    one_pass = residuals[0].shape[1] <= ONE_PASS
+    one_pass = residuals[0].shape[1] <= (ONE_PASS // 2 if static.centred else ONE_PASS)
     dx, d_weight, d_bias = (_bwd_one_pass if one_pass else _bwd_two_kernels)(static, *residuals, *cotangents)
     return dx, dx if static.residual else None, d_weight, d_bias
 
@@ -140,7 +138,6 @@ def _bwd_one_pass(static: Norm, h, weight, bias, mean, r, dy, dh):
     rows, width = h.shape
     held = cut(width, (h.dtype, static.out_dtype), BACKWARD)
     blocks = min(rows, BACKWARD_BLOCKS)
-    ahead = held.warpgroups <= LOAD_AHEAD
     given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
     partial = jax.ShapeDtypeStruct((blocks, width), jnp.float32)
     out = [jax.ShapeDtypeStruct(h.shape, h.dtype), *[partial for a in (weight, bias) if a is not None]]
@@ -157,10 +154,9 @@ def _bwd_one_pass(static: Norm, h, weight, bias, mean, r, dy, dh):
             return [held.load(ref, row) for ref in (h_ref, dy_ref, dh_ref) if ref is not None], mean_ref[row], r_ref[row]
 
         def step(i: Any, carry: Any) -> Any:
-            loaded, d_weight, d_bias = carry
+            (arrays, mean, r), d_weight, d_bias = carry
             row = block + i * blocks
-            arrays, mean, r = loaded if ahead else load(row)
-            following = load(jnp.where(row + blocks < rows, row + blocks, row)) if ahead else ()
+            following = load(jnp.where(row + blocks < rows, row + blocks, row))
             h_row, g, *kept = [[a.astype(jnp.float32) for a in array] for array in arrays]
             n = [(a - mean) * r if static.centred else a * r for a in h_row]
             if weight is not None:
@@ -177,8 +173,8 @@ def _bwd_one_pass(static: Norm, h, weight, bias, mean, r, dy, dh):
             return following, d_weight, d_bias
 
         steps = (rows - block + blocks - 1) // blocks
-        zeros = [held.zeros() if a is not None else [] for a in (weight, bias)]
-        _, *found = lax.fori_loop(0, steps, step, (load(block) if ahead else (), *zeros))
+        zeros = [[held.zero()] * held.pieces if a is not None else [] for a in (weight, bias)]
+        _, *found = lax.fori_loop(0, steps, step, (load(block), *zeros))
         for ref, pieces in zip(partial_refs, [p for p in found if p], strict=True):
             held.store(ref, pieces, block)
 
@@ -204,19 +200,29 @@ def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
         row = lax.axis_index(BLOCK)
         mean, r = mean_ref[row], r_ref[row]
 
-        def load() -> Any:
-            gw = [a.astype(jnp.float32) for a in held.load(dy_ref, row)]
-            if weight_ref is not None:
-                gw = [a * b for a, b in zip(gw, _weight(static, held, held.load(weight_ref)), strict=True)]
-            return [((a.astype(jnp.float32) - mean) * r, b) for a, b in zip(held.load(h_ref, row), gw, strict=True)]
+        def load(ref: Any, *index: Any) -> jax.Array:
+            return plgpu.load(ref.at[index], layout=held.layout).astype(jnp.float32)
 
-        pairs = load()
-        along = [a * b for a, b in pairs]
-        slope, shift = sums(0, along), (sums(1, [b for _, b in pairs]) if static.centred else 0.0)
-        dx = [r * (b - shift / width - a * (slope / width)) for a, b in load()]
-        if dh_ref is not None:
-            dx = [a + b.astype(jnp.float32) for a, b in zip(dx, held.load(dh_ref, row), strict=True)]
-        held.store(dx_ref, dx, row)
+        def pair(place: Any) -> tuple[jax.Array, jax.Array]:
+            gw = load(dy_ref, row, place)
+            if weight_ref is not None:
+                gw = gw * (static.offset + load(weight_ref, place))
+            return (load(h_ref, row, place) - mean) * r, gw
+
+        def add(j: Any, found: list[jax.Array]) -> list[jax.Array]:
+            start, foreign = held.place(j)
+            n, gw = pair(pl.ds(start, held.piece))
+            return [s + held.owned(a, foreign) for s, a in zip(found, (n * gw, gw), strict=False)]
+
+        def write(j: Any, _: None) -> None:
+            place = pl.ds(held.place(j)[0], held.piece)
+            n, gw = pair(place)
+            dx = r * (gw - shift / width - n * (slope / width))
+            dx_ref[row, place] = (dx if dh_ref is None else dx + load(dh_ref, row, place)).astype(dx_ref.dtype)
+
+        found = lax.fori_loop(0, held.pieces, add, [held.zero()] * (1 + static.centred))
+        slope, shift = sums.of(0, found[0]), (sums.of(1, found[1]) if static.centred else 0.0)
+        lax.fori_loop(0, held.pieces, write, None)
 
     (dx,) = kernel(along_rows, [jax.ShapeDtypeStruct(h.shape, h.dtype)], rows, held)(*given)
     pieces = -(-width // held.piece)
@@ -237,7 +243,7 @@ def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
             terms = [g * n] * (weight is not None) + [g] * (bias is not None)
             return [s + a for s, a in zip(found, terms, strict=True)]
 
-        found = lax.fori_loop(0, (rows - part + parts - 1) // parts, step, one.zeros() * len(sought))
+        found = lax.fori_loop(0, (rows - part + parts - 1) // parts, step, [one.zero()] * len(sought))
         for ref, s in zip(partial_refs, found, strict=True):
             ref[part, place] = s
 

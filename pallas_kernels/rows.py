@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,15 +48,15 @@ class Cut:
     def layout(self) -> Any:
         return plgpu.Layout.WG_STRIDED((self.piece,), vec_size=self.vector)
 
+    def place(self, j: Any) -> tuple[Any, Any]:
+        """Where piece `j` of this warpgroup starts, and how many of its first elements another piece owns."""
+        first = (self.warpgroup() * self.pieces + j) * self.piece
+        last = self.width - self.piece
+        start = min(first, last) if isinstance(first, int) else jnp.minimum(first, last)
+        return start, first - start
+
     def places(self) -> list[tuple[Any, Any]]:
-        """Where each piece of this warpgroup starts, and how many of its first elements another piece owns."""
-        found = []
-        for j in range(self.pieces):
-            first: Any = (self.warpgroup() * self.pieces + j) * self.piece
-            last = self.width - self.piece
-            start = min(first, last) if isinstance(first, int) else jnp.minimum(first, last)
-            found.append((start, first - start))
-        return found
+        return [self.place(j) for j in range(self.pieces)]
 
     def warpgroup(self) -> Any:
         return lax.axis_index(WARPGROUPS) if self.warpgroups > 1 else 0
@@ -70,15 +70,12 @@ class Cut:
         for (start, _), piece in zip(self.places(), pieces, strict=True):
             ref[(*index, pl.ds(start, self.piece))] = piece.astype(ref.dtype)
 
-    def owned(self, pieces: Sequence[jax.Array]) -> Iterator[jax.Array]:
-        """The pieces, 0 where another piece owns the element."""
-        overlaps = self.width % self.piece or self.width != self.warpgroups * self.pieces * self.piece
-        for (_, foreign), piece in zip(self.places(), pieces, strict=True):
-            if not overlaps or (isinstance(foreign, int) and foreign == 0):
-                yield piece
-                continue
-            place = plgpu.broadcasted_iota(jnp.int32, (self.piece,), 0, layout=self.layout)
-            yield jnp.where(place >= foreign, piece, jnp.zeros_like(piece))
+    def owned(self, piece: jax.Array, foreign: Any) -> jax.Array:
+        """The piece, 0 in its first `foreign` elements."""
+        if self.width == self.warpgroups * self.pieces * self.piece or (isinstance(foreign, int) and foreign == 0):
+            return piece
+        place = plgpu.broadcasted_iota(jnp.int32, (self.piece,), 0, layout=self.layout)
+        return jnp.where(place >= foreign, piece, jnp.zeros_like(piece))
 
     def widened(self, pieces: Sequence[jax.Array]) -> list[jax.Array]:
         """The pieces in float32, to be used once: what stays in registers until the next use is the narrow array."""
@@ -90,9 +87,8 @@ class Cut:
         """Runs `write` in one warpgroup of the thread block."""
         write() if self.warpgroups == 1 else pl.when(self.warpgroup() == 0)(write)
 
-    def zeros(self) -> list[jax.Array]:
-        zero = plgpu.layout_cast(jnp.zeros((self.piece,), jnp.float32), self.layout)
-        return [zero] * self.pieces
+    def zero(self) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros((self.piece,), jnp.float32), self.layout)
 
 
 def cut(width: int, dtypes: Sequence[Any], resident: int) -> Cut:
@@ -120,15 +116,20 @@ class Sums:
         self.held, self.scratch, self.barrier = held, scratch, barrier
 
     def __call__(self, turn: Any, pieces: Sequence[jax.Array]) -> Any:
-        """The sum of all elements of a row.
-
-        Mosaic (jax 0.11) gives a reduction to a scalar the same scratch memory in every warpgroup. So warpgroups exchange vectors, and
-        all of them reduce the same one; the barrier keeps one call from the next.
+        """The sum of all elements of a row, from all of its pieces.
 
         Args:
           turn: differs in parity from that of the call before: two calls share no shared memory, so that one barrier is enough.
         """
-        own = functools.reduce(jnp.add, self.held.owned(pieces))
+        places = self.held.places()
+        return self.of(turn, functools.reduce(jnp.add, [self.held.owned(a, n) for a, (_, n) in zip(pieces, places, strict=True)]))
+
+    def of(self, turn: Any, own: jax.Array) -> Any:
+        """The same from one piece for each warpgroup, in which it has added up the elements that it owns.
+
+        Mosaic (jax 0.11) gives a reduction to a scalar the same scratch memory in every warpgroup. So warpgroups exchange vectors, and
+        all of them reduce the same one; the barrier keeps one call from the next.
+        """
         if self.held.warpgroups == 1:
             return jnp.sum(own)
         half = lax.rem(jnp.int32(turn), 2)

@@ -39,6 +39,10 @@ _INTERMEDIATE: Mapping[str, Callable[[Specs], float]] = {
     "linear_cross_entropy": lambda s: 3 * _hidden(s, "w"),  # logits written, read for the maximum and for the sum
 }
 
+# Ops that XLA compiles into one kernel as people write them, at 92% to 101% of the speed of a copy on an H100
+# (docs/benchmarks/hopper-notes-mem.md): what has no intermediates cannot be beaten by leaving them out.
+_ONE_KERNEL: Mapping[str, frozenset[str]] = {"cuda": frozenset({"rms_norm", "layer_norm", "rope"})}
+
 
 def estimate(
     kernel: KernelSpec,
@@ -52,8 +56,9 @@ def estimate(
 
         (max(flops / peak_flops[dtype], bytes / memory_bandwidth) + intermediates / memory_bandwidth) / efficiency
 
-    Intermediates are those of the user's own code: passes of their own, that no product runs beside. An estimate ranks
-    candidates; it is no measurement.
+    Intermediates are those of the user's own code: passes of their own, that no product runs beside; infinite time where
+    half of them, an array that is written and read again, exceeds the device's memory. An estimate ranks candidates; it
+    is no measurement.
 
     Args:
       cost: `Op.cost` of the kernel's op.
@@ -66,12 +71,20 @@ def estimate(
     if not peak or not bandwidth or not (kernel.cost or cost):
         return None
     work = kernel.cost(specs, params) if kernel.cost else cost(specs, **params)  # type: ignore[misc]
-    extra = _INTERMEDIATE[kernel.op](specs) if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE else 0.0
-    return (max(work.flops / peak, work.bytes / bandwidth) + extra / bandwidth) / kernel.efficiency
+    platform = getattr(hardware, "platform", "")
+    extra = 0.0
+    if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE and kernel.op not in _ONE_KERNEL.get(platform, ()):
+        extra = _INTERMEDIATE[kernel.op](specs)
+        if extra / 2 > (getattr(hardware, "memory_bytes", None) or math.inf):
+            return math.inf
+    efficiency = kernel.efficiency_on.get(platform, kernel.efficiency)
+    return (max(work.flops / peak, work.bytes / bandwidth) + extra / bandwidth) / efficiency
 
 
 def seconds(t: float) -> str:
     """A time for people, with the unit that fits it."""
+    if t == math.inf:
+        return "more memory than there is"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if t >= scale:
             return f"{t / scale:.3g} {unit}"

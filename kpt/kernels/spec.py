@@ -54,6 +54,7 @@ class KernelSpec:
       loader: "module:function"; the function takes the op's arrays and parameters by keyword.
       cost: `cost(specs, params) -> Cost`, the work it really does; None where that is the op's own cost.
       efficiency: fraction of the roofline it is expected to reach, in (0, 1], for estimates where nothing was measured.
+      efficiency_on: the same by platform, where it is another.
       deterministic: whether equal inputs give equal bits.
     """
 
@@ -76,6 +77,7 @@ class KernelSpec:
     requires: tuple[str, ...] = ()
     cost: CostModel | None = None
     efficiency: float = 0.5
+    efficiency_on: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
     deterministic: bool = True
 
     def __post_init__(self) -> None:

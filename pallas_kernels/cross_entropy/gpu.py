@@ -119,7 +119,7 @@ def _statistics(logits: jax.Array, cap: float | None, with_mean: bool) -> Any:
             carry, sums = carry
             return seen(carry, pieces), [functools.reduce(jnp.add, pieces, s) for s in sums]
 
-        zero = held.zeros()[0]
+        zero = held.zero()
         carry, sums = lax.fori_loop(0, loops, step, ((zero - _MOST, zero), [zero] * with_mean))
         places = held.places()[-rest:]
         pieces = [load(start) for start, _ in places]

@@ -34,13 +34,14 @@ def attended(dtype="bfloat16", t=256, s=256, h=64, **more):
 
 
 FIXED = {
-    f"layer_norm {width} {dtype}": ("layer_norm.pallas_gpu", rows(dtype, 300, width, "weight", "bias"), {})
-    for width, dtype in ((4096, "bfloat16"), (8192, "float16"), (16384, "bfloat16"), (12345, "float32"), (65536, "bfloat16"))
+    f"layer_norm {width} {dtype}": ("layer_norm.pallas_gpu", rows(dtype, n, width, "weight", "bias"), {})
+    for n, width, dtype in (
+        (300, 4096, "bfloat16"), (300, 8192, "float16"), (30, 16384, "bfloat16"), (30, 12345, "float32"))
 } | {
-    "rms_norm 2880": ("rms_norm.pallas_gpu", rows("bfloat16", 700, 2880, "weight"), {"weight_offset": 1.0}),
-    "rms_norm 40000": ("rms_norm.pallas_gpu", rows("float16", 50, 40000, "weight"), {}),
-    "cross_entropy 128256": ("cross_entropy.pallas_gpu", specs_of("bfloat16", logits=(64, 128256), labels=((64,), "int32")), {}),
-    "cross_entropy 50257": ("cross_entropy.pallas_gpu", specs_of("float32", logits=(64, 50257), labels=((64,), "int32")), {}),
+    "rms_norm 2880": ("rms_norm.pallas_gpu", rows("bfloat16", 300, 2880, "weight"), {"weight_offset": 1.0}),
+    "rms_norm 16384": ("rms_norm.pallas_gpu", rows("float16", 30, 16384, "weight"), {}),
+    "cross_entropy 128256": ("cross_entropy.pallas_gpu", specs_of("bfloat16", logits=(8, 128256), labels=((8,), "int32")), {}),
+    "cross_entropy 50257": ("cross_entropy.pallas_gpu", specs_of("float32", logits=(8, 50257), labels=((8,), "int32")), {}),
     "cudnn causal, cross": ("attention.cudnn", attended(t=128), {"mask": Mask((Causal(),))}),
     "cudnn window": ("attention.cudnn", attended(t=300, s=300), {"mask": Mask((Causal(), Window(50, None)))}),
     "cudnn lengths": ("attention.cudnn", attended(kv_lengths=((2,), "int32")), {"mask": Mask((Lengths(),), -1e9)}),
@@ -57,7 +58,7 @@ def test_agrees_with_float64(case):
 def _wider(rng: np.random.Generator, kernel: str):
     """A random call, with rows long enough for a warpgroup and even lengths of sequences."""
     case = CASES[kpt.registry.get(kernel).op](rng)
-    width, rest = int(rng.choice([512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 20000])), int(rng.integers(1, 600))
+    width, rest = int(rng.choice([512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000])), int(rng.integers(1, 30))
     head = 8 * int(rng.integers(17, 33) if kernel == "attention.cudnn_wide" else rng.integers(1, 17))
     specs = {}
     for name, spec in case.specs.items():
@@ -93,7 +94,7 @@ def test_random_calls(kernel, seed):
         certify(kpt.registry.get(kernel).op, specs, params, fn=kpt.registry.load(kernel), seeds=(int(rng.integers(1 << 30)),))
 
 
-@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 65536 bfloat16", "cross_entropy 128256"])
+@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 8192 float16", "layer_norm 16384 bfloat16", "cross_entropy 128256"])
 def test_equal_inputs_give_equal_bits(case):
     kernel, specs, params = FIXED[case]
     name = kpt.registry.get(kernel).op
