@@ -34,6 +34,8 @@ PLAIN = "plain"
 CACHE = 256 * 2**20
 """Bytes of inputs to rotate through: beyond the last-level cache of today's chips."""
 SETS = 8
+DOCUMENTS = 8
+"""Packed into a sequence, where there are segment ids."""
 FORWARD, BOTH = "forward", "forward+backward"
 UNMEASURED = float("nan")
 
@@ -141,6 +143,10 @@ def inputs(bench: Bench, specs: Specs) -> list[tuple[dict[str, Any], list[Any]]]
             if name == "labels":
                 classes = specs["logits"].shape[-1] if "logits" in specs else specs["w"].shape[-1]
                 arrays[name] = jax.random.randint(next(keys), spec.shape, 0, classes, spec.dtype)
+            elif name == "group_sizes":
+                arrays[name] = jnp.full(spec.shape, specs["x"].shape[0] // spec.shape[0], spec.dtype)
+            elif name.endswith("segment_ids"):
+                arrays[name] = jnp.broadcast_to(jnp.arange(spec.shape[1]) * DOCUMENTS // spec.shape[1], spec.shape).astype(spec.dtype)
             else:
                 scale = spec.shape[0] ** -0.5 if name.startswith("w") and len(spec.shape) == 2 else 1.0
                 arrays[name] = normal(next(keys), spec, scale)

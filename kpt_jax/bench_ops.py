@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from kpt import ops
 from kpt.ops.base import Spec, Specs
-from kpt.ops.mask import Causal, Mask
+from kpt.ops.mask import Causal, Mask, Segments, Window
 
 Call = Callable[..., Any]
-CAUSAL = Mask((Causal(),))
+NO_MASK, CAUSAL = Mask(), Mask((Causal(),))
+WINDOW = Mask((Causal(), Window(1023, None)))
+DOCUMENTS = Mask((Causal(), Segments()), fill=-1e30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +73,19 @@ def nbytes(specs: Specs) -> int:
     return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in specs.values())
 
 
-def plain_attention(q: Any, k: Any, v: Any, *, causal: bool) -> Any:
+def plain_attention(q: Any, k: Any, v: Any, q_segment_ids: Any = None, kv_segment_ids: Any = None, *, mask: Mask = NO_MASK) -> Any:
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], 2) for a in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    if causal:
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    behind = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
+    seen = jnp.ones((1, 1, 1, 1), bool)
+    for term in mask.terms:
+        if isinstance(term, Causal):
+            seen &= behind >= 0
+        elif isinstance(term, Window) and term.left is not None:
+            seen &= behind <= term.left
+        else:
+            seen &= (q_segment_ids[:, :, None] == kv_segment_ids[:, None])[:, None]
+    scores = jnp.where(seen, scores, mask.fill)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, -1).astype(v.dtype), v)
 
 
@@ -121,10 +131,6 @@ def _specs(dtype: str, **shapes: tuple[int, ...]) -> dict[str, Spec]:
     return {n: Spec(s, "int32" if n == "labels" else dtype) for n, s in shapes.items()}
 
 
-def _attention_specs(dtype: str, b: int, s: int, n: int, k: int, h: int) -> dict[str, Spec]:
-    return _specs(dtype, q=(b, s, n, h), k=(b, s, k, h), v=(b, s, k, h))
-
-
 def _norm_specs(*names: str, residual: bool = False) -> Callable[..., dict[str, Spec]]:
     def specs(dtype: str, rows: int, width: int) -> dict[str, Spec]:
         more = {"residual": (rows, width)} if residual else {}
@@ -138,22 +144,35 @@ def _rope_specs(dtype: str, b: int, t: int, n: int, h: int) -> dict[str, Spec]:
     return {"x": Spec((b, t, n, h), dtype), "cos": table, "sin": table}
 
 
-def _tokamax_attention(implementation: str, causal: bool) -> Callable[[Any], Call]:
-    return lambda m: lambda q, k, v: m.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+def _tokamax_attention(implementation: str, mask: Mask) -> Callable[[Any], Call]:
+    def make(m: Any) -> Call:
+        def attention(q: Any, k: Any, v: Any, q_segment_ids: Any = None, kv_segment_ids: Any = None) -> Any:
+            same = None if q_segment_ids is None else (q_segment_ids[:, :, None] == kv_segment_ids[:, None])[:, None]
+            window = next(((term.left, 0) for term in mask.terms if isinstance(term, Window)), None)
+            return m.dot_product_attention(
+                q, k, v, mask=same, is_causal=Causal() in mask.terms, local_window_size=window, implementation=implementation
+            )
+
+        return attention
+
+    return make
 
 
-def _attention(causal: bool) -> Bench:
-    heads = ((4, 4096, 16, 16, 128), (1, 16384, 16, 16, 128), (4, 4096, 32, 8, 128), (4, 4096, 32, 32, 64))
+def _attention(mask: Mask, shapes: tuple[tuple[int, ...], ...]) -> Bench:
+    def specs(dtype: str, b: int, s: int, n: int, k: int, h: int) -> dict[str, Spec]:
+        ids = {f"{side}_segment_ids": Spec((b, s), "int32") for side in ("q", "kv")} if Segments() in mask.terms else {}
+        return _specs(dtype, q=(b, s, n, h), k=(b, s, k, h), v=(b, s, k, h)) | ids
+
     return Bench(
         op="attention",
         dims="B S N K H",
-        specs=_attention_specs,
-        params={"mask": CAUSAL} if causal else {},
-        shapes=heads,
+        specs=specs,
+        params={"mask": mask},
+        shapes=shapes,
         cpu_shapes=((1, 2048, 8, 8, 64),),
         small=lambda b, s, n, k, h: (1, min(s, 384), 2 * n // k, 2, h),
-        plain=functools.partial(plain_attention, causal=causal),
-        peers={f"tokamax {i}": ("tokamax", _tokamax_attention(i, causal)) for i in ("mosaic", "triton")},
+        plain=functools.partial(plain_attention, mask=mask),
+        peers={f"tokamax {i}": ("tokamax", _tokamax_attention(i, mask)) for i in ("mosaic", "triton")},
         backward=lambda given, made: (2.5, 2 * nbytes(given) + 2 * nbytes(made)),
     )
 
@@ -184,9 +203,13 @@ def _product(op: str, plain: Call, shape: tuple[int, int, int], specs: Callable[
                  small=lambda m, k, n: (min(m, 128), min(k, 256), min(n, 256)), plain=plain, **more)  # fmt: skip
 
 
+HEADS = ((4, 4096, 16, 16, 128), (1, 16384, 16, 16, 128), (4, 4096, 32, 8, 128), (4, 4096, 32, 32, 64))
+
 BENCHES: dict[str, Bench] = {
-    "attention": _attention(causal=False),
-    "attention_causal": _attention(causal=True),
+    "attention": _attention(NO_MASK, HEADS),
+    "attention_causal": _attention(CAUSAL, HEADS),
+    "attention_window": _attention(WINDOW, ((1, 16384, 16, 16, 128),)),
+    "attention_documents": _attention(DOCUMENTS, ((1, 8192, 16, 16, 128),)),
     "layer_norm": _norm("layer_norm", plain_layer_norm, ("weight", "bias")),
     "layer_norm_residual": _norm("layer_norm", plain_layer_norm, ("weight", "bias"), residual=True),
     "rms_norm": _norm("rms_norm", plain_rms_norm, ("weight",)),
@@ -244,5 +267,14 @@ BENCHES: dict[str, Bench] = {
         },
     ),
     "matmul": _product("matmul", lambda a, b: a @ b, (8192, 8192, 8192), lambda dtype, m, k, n: _specs(dtype, a=(m, k), b=(k, n))),
+    "ragged_matmul": Bench(
+        op="ragged_matmul",
+        dims="M K N GROUPS",
+        specs=lambda dtype, m, k, n, g: _specs(dtype, x=(m, k), w=(g, k, n)) | {"group_sizes": Spec((g,), "int32")},
+        shapes=((16384, 2048, 8192, 8),),
+        cpu_shapes=((512, 256, 512, 4),),
+        small=lambda m, k, n, g: (min(m, 128), min(k, 256), min(n, 256), min(g, 4)),
+        plain=lambda x, w, group_sizes: jax.lax.ragged_dot(x, w, group_sizes),
+    ),
 }
-"""By the name that `kpt bench` takes."""
+"""By the name that `kpt bench` takes. Documents are eight of one length, packed; a window holds 1024 keys."""

@@ -19,6 +19,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.manual_axes import vary_alike
+
 WARPGROUP = 128
 BLOCK, WARPGROUPS = "block", "warpgroup"
 """Names of the grid axis and of the axis of warpgroups in a thread block."""
@@ -152,7 +154,7 @@ def kernel(body: Callable[..., None], out: Sequence[Any], blocks: int, held: Cut
         arrays, scratch = refs[: len(refs) - inner], refs[len(refs) - inner :]
         body(*arrays, Sums(held, *scratch))
 
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         whole,
         out_type=tuple(out),
         grid=(blocks,),
@@ -160,3 +162,5 @@ def kernel(body: Callable[..., None], out: Sequence[Any], blocks: int, held: Cut
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **more,
     )
+    # Inside `shard_map` a kernel's results are typed as if all devices held the same.
+    return lambda *inputs: vary_alike(*launch(*inputs), *inputs)[: len(out)]
