@@ -4,8 +4,8 @@ Forward: `(x + residual - mean) r weight + bias` with `r = rsqrt(var + eps)`; an
 backward pass: the sum that was normalised, and `mean` and `r` of each row.
 
 Backward: a thread block walks over rows, each loaded while the one before it is computed. Gradients of weight and bias are summed in
-registers on the way and written once a thread block; a small sum over the thread blocks follows. Rows that registers cannot hold
-with those sums take two kernels: one goes over each row twice, the second time through the cache, and one sums columns.
+registers on the way and written once a thread block; a small sum over the thread blocks follows. Rows of a layer norm that registers
+cannot hold with those sums take two kernels: one goes over each row twice, the second time through the cache, one sums columns.
 """
 
 from __future__ import annotations
@@ -26,17 +26,14 @@ from pallas_kernels.rows import BLOCK, Cut, cut, kernel
 
 FORWARD, BACKWARD = 16384, 4096
 """Elements of a row that one warpgroup holds: 128 a thread of x, or 32 of each of x, dy and the gradients of weight and bias."""
-ONE_PASS, WIDEST = 16384, 16384
-"""Elements of a row up to which the backward pass of an RMS norm is one kernel (with a mean and a bias, half as many): beyond, a thread
-has too few registers. And up to which the kernels beat XLA."""
 BACKWARD_BLOCKS = 264
-"""Thread blocks of the backward pass, two for each streaming multiprocessor of an H100: fewer hide less latency, more write more
-partial sums."""
-
-
-TWO_SWEEPS = 8192
-COLUMN_BLOCKS = 2112
-"""Thread blocks that sum columns, sixteen for each streaming multiprocessor."""
+"""Thread blocks of the backward pass, two for each streaming multiprocessor of an H100, and more where rows are shorter than what a
+warpgroup holds: fewer hide less latency, more write more partial sums."""
+ONE_PASS, WIDEST = 8192, 16384
+"""Elements of a row up to which the backward pass of a layer norm is one kernel: beyond, a thread has too few registers. And up to which
+all of this beats XLA."""
+TWO_SWEEPS, COLUMN_BLOCKS = 8192, 2112
+"""Of the two kernels for longer rows: elements of a row to a warpgroup, and thread blocks that sum columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ def _weight(static: Norm, held: Cut, pieces: list[jax.Array]) -> list[jax.Array]
 
 
 def _bwd(static: Norm, residuals, cotangents):
-    one_pass = residuals[0].shape[1] <= (ONE_PASS // 2 if static.centred else ONE_PASS)
+    one_pass = not static.centred or residuals[0].shape[1] <= ONE_PASS
     dx, d_weight, d_bias = (_bwd_one_pass if one_pass else _bwd_two_kernels)(static, *residuals, *cotangents)
     return dx, dx if static.residual else None, d_weight, d_bias
 
@@ -137,7 +134,7 @@ def _bwd(static: Norm, residuals, cotangents):
 def _bwd_one_pass(static: Norm, h, weight, bias, mean, r, dy, dh):
     rows, width = h.shape
     held = cut(width, (h.dtype, static.out_dtype), BACKWARD)
-    blocks = min(rows, BACKWARD_BLOCKS)
+    blocks = min(rows, BACKWARD_BLOCKS * max(1, BACKWARD // width))
     given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
     partial = jax.ShapeDtypeStruct((blocks, width), jnp.float32)
     out = [jax.ShapeDtypeStruct(h.shape, h.dtype), *[partial for a in (weight, bias) if a is not None]]
@@ -188,6 +185,7 @@ def _summed(partials: list[jax.Array], weight: jax.Array | None, bias: jax.Array
 
 
 def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
+    """Of a layer norm."""
     rows, width = h.shape
     held = cut(width, (h.dtype, static.out_dtype), TWO_SWEEPS)
     given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
@@ -212,7 +210,7 @@ def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
         def add(j: Any, found: list[jax.Array]) -> list[jax.Array]:
             start, foreign = held.place(j)
             n, gw = pair(pl.ds(start, held.piece))
-            return [s + held.owned(a, foreign) for s, a in zip(found, (n * gw, gw), strict=False)]
+            return [s + held.owned(a, foreign) for s, a in zip(found, (n * gw, gw), strict=True)]
 
         def write(j: Any, _: None) -> None:
             place = pl.ds(held.place(j)[0], held.piece)
@@ -220,8 +218,8 @@ def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
             dx = r * (gw - shift / width - n * (slope / width))
             dx_ref[row, place] = (dx if dh_ref is None else dx + load(dh_ref, row, place)).astype(dx_ref.dtype)
 
-        found = lax.fori_loop(0, held.pieces, add, [held.zero()] * (1 + static.centred))
-        slope, shift = sums.of(0, found[0]), (sums.of(1, found[1]) if static.centred else 0.0)
+        found = lax.fori_loop(0, held.pieces, add, [held.zero()] * 2)
+        slope, shift = sums.of(0, found[0]), sums.of(1, found[1])
         lax.fori_loop(0, held.pieces, write, None)
 
     (dx,) = kernel(along_rows, [jax.ShapeDtypeStruct(h.shape, h.dtype)], rows, held)(*given)

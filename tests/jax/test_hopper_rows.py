@@ -34,7 +34,7 @@ CASES = {
     "layer_norm, two kernels": ("layer_norm", rows("bfloat16", 5, 1800, ("weight", "bias"), residual=(5, 1800)), {}),
     "layer_norm, two warpgroups": ("layer_norm", rows("bfloat16", 5, 2048, ("weight", "bias")), {}),
     "rms_norm": ("rms_norm", rows(), {"weight_offset": 1.0}),
-    "rms_norm, two kernels": ("rms_norm", rows("float16", 5, 1800), {}),
+    "rms_norm, several rows to a block": ("rms_norm", rows("float16", 5, 1800), {}),
     "rms_norm, residual, three axes": ("rms_norm", specs_of("bfloat16", x=(2, 2, 640), residual=(2, 2, 640)), {"out_dtype": "float32"}),
     "cross_entropy": ("cross_entropy", losses(), {}),
     "cross_entropy, all parameters": (
