@@ -105,6 +105,7 @@ class Optimized:
         self._level = level_named(level).name
         self._hardware = hardware
         self._given = plan
+        self._part = "call"  # as part of a larger program: an optimized function called there, or what is differentiated
         self._traces: dict[Any, Traced] = {}
         self._calls: dict[Any, Callable[..., Any]] = {}  # where some arguments are static
         self._jitted: Callable[..., Any] | None = None  # where none are: jax.jit's own dispatch
@@ -304,7 +305,7 @@ class Optimized:
         planner = outer or self._planner()
         path = ""
         if outer is not None:
-            path = f"grad{outer.nested}"
+            path = f"{outer.within}{self._part}{outer.nested}"
             outer.nested += 1
         results: list[Any] = []
 
@@ -314,12 +315,16 @@ class Optimized:
             results[:] = [tree, statics]
             return [x for x, (kind, _) in zip(leaves, statics, strict=True) if kind is None]
 
-        token = active.set(planner)
+        if hasattr(self._fn, "__code__"):
+            flat.__wrapped__ = self._fn  # type: ignore[attr-defined]  # jax's errors name the user's function and line
+        token, within = active.set(planner), planner.within
+        planner.within = f"{path}/" if path else ""
         try:
             with derivatives_seen(planner.token):
                 closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
         finally:
             active.reset(token)
+            planner.within = within
         graph = capture(closed, getattr(self._fn, "__name__", "function"))
         tracers = any(n.op == "opaque:outer" for _, g in graph.walk() for n in g.nodes)
         if planner.certify != "full" or tracers:
@@ -425,12 +430,14 @@ def nested(fun: Callable[..., Any]) -> Callable[..., Any]:
     planner = active.get()
     if planner is None or not callable(fun):
         return fun
-    return Optimized(fun, planner.level, planner.hardware, None)
+    part = Optimized(fun, planner.level, planner.hardware, None)
+    part._part = "grad"
+    return part
 
 
 def _readable(plan: Any) -> None:
     if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(f"kpt_jax.optimize was given a {type(plan).__name__} as its plan", "it follows a kpt.Plan",
+        raise PlanError(f"kpt_jax.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
                         "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
     if plan is not None and plan.framework != "jax":
         raise PlanError(f"A plan for {plan.framework} was given to kpt_jax.optimize",
@@ -497,7 +504,7 @@ def optimize(
     if modules.is_linen(fn):
         return modules.optimize_linen(fn, level, hardware, plan)
     if not callable(fn):
-        raise KptError(f"kpt_jax.optimize was given a {type(fn).__name__}",
+        raise KptError(f"kpt_jax.optimize was given an object of type {type(fn).__name__}",
                        "it takes a function, an nnx.Module or a linen.Module",
                        "pass the function that computes, for example the loss")  # fmt: skip
     return Optimized(fn, level, hardware, plan)

@@ -613,3 +613,27 @@ def test_inside_a_shard_map_the_function_does_as_before(checked):
         return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(fn(x, w) ** 2), (0, 1)))(x, w)
 
     same(mapped(kpt_jax.optimize(layer)), mapped(layer))
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+def test_jax_errors_name_the_users_function():
+    with pytest.raises(jax.errors.TracerBoolConversionError, match=r"function branches at .*test_transforms.py"):
+        kpt_jax.optimize(branches)(jnp.ones(3))
+
+
+def test_a_site_left_in_a_step_is_listed_once():
+    def loss(w, x):
+        h = x @ w
+        return jnp.mean(h / (jnp.sqrt(jnp.mean(h * h, -1, keepdims=True)) + 1e-6))
+
+    plan = kpt_jax.plan(lambda w, x: w - jax.grad(loss)(w, x), jnp.ones((8, 8)), jnp.ones((4, 8)))
+    assert [(s.op, s.path) for s in plan.skipped] == [("rms_norm", "grad0")]
+
+
+def test_a_part_that_was_optimized_by_itself_is_planned_as_a_call():
+    part = kpt_jax.optimize(lambda x: jax.nn.softmax(x @ x.T) @ x)
+    plan = kpt_jax.plan(lambda x: part(x) + 1, jnp.ones((8, 8)))
+    assert [(s.op, s.path) for s in plan.sites] == [("attention", "call0/attention0")]
