@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import sys
 import threading
 import types
@@ -26,9 +25,7 @@ from kpt_jax.capture import capture
 from kpt_jax.derivatives import derivatives_seen
 from kpt_jax.planner import Planner, active
 
-log = logging.getLogger("kpt")
-
-_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct)
+_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct, *_compat.CONSTANTS)
 _SCALARS = (int, float, complex)
 
 
@@ -116,15 +113,21 @@ class Optimized:
         with contextlib.suppress(AttributeError, TypeError):
             functools.update_wrapper(self, fn, updated=())
 
+    def __reduce__(self) -> Any:
+        """For pickle and copy: by name where it is found under its function's, as functions are; else what it was made of."""
+        found: Any = sys.modules.get(self.__module__)
+        for name in getattr(self, "__qualname__", "").split("."):
+            found = getattr(found, name, None)
+        if found is self:
+            return self.__qualname__
+        return _again, (self._fn, self._level, self._hardware, self._given, self._banned)
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if modules.takes_nnx(args, kwargs) and active.get() is None:
-            objects, values = modules.values_of(args, kwargs)
-            out, state = self._for_nnx()(*values)
-            sys.modules["flax.nnx"].update(objects, state)
-            return out
+            return self._call_over_state(args, kwargs)
         # Where jax.jit's own cache knows the call, what stands here is all that it costs beside a call of jax.jit.
         jitted = self._jitted
         if jitted is not None and _compat.outside_of_traces() and active.get() is None:
@@ -140,8 +143,16 @@ class Optimized:
                 _local.example = None
         return self._call(args, kwargs)
 
+    def _call_over_state(self, args: tuple, kwargs: dict) -> Any:
+        objects, values = modules.values_of(args, kwargs)
+        out, graphdef, state = self._for_nnx()(*values)
+        modules.write_back(objects, values[0], graphdef, state)
+        return out
+
     def _call(self, args: tuple, kwargs: dict) -> Any:
         """A first call, one inside of a trace, or one with static arguments."""
+        if active.get() is None and modules.holds_nnx((args, kwargs)):
+            return self._call_over_state(args, kwargs)
         key, dynamic = self.split(args, kwargs)
         if active.get() is not None or any(map(_compat.is_tracer, dynamic)):
             return self._inline(key, dynamic)
@@ -176,6 +187,8 @@ class Optimized:
 
     def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
         """What jax.jit traces, once for each signature."""
+        if modules.holds_nnx((args, kwargs)):
+            raise _Static
         example, real = _example(), None
         if example is not None:
             real_key, real = self.split(*example)
@@ -197,7 +210,7 @@ class Optimized:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for this signature, without running the function. `jax.ShapeDtypeStruct`s will do as arguments."""
-        if modules.takes_nnx(args, kwargs):
+        if modules.holds_nnx((args, kwargs)):
             return self._for_nnx().plan(*modules.values_of(args, kwargs)[1])
         key, dynamic = self.split(args, kwargs)
         concrete = not any(isinstance(x, jax.ShapeDtypeStruct) or _compat.is_tracer(x) for x in dynamic)
@@ -224,7 +237,7 @@ class Optimized:
         """
         from kpt_jax.whole import certify_whole
 
-        if modules.takes_nnx(args, kwargs):
+        if modules.holds_nnx((args, kwargs)):
             return self._for_nnx().certify(*modules.values_of(args, kwargs)[1])
         return certify_whole(self, args, kwargs)
 
@@ -281,10 +294,6 @@ class Optimized:
         """Runs the rewritten program on arrays or tracers, whatever trace is under way."""
         if not all(isinstance(n, int) for x in dynamic for n in np.shape(x)):
             return key.call(self._fn, dynamic)  # jax.export with symbolic sizes: kernels are chosen for known ones
-        if any(map(_compat.varies, dynamic)):
-            name = getattr(self._fn, "__name__", "a function")
-            log.info("%s runs as written inside of a shard_map; optimize the function around it instead", name)
-            return key.call(self._fn, dynamic)
         if _compat.forward_mode(dynamic):
             # Kernels carry a backward pass alone; forward derivatives are those of the code as it was written.
             return key.call(self._fn, dynamic)
@@ -348,6 +357,12 @@ class Optimized:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         c = config()
         return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify)
+
+
+def _again(fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str]) -> Optimized:
+    made = Optimized(fn, level, hardware, plan)
+    made._banned = banned
+    return made
 
 
 _local = threading.local()
@@ -422,6 +437,8 @@ def _struct(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     aval = jax.typeof(x)
+    if _compat.varying_axes(aval):  # no struct says so on every jax; there are no explicit shardings in a shard_map
+        return aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
 
 
