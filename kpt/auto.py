@@ -156,7 +156,7 @@ def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
     if torch is not None and isinstance(fn_or_model, torch.nn.Module):
         return "kpt_torch"
     if not callable(fn_or_model) and not hasattr(fn_or_model, "apply"):
-        raise KptError(f"auto_optimize was given a {type(fn_or_model).__name__}", "It takes a function or a model",
+        raise KptError(f"auto_optimize was given an object of type {type(fn_or_model).__name__}", "It takes a function or a model",
                        "Pass the function that computes, for example the loss")  # fmt: skip
     if torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
         return "kpt_torch"

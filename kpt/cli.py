@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kpt._version import __version__
-from kpt.config import start_logging
+from kpt.config import config, start_logging
 from kpt.errors import ConfigError, KptError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -255,13 +255,14 @@ def kernels_show(context: typer.Context, name: str, as_json: AsJson = False) -> 
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     """Show versions, the chip, and which kernels can run.
 
-    Of each kernel that cannot, it says why, and of missing packages, what to install.
+    Of each kernel that cannot, it says why, and of missing packages, what to install. Settings come from the environment.
     Exits with 1 if no kernel can run.
     """
     with answering(context, as_json):
         from kpt.hardware import detect_hardware
         from kpt.kernels import registry
 
+        settings = {name: str(value) for name, value in dataclasses.asdict(config()).items()}
         hardware = detect_hardware()
         versions = {"python": platform.python_version(), "kpt": __version__}
         versions |= {name: _installed(name) or "not installed" for name in PACKAGES}
@@ -271,6 +272,7 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
             _print_json(
                 {
                     "versions": versions,
+                    "settings": settings,
                     "hardware": dataclasses.asdict(hardware),
                     "kernels": {name: {"can_run": why is None, "why_not": why} for name, why in kernels.items()},
                     "broken_entry_points": registry.broken,
@@ -280,6 +282,8 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
         else:
             console = _console()
             _print_table(("package", "version"), list(versions.items()), console)
+            console.print()
+            _print_table(("setting", "value"), [(f"KPT_{name.upper()}", value) for name, value in settings.items()], console)
             console.print()
             _print_profile(hardware, False, console, brief=True)
             console.print()

@@ -6,18 +6,24 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax._src.api
 import jax._src.config
 import jax._src.core
+import jax._src.mesh
 import jax.extend.core as jex
 
 ClosedJaxpr = jex.ClosedJaxpr
 JIT_NAMES = frozenset({"pjit", "jit"})  # renamed in 0.7
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2"})
+PVARY_NAMES = frozenset({"pvary", "pcast"})
+
+
+_literals = getattr(jax._src, "literals", None)
+CONSTANTS: tuple[type, ...] = tuple(filter(None, [getattr(_literals, "LiteralArray", None)]))  # of jax 0.7, beside arrays and scalars
 
 
 def is_literal(atom: Any) -> bool:
@@ -88,16 +94,44 @@ def is_tracer(x: Any) -> bool:
 
 @contextlib.contextmanager
 def concrete() -> Iterator[None]:
-    """Inside: computations on arrays run now, even while an outer function is being traced."""
-    with jax.ensure_compile_time_eval():
+    """Inside: computations on arrays run now, on one device, even while an outer function is being traced."""
+    with jax._src.core.eval_context(), without_manual_mesh():
         yield
 
 
-def bind(eqn: Any, args: list) -> list:
-    """Run one equation as it stands, in the context (mesh, precision, ...) in which it was traced."""
+@contextlib.contextmanager
+def without_manual_mesh() -> Iterator[None]:
+    """Inside: no `shard_map` is under way."""
+    if not manual_axes(jax.sharding.get_abstract_mesh()):
+        yield
+        return
+    with jax._src.mesh.use_abstract_mesh(jax._src.mesh.empty_abstract_mesh):
+        yield
+
+
+def manual_axes(mesh: Any) -> frozenset[str]:
+    """The axes of a context's mesh over which a `shard_map` is under way."""
+    return frozenset(getattr(mesh, "manual_axes", ()))
+
+
+def derivative_rule(eqn: Any, fixed: list[bool]) -> tuple[Any, Any, list[bool]]:
+    """The rule of a custom_jvp call in a `shard_map`: `(jaxpr, consts, which tangents of its results are zero)`.
+
+    jax traces it once, for the program and for us, with types that vary over the manual axes; so it has to stand among these.
+    """
+    mesh = eqn.ctx.cur_abstract_mesh
+    axes = [(n, mesh.shape[n]) for n in mesh.manual_axes]
+    checked = any(varying_axes(v.aval) for v in eqn.invars)
+    with eqn.ctx.manager, jax._src.core.extend_axis_env_nd(axes), jax._src.config._check_vma(checked):
+        jaxpr, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
+    return jaxpr, consts, list(zeros)
+
+
+def bind(eqn: Any, args: Sequence[Any], among: contextlib.AbstractContextManager | None = None) -> list[Any]:
+    """Run one equation as it stands, in the context (mesh, precision, ...) in which it was traced, and `among` others."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)  # one dict since 0.11
-    with eqn.ctx.manager, _at_source_of(eqn):
+    with eqn.ctx.manager, among or contextlib.nullcontext(), _at_source_of(eqn):
         out = eqn.primitive.bind(*subfuns, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
@@ -207,16 +241,38 @@ def placement(aval: Any) -> tuple[Any, Any]:
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or not getattr(mesh, "explicit_axes", ()):
         sharding = None
-    return sharding, frozenset(getattr(aval, "vma", None) or ())
+    return sharding, _manual_type(aval)
+
+
+def _manual_type(aval: Any) -> Any:
+    """What a type says of the manual axes of a `shard_map`: the axes it varies over, since 0.9 in a type of its own."""
+    kind = getattr(aval, "vma", None) or getattr(aval, "manual_axis_type", None)
+    return frozenset() if kind is None or getattr(kind, "empty", not kind) else kind
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The manual axes over which an array of this type differs from device to device."""
+    kind = _manual_type(aval)
+    return frozenset(getattr(kind, "varying", kind))
+
+
+def without_manual_axes(aval: Any) -> Any:
+    """The type of a device's part of such an array, outside of the `shard_map`."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return jax.core.ShapedArray(aval.shape, aval.dtype) if manual_axes(mesh) else aval
+
+
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    """`x`, varying over these axes too; as it is where no `shard_map` is under way."""
+    missing = tuple(sorted((axes - varying_axes(jax.typeof(x))) & manual_axes(jax.sharding.get_abstract_mesh())))
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, missing, to="varying")
+    pvary: Any = jax.lax.pvary  # type: ignore[attr-defined]  # before pcast, jax 0.7
+    return pvary(x, missing)
 
 
 def with_leading(size: int, aval: Any) -> Any:
     """The type of `size` such arrays, stacked."""
     return jax._src.core.unmapped_aval(size, 0, aval)
-
-
-def varies(x: Any) -> bool:
-    """Whether `x` is known to differ from device to device: an argument inside of a `shard_map` that checks its types."""
-    kind = jax.typeof(x)
-    varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # vma until jax 0.9
-    return bool(varying)

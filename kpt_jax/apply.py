@@ -15,6 +15,7 @@ import jax
 from kpt.fusion.program import Match, Program
 from kpt.graph.graph import Graph, Node, Region
 from kpt_jax import _compat
+from kpt_jax.bind import bind
 from kpt_jax.both_modes import both_modes
 from kpt_jax.emit import emit
 
@@ -47,7 +48,7 @@ def run(rw: Rewrite, args: Sequence[Any]) -> list[Any]:
             outs = _run_node(rw, what, [env[v] for v in what.inputs])
             env.update(zip(what.outputs, outs, strict=True))
         elif kind == "region":
-            outs = _compat.bind(what.payload, [env[v] for v in what.inputs])
+            outs = bind(what.payload, [env[v] for v in what.inputs])
             env.update(zip(what.outputs, outs, strict=True))
         else:
             env.update(_run_site(rw, what, env))
@@ -134,7 +135,19 @@ def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
 
     floats = [j for j, v in enumerate(reads) if rw.graph.specs[v].dtype.startswith(("float", "bfloat"))]
     outs = both_modes(kernel, original, floats)(*(env[v] for v in reads))
-    return dict(zip(match.results, outs, strict=True))
+    return dict(zip(match.results, map(_compat.vary, outs, _axes(rw.program, match)), strict=True))
+
+
+def _axes(program: Program, match: Match) -> list[frozenset[str]]:
+    """For each result of a site: the manual axes over which it varies in the user's code, for what reads it there."""
+    found = []
+    for v in match.results:
+        n = program.node_of[v]
+        while n.payload is None and n.op == "identity" and n.inputs[0] in program.node_of:  # what a region gives
+            v, n = n.inputs[0], program.node_of[n.inputs[0]]
+        eqn = n.payload
+        found.append(_compat.varying_axes(eqn.outvars[n.outputs.index(v)].aval) if hasattr(eqn, "outvars") else frozenset())
+    return found
 
 
 def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
@@ -178,15 +191,15 @@ def isolated(program: Program, match: Match) -> Graph:
 
 
 def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:
-    if n.op == "identity" and (n.payload is None or n.payload.primitive.name != "pvary"):
+    if n.op == "identity" and (n.payload is None or n.payload.primitive.name not in _compat.PVARY_NAMES):
         return args
     if n.op == "opaque:outer":
         return [n.payload]
     if n.op == "select":
-        return _compat.bind(n.payload, [args[0], args[2], args[1]])
+        return bind(n.payload, [args[0], args[2], args[1]])
     bodies = rw.bodies.get(id(n))
     if not bodies or not any(b.changed for b in bodies):
-        return _compat.bind(n.payload, args)
+        return bind(n.payload, args)
     return _AGAIN[n.op](n, bodies, args)
 
 
@@ -257,13 +270,13 @@ def _shard_map(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[An
 def _custom_jvp(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
     """The rewritten primal; derivatives by the rule that came with the code."""
     fn = jax.custom_jvp(lambda *xs: tuple(run(bodies[0], xs)))
-    fn.defjvp(lambda primals, tangents: jax.jvp(lambda *xs: tuple(_compat.bind(n.payload, list(xs))), primals, tangents))
+    fn.defjvp(lambda primals, tangents: jax.jvp(lambda *xs: tuple(bind(n.payload, list(xs))), primals, tangents))
     return list(fn(*args))
 
 
 def _custom_vjp(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
     fn = jax.custom_vjp(lambda *xs: tuple(run(bodies[0], xs)))
-    fn.defvjp(lambda *xs: jax.vjp(lambda *ys: tuple(_compat.bind(n.payload, list(ys))), *xs), lambda vjp, cts: vjp(cts))
+    fn.defvjp(lambda *xs: jax.vjp(lambda *ys: tuple(bind(n.payload, list(ys))), *xs), lambda vjp, cts: vjp(cts))
     return list(fn(*args))
 
 

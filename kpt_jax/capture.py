@@ -66,7 +66,7 @@ _TABLE: dict[str, Callable[[dict], tuple[str, dict]]] = {
     "copy_p": lambda p: ("identity", {}),
     "copy": lambda p: ("identity", {}),
     "device_put": _put,
-    "pvary": lambda p: ("identity", {}),  # the same number on every device of a shard_map
+    **dict.fromkeys(_compat.PVARY_NAMES, lambda p: ("identity", {})),  # the same number on every device of a shard_map
     "convert_element_type": lambda p: ("convert", {"dtype": np.dtype(p["new_dtype"]).name}),
     "broadcast_in_dim": lambda p: ("broadcast", {"shape": _ints(p["shape"]), "dims": _ints(p["broadcast_dimensions"])}),
     "transpose": lambda p: ("transpose", {"perm": _ints(p["permutation"])}),

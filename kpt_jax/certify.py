@@ -24,6 +24,7 @@ from kpt.validation import Certificate, compare
 from kpt.validation.conditioning import COARSE, sensitivity
 from kpt_jax import _compat
 from kpt_jax.apply import Rewrite, isolated, leaf_values, run
+from kpt_jax.bind import bind
 from kpt_jax.emit import emit
 
 _FEW = 4096  # elements of a site below which it is looked at more than once
@@ -50,7 +51,7 @@ def rules_text(program: Program, match: Match) -> str:
         def pushed(args: list[Any], tangents: list[Any], eqn: Any = eqn, moving: list[int] = moving) -> Any:
             def run(*xs: Any) -> list[Any]:
                 given = dict(zip(moving, xs, strict=True))
-                return _compat.bind(eqn, [given.get(i, a) for i, a in enumerate(args)])
+                return bind(eqn, [given.get(i, a) for i, a in enumerate(args)])
 
             return jax.jvp(run, [args[i] for i in moving], tangents)
 

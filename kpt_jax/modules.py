@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import sys
 from typing import Any
 
+import jax
+
 from kpt.strategy import Plan
+
+log = logging.getLogger("kpt")
 
 
 def is_nnx(x: Any) -> bool:
@@ -38,7 +43,8 @@ def function_of(optimized: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple, 
 def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> Any:
     """A module of a subclass of the module's class, sharing its variables, whose call is rewritten.
 
-    State that the call changes (dropout counters, batch statistics) is written back, as in the original.
+    What the call changes is written back, as in the original: state (dropout counters, batch statistics) and attributes that
+    are Python values. A call that changes one of these is traced anew each time, being a different program each time.
     """
     from flax import nnx
 
@@ -49,7 +55,7 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
     def pure(graphdef: Any, state: Any, args: tuple, kwargs: dict) -> Any:
         inner = nnx.merge(graphdef, state)
         out = base.__call__(inner, *args, **kwargs)
-        return out, nnx.state(inner)
+        return out, *nnx.split(inner)
 
     pure.__name__ = base.__name__
     fast = Optimized(pure, level, hardware, plan)
@@ -60,9 +66,16 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
         return nnx.split(twin)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out, state = fast(*as_base(self), args, kwargs)
-        nnx.update(self, state)
+        before, state = as_base(self)
+        out, after, state = fast(before, state, args, kwargs)
+        write_back(self, before, after, state)
         return out
+
+    def again(self: Any) -> Any:
+        """For pickle and copy: the class is made here, and cannot be found by name."""
+        twin = object.__new__(base)
+        vars(twin).update(vars(self))
+        return optimize_nnx, (twin, level, hardware, plan)
 
     def plan_(self: Any, *args: Any, **kwargs: Any) -> Plan:
         return fast.plan(*as_base(self), args, kwargs)
@@ -74,7 +87,7 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
         return fast.certify(*as_base(self), args, kwargs)
 
     members = {"__call__": call, "plan": plan_, "explain": explain, "certify": certify, "__doc__": base.__doc__,
-               "__module__": base.__module__,
+               "__module__": base.__module__, "__reduce__": again,
                "__kpt__": lambda self, *args, **kwargs: (fast, (*as_base(self), args, kwargs))}  # fmt: skip
     metaclass: Any = type(base)
     optimized = metaclass(base.__name__, (base,), members)
@@ -91,6 +104,17 @@ def takes_nnx(args: tuple, kwargs: dict) -> bool:
     return any(isinstance(x, kinds) for x in args) or any(isinstance(x, kinds) for x in kwargs.values())
 
 
+def holds_nnx(x: Any) -> bool:
+    """Whether there is an nnx object anywhere in `x`, in lists, dicts and other pytrees too."""
+    if "flax.nnx" not in sys.modules:
+        return False
+    return any(map(_is_object, jax.tree.leaves(x, is_leaf=_is_object)))
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, _nnx_kinds())
+
+
 @functools.cache
 def _nnx_kinds() -> tuple[type, ...]:
     from flax import nnx
@@ -99,15 +123,30 @@ def _nnx_kinds() -> tuple[type, ...]:
     return tuple(t for t in named if isinstance(t, type))
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where an nnx object stood among the arguments."""
+
+    key: str
+
+
 def over_state(fn: Any) -> Any:
-    """`fn` as a function of values: `(graphdef, state, args, kwargs) -> (result, state after)`, nnx objects being in the state."""
+    """`fn` as a function of values: `(graphdef, state, args, kwargs) -> (result, graphdef after, state after)`.
+
+    The nnx objects are in graphdef and state.
+    """
     from flax import nnx
 
     def pure(graphdef: Any, state: Any, args: tuple, kwargs: dict) -> Any:
         objects = nnx.merge(graphdef, state)
-        given = [objects.get(str(i), a) for i, a in enumerate(args)]
-        out = fn(*given, **{k: objects.get(k, a) for k, a in kwargs.items()})
-        return out, nnx.state(objects)
+
+        def given(x: Any) -> Any:
+            return objects[x.key] if isinstance(x, _Place) else x
+
+        args, kwargs = jax.tree.map(given, (args, kwargs), is_leaf=lambda x: isinstance(x, _Place))
+        out = fn(*args, **kwargs)
+        return out, *nnx.split(objects)
 
     pure.__name__ = getattr(fn, "__name__", "function")
     return pure
@@ -117,16 +156,69 @@ def values_of(args: tuple, kwargs: dict) -> tuple[dict[str, Any], tuple]:
     """(the nnx objects among the arguments, what to call `over_state` with)."""
     from flax import nnx
 
-    given = {str(i): a for i, a in enumerate(args)} | kwargs
-    objects = {k: a for k, a in given.items() if isinstance(a, _nnx_kinds())}
-    rest = {k: None if k in objects else a for k, a in given.items()}
-    return objects, (*nnx.split(objects), tuple(rest[str(i)] for i in range(len(args))), {k: rest[k] for k in kwargs})
+    objects: dict[str, Any] = {}
+
+    def place(x: Any) -> Any:
+        if not _is_object(x):
+            return x
+        key = str(len(objects))
+        objects[key] = x
+        return _Place(key)
+
+    args, kwargs = jax.tree.map(place, (args, kwargs), is_leaf=_is_object)
+    return objects, (*nnx.split(objects), args, kwargs)
+
+
+def write_back(objects: Any, before: Any, after: Any, state: Any) -> None:
+    """Gives `objects`, which were split into `before`, the structure `after` and the values of `state`."""
+    from flax import nnx
+
+    if after != before:
+        _adopted(objects, nnx.merge(after, state), {})
+    nnx.update(objects, state)
+
+
+def _adopted(old: Any, new: Any, seen: dict[int, Any]) -> Any:
+    """What stands for `new` among the caller's objects: `old`, with new attributes, where the two are the same object."""
+    from flax import nnx
+
+    if id(new) in seen:
+        return seen[id(new)]
+    if isinstance(new, _nnx_kinds()) and isinstance(old, type(new)):
+        seen[id(new)] = old
+        for name, value in vars(new).items():
+            if not name.endswith("__state"):  # the trace that an object was made in
+                object.__setattr__(old, name, _adopted(vars(old).get(name), value, seen))
+        for name in vars(old).keys() - vars(new).keys():
+            object.__delattr__(old, name)
+        return old
+    if isinstance(new, nnx.Variable):
+        seen[id(new)] = old if type(old) is type(new) else new
+        return seen[id(new)]
+    if type(old) is type(new) is list and len(old) == len(new):
+        old[:] = [_adopted(o, n, seen) for o, n in zip(old, new, strict=True)]
+        return old
+    if type(old) is type(new) is dict:
+        for k in old.keys() - new.keys():
+            del old[k]
+        old.update({k: _adopted(old.get(k), n, seen) for k, n in new.items()})
+        return old
+    if type(old) is type(new) is tuple and len(old) == len(new):
+        return tuple(_adopted(o, n, seen) for o, n in zip(old, new, strict=True))
+    return new
 
 
 def optimize_linen(module: Any, level: str, hardware: Any, plan: Plan | None) -> Any:
     """A module of a subclass of the module's class whose `apply` is rewritten; parameters stay the caller's."""
     from kpt_jax.optimize import Optimized
 
+    if module.scope is not None:
+        log.warning(
+            "%s is bound to its parent, whose call is what kernels are put into: it runs as it was written. Optimize the"
+            " outermost module, kpt_jax.optimize(Model()).apply(...); sites are found in all that it calls.",
+            type(module).__name__,
+        )
+        return module
     base = type(module)
 
     def pure(module: Any, variables: Any, args: tuple, options: dict, kwargs: dict) -> Any:
@@ -146,9 +238,12 @@ def optimize_linen(module: Any, level: str, hardware: Any, plan: Plan | None) ->
             return vars(self)["_kpt_fixed"]
         return plain
 
+    def fields_of(self: Any) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "parent"}
+
     def signature(self: Any, variables: Any, args: tuple, kwargs: dict) -> tuple[Any, Any, tuple, dict, dict]:
         """The module as it was written, for it may be a changed clone; part of what is traced, being hashable."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "parent"}
+        fields = fields_of(self)
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in names}
         return as_base(self, fields), variables, args, options, {k: v for k, v in kwargs.items() if k not in names}
 
@@ -164,8 +259,13 @@ def optimize_linen(module: Any, level: str, hardware: Any, plan: Plan | None) ->
     def certify(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Plan:
         return fast.certify(*signature(self, variables, args, kwargs))
 
+    def again(self: Any) -> Any:
+        """For pickle and copy: the class is made here, and cannot be found by name."""
+        return optimize_linen, (base(**fields_of(self), parent=None), level, hardware, plan)
+
     new = module.clone()
     members = {"apply": apply, "plan": plan_, "explain": explain, "certify": certify, "__module__": base.__module__,
+               "__reduce__": again,
                "__kpt__": lambda self, *args, **kwargs: (fast, signature(self, args[0], args[1:], kwargs))}  # fmt: skip
     object.__setattr__(new, "__class__", type(base.__name__, (base,), members))
     return new

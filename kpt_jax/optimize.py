@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import sys
 import threading
 import types
@@ -26,9 +25,7 @@ from kpt_jax.capture import capture
 from kpt_jax.derivatives import derivatives_seen
 from kpt_jax.planner import Planner, active
 
-log = logging.getLogger("kpt")
-
-_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct)
+_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct, *_compat.CONSTANTS)
 _SCALARS = (int, float, complex)
 
 
@@ -105,6 +102,7 @@ class Optimized:
         self._level = level_named(level).name
         self._hardware = hardware
         self._given = plan
+        self._part = "call"  # as part of a larger program: an optimized function called there, or what is differentiated
         self._traces: dict[Any, Traced] = {}
         self._calls: dict[Any, Callable[..., Any]] = {}  # where some arguments are static
         self._jitted: Callable[..., Any] | None = None  # where none are: jax.jit's own dispatch
@@ -115,15 +113,21 @@ class Optimized:
         with contextlib.suppress(AttributeError, TypeError):
             functools.update_wrapper(self, fn, updated=())
 
+    def __reduce__(self) -> Any:
+        """For pickle and copy: by name where it is found under its function's, as functions are; else what it was made of."""
+        found: Any = sys.modules.get(self.__module__)
+        for name in getattr(self, "__qualname__", "").split("."):
+            found = getattr(found, name, None)
+        if found is self:
+            return self.__qualname__
+        return _again, (self._fn, self._level, self._hardware, self._given, self._banned)
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if modules.takes_nnx(args, kwargs) and active.get() is None:
-            objects, values = modules.values_of(args, kwargs)
-            out, state = self._for_nnx()(*values)
-            sys.modules["flax.nnx"].update(objects, state)
-            return out
+            return self._call_over_state(args, kwargs)
         # Where jax.jit's own cache knows the call, what stands here is all that it costs beside a call of jax.jit.
         jitted = self._jitted
         if jitted is not None and _compat.outside_of_traces() and active.get() is None:
@@ -139,8 +143,16 @@ class Optimized:
                 _local.example = None
         return self._call(args, kwargs)
 
+    def _call_over_state(self, args: tuple, kwargs: dict) -> Any:
+        objects, values = modules.values_of(args, kwargs)
+        out, graphdef, state = self._for_nnx()(*values)
+        modules.write_back(objects, values[0], graphdef, state)
+        return out
+
     def _call(self, args: tuple, kwargs: dict) -> Any:
         """A first call, one inside of a trace, or one with static arguments."""
+        if active.get() is None and modules.holds_nnx((args, kwargs)):
+            return self._call_over_state(args, kwargs)
         key, dynamic = self.split(args, kwargs)
         if active.get() is not None or any(map(_compat.is_tracer, dynamic)):
             return self._inline(key, dynamic)
@@ -175,6 +187,8 @@ class Optimized:
 
     def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
         """What jax.jit traces, once for each signature."""
+        if modules.holds_nnx((args, kwargs)):
+            raise _Static
         example, real = _example(), None
         if example is not None:
             real_key, real = self.split(*example)
@@ -196,7 +210,7 @@ class Optimized:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for this signature, without running the function. `jax.ShapeDtypeStruct`s will do as arguments."""
-        if modules.takes_nnx(args, kwargs):
+        if modules.holds_nnx((args, kwargs)):
             return self._for_nnx().plan(*modules.values_of(args, kwargs)[1])
         key, dynamic = self.split(args, kwargs)
         concrete = not any(isinstance(x, jax.ShapeDtypeStruct) or _compat.is_tracer(x) for x in dynamic)
@@ -223,7 +237,7 @@ class Optimized:
         """
         from kpt_jax.whole import certify_whole
 
-        if modules.takes_nnx(args, kwargs):
+        if modules.holds_nnx((args, kwargs)):
             return self._for_nnx().certify(*modules.values_of(args, kwargs)[1])
         return certify_whole(self, args, kwargs)
 
@@ -280,10 +294,6 @@ class Optimized:
         """Runs the rewritten program on arrays or tracers, whatever trace is under way."""
         if not all(isinstance(n, int) for x in dynamic for n in np.shape(x)):
             return key.call(self._fn, dynamic)  # jax.export with symbolic sizes: kernels are chosen for known ones
-        if any(map(_compat.varies, dynamic)):
-            name = getattr(self._fn, "__name__", "a function")
-            log.info("%s runs as written inside of a shard_map; optimize the function around it instead", name)
-            return key.call(self._fn, dynamic)
         if _compat.forward_mode(dynamic):
             # Kernels carry a backward pass alone; forward derivatives are those of the code as it was written.
             return key.call(self._fn, dynamic)
@@ -304,7 +314,7 @@ class Optimized:
         planner = outer or self._planner()
         path = ""
         if outer is not None:
-            path = f"grad{outer.nested}"
+            path = f"{outer.within}{self._part}{outer.nested}"
             outer.nested += 1
         results: list[Any] = []
 
@@ -314,12 +324,16 @@ class Optimized:
             results[:] = [tree, statics]
             return [x for x, (kind, _) in zip(leaves, statics, strict=True) if kind is None]
 
-        token = active.set(planner)
+        if hasattr(self._fn, "__code__"):
+            flat.__wrapped__ = self._fn  # type: ignore[attr-defined]  # jax's errors name the user's function and line
+        token, within = active.set(planner), planner.within
+        planner.within = f"{path}/" if path else ""
         try:
             with derivatives_seen(planner.token):
                 closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
         finally:
             active.reset(token)
+            planner.within = within
         graph = capture(closed, getattr(self._fn, "__name__", "function"))
         tracers = any(n.op == "opaque:outer" for _, g in graph.walk() for n in g.nodes)
         if planner.certify != "full" or tracers:
@@ -343,6 +357,12 @@ class Optimized:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         c = config()
         return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify)
+
+
+def _again(fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str]) -> Optimized:
+    made = Optimized(fn, level, hardware, plan)
+    made._banned = banned
+    return made
 
 
 _local = threading.local()
@@ -417,6 +437,8 @@ def _struct(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     aval = jax.typeof(x)
+    if _compat.varying_axes(aval):  # no struct says so on every jax; there are no explicit shardings in a shard_map
+        return aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
 
 
@@ -425,12 +447,14 @@ def nested(fun: Callable[..., Any]) -> Callable[..., Any]:
     planner = active.get()
     if planner is None or not callable(fun):
         return fun
-    return Optimized(fun, planner.level, planner.hardware, None)
+    part = Optimized(fun, planner.level, planner.hardware, None)
+    part._part = "grad"
+    return part
 
 
 def _readable(plan: Any) -> None:
     if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(f"kpt_jax.optimize was given a {type(plan).__name__} as its plan", "it follows a kpt.Plan",
+        raise PlanError(f"kpt_jax.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
                         "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
     if plan is not None and plan.framework != "jax":
         raise PlanError(f"A plan for {plan.framework} was given to kpt_jax.optimize",
@@ -497,7 +521,7 @@ def optimize(
     if modules.is_linen(fn):
         return modules.optimize_linen(fn, level, hardware, plan)
     if not callable(fn):
-        raise KptError(f"kpt_jax.optimize was given a {type(fn).__name__}",
+        raise KptError(f"kpt_jax.optimize was given an object of type {type(fn).__name__}",
                        "it takes a function, an nnx.Module or a linen.Module",
                        "pass the function that computes, for example the loss")  # fmt: skip
     return Optimized(fn, level, hardware, plan)

@@ -43,7 +43,8 @@ class Planner:
 
     Attributes:
       wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
-      examples: values of a graph's inputs, for certificates on the user's data: `id(graph) -> arrays`.
+      nested: how many parts have been planned so far: functions differentiated in the program, optimized ones called in it.
+      within: path of the part being traced, "" or "grad0/".
     """
 
     level: str
@@ -55,6 +56,7 @@ class Planner:
     skipped: list[Site] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     nested: int = 0
+    within: str = ""
     token: object = dataclasses.field(default_factory=object)
 
     def plan(self, function: str) -> Plan:
@@ -104,7 +106,7 @@ class Planner:
             kept.append((match, fn))
             self.sites.append(site)
         for miss in missed:
-            if self.nested and not path and miss.reason.startswith("an inner value"):
+            if self.nested and not path and (miss.reason.startswith("an inner value") or _same(miss, self.skipped)):
                 continue  # forward and backward woven together: what was offered before differentiation is under grad<n>
             self._skip(miss.op, path, miss.source, miss.reason, None, refusals.get(miss.value, {}))
         rw = Rewrite(graph, program, kept)
@@ -264,6 +266,10 @@ def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason:
     specs = {n: e.spec for n, e in match.arrays.items()}
     return Site(match.op, kernel.name, kernel.version, path, match.source, reason, params=dict(match.params),
                 specs=_first_array_first(match.op, specs), fingerprint=fingerprint(program, match), alternatives=others)  # fmt: skip
+
+
+def _same(miss: NearMiss, skipped: Sequence[Site]) -> bool:
+    return any((s.op, s.source, s.reason) == (miss.op, miss.source, miss.reason) for s in skipped)
 
 
 def _first_array_first(op: str, specs: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Every ```python block of README.md and docs/ runs, in order, in one namespace per page.
+"""Every ```python block of README.md and docs/ and every cell of notebooks/ runs, in order, in one namespace per page.
 
 A block whose info string says `no-test` (```python no-test) shows what is not to be run.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -12,13 +13,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 BLOCK = re.compile(r"^```python(?P<marks>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def program(page: Path) -> str:
     """The blocks of a page as one program whose tracebacks name the page and its lines."""
     text, lines = page.read_text(encoding="utf-8"), []
+    if page.suffix == ".ipynb":
+        return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
     for block in BLOCK.finditer(text):
         if "no-test" not in block["marks"]:
             start = text.count("\n", 0, block.start("code"))

@@ -178,3 +178,11 @@ def test_demo_exits_with_1_when_the_curves_part(monkeypatch, tmp_path, coincide,
     result = call("demo", "--steps", "3", "--out", str(tmp_path / "r.html"), "--json")
     assert result.exit_code == code
     assert json.loads(result.stdout) == {"steps": 3, "coincide": coincide}
+
+
+def test_doctor_shows_the_settings_and_refuses_wrong_ones(monkeypatch):
+    monkeypatch.setenv("KPT_LEVEL", "conservative")
+    assert json.loads(call("doctor", "--json").stdout)["settings"]["level"] == "conservative"
+    monkeypatch.setenv("KPT_LEVEL", "reckless")
+    refused = call("doctor")
+    assert refused.exit_code == REFUSED and "KPT_LEVEL" in refused.output

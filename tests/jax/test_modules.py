@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -320,3 +323,112 @@ def test_a_site_in_a_layer_shows_the_users_line(kind):
     found = re.fullmatch(r"test_modules\.py:(\d+) \(__call__\) through normalization\.py:\d+ \(\w+\)", site.source)
     assert found, site.source
     assert Path(__file__).read_text(encoding="utf-8").splitlines()[int(found[1]) - 1].endswith("# the user's line")
+
+
+class Counting(nnx.Module):
+    """Python attributes that the call reads and changes."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.Linear(D, D, rngs=rngs)
+        self.n, self.seen = 0, ()
+
+    def __call__(self, x):
+        self.n += 1
+        self.seen = (*self.seen, x.shape)
+        if self.n == 2:
+            self.extra = nnx.Param(jnp.full((), 3.0))
+        y = self.norm(x) * self.n
+        return y * self.extra if self.n >= 2 else y
+
+
+def as_module(m):
+    return m, kpt_jax.optimize(m)
+
+
+def in_arguments(m):
+    fast = kpt_jax.optimize(lambda m, x: m(x))
+    return m, lambda x: fast(m, x)
+
+
+def in_a_list(m):
+    fast = kpt_jax.optimize(lambda held, x: held["layers"][0](x))
+    return m, lambda x: fast({"layers": [m], "x": x}, x)
+
+
+@pytest.mark.parametrize("use", [as_module, in_arguments, in_a_list])
+def test_nnx_attributes_that_the_call_changes(use):
+    want, (held, got) = Counting(nnx.Rngs(0)), use(Counting(nnx.Rngs(0)))
+    for _ in range(4):
+        close(got(inputs()), want(inputs()))
+    held = got if isinstance(got, nnx.Module) else held
+    assert (held.n, held.seen) == (want.n, want.seen)
+    close(nnx.state(held), nnx.state(want))
+
+
+def test_nnx_objects_inside_of_arguments_are_changed():
+    models = [Net(nnx.Rngs(0)), Net(nnx.Rngs(0))]
+
+    def step(held, x):
+        """One object under two names."""
+        assert held["a"][0] is held["b"]
+        return held["a"][0](x) + held["b"](x)
+
+    want = step({"a": [models[0]], "b": models[0]}, inputs())
+    fast = kpt_jax.optimize(step)
+    close(fast({"a": [models[1]], "b": models[1]}, inputs()), want)
+    close(nnx.state(models[1]), nnx.state(models[0]))
+
+
+def test_nnx_objects_inside_of_arguments_of_a_later_call():
+    fast = kpt_jax.optimize(lambda held, x: held[0](x) if held else x * 2)
+    close(fast([], inputs()), inputs() * 2)
+    model = Counting(nnx.Rngs(0))
+    close(fast([model], inputs()), Counting(nnx.Rngs(0))(inputs()))
+    assert model.n == 1
+
+
+class Product(nnx.Module):
+    """Flax 0.11 cannot pickle its own layers: their initializers are local functions."""
+
+    def __init__(self):
+        self.w, self.calls = nnx.Param(jnp.ones((D, D))), 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return jax.nn.silu(x @ self.w[...]) * self.calls
+
+
+@pytest.mark.parametrize("copied", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, copy.copy])
+def test_optimized_modules_are_pickled_and_copied(copied):
+    fast, plain = kpt_jax.optimize(Product()), Product()
+    close(fast(inputs()), plain(inputs()))
+    again = copied(fast)
+    close(again(inputs()), plain(inputs()))
+    assert again.calls == 2
+    assert [s.op for s in again.plan(inputs()).sites] == ["linear_act"]
+    plain, variables = Widths([4, 8]), Widths([4, 8]).init(jax.random.key(0), inputs())
+    again = copied(kpt_jax.optimize(plain))
+    close(again.apply(variables, inputs()), plain.apply(variables, inputs()))
+    assert len(again.plan(variables, inputs()).sites) == 2
+
+
+class Parent(linen.Module):
+    """Optimizes a layer inside of its own call."""
+
+    inner: Any = kpt_jax.optimize
+
+    @linen.compact
+    def __call__(self, x):
+        return self.inner(linen.Dense(D))(x) + self.inner(linen.LayerNorm())(x)
+
+
+def test_linen_module_optimized_in_its_parents_call(caplog):
+    plain = Parent(inner=lambda m: m)
+    variables = plain.init(jax.random.key(0), inputs())
+    with caplog.at_level("WARNING", "kpt"):
+        close(Parent().init(jax.random.key(0), inputs()), variables)
+    assert "Optimize the outermost module" in caplog.text
+    close(Parent().apply(variables, inputs()), plain.apply(variables, inputs()))
+    whole = kpt_jax.optimize(Parent())
+    close(whole.apply(variables, inputs()), plain.apply(variables, inputs()))
+    assert "layer_norm" in {s.op for s in whole.plan(variables, inputs()).sites}

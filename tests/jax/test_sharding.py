@@ -8,7 +8,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from kpt_jax.both_modes import both_modes
 
 PROGRAM = pathlib.Path(__file__).with_name("sharded_program.py")
 CASES = {
@@ -25,19 +31,37 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes():
+IN_SHARD_MAP = [
+    f"{name}, {where}, check_vma={checked}"
+    for name in ("rms_norm", "attention", "linear with silu", "rule in a rule", "psum", "scan", "replicated", "cast")
+    for where in ("inside", "outside")
+    for checked in ((True,) if name == "cast" else (True, False))
+]
+
+
+def lines_of(program: str, certify: str) -> dict[str, dict]:
     root = PROGRAM.parents[2]
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "KPT_CERTIFY": "off",
+        "KPT_CERTIFY": certify,
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
-    done = subprocess.run([sys.executable, str(PROGRAM)], env=env, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, str(PROGRAM.with_name(program))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, f"after {[x['case'] for x in lines]}: {done.stderr[-3000:]}"
     return {x["case"]: x for x in lines}
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return lines_of("sharded_program.py", "off")
+
+
+@pytest.fixture(scope="module")
+def in_shard_map():
+    return lines_of("shard_map_program.py", "random")
 
 
 @pytest.mark.parametrize(("case", "op"), CASES.items(), ids=CASES)
@@ -49,3 +73,27 @@ def test_sharded(outcomes, case, op):
     if found["no gather expected"]:
         plain, swapped, plain_backward, swapped_backward = found["gathered"]
         assert swapped <= plain and swapped_backward <= plain_backward, found
+
+
+@pytest.mark.parametrize("case", IN_SHARD_MAP)
+def test_in_shard_map(in_shard_map, case):
+    """Found and certified, whichever way the two are nested; the program has compared the numbers."""
+    found = in_shard_map[case]
+    assert found["swapped"] == [found["op"]] and found["certified"], found["why"]
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f])
+def test_a_site_in_shard_map_one_of_whose_results_is_not_used(jit):
+    def original(x):
+        return [jnp.sin(x), jnp.cos(x)]
+
+    kernel = jax.custom_vjp(original)
+    kernel.defvjp(lambda x: (original(x), x), lambda x, ct: (jnp.cos(x) * ct[0] - jnp.sin(x) * ct[1],))
+    site = both_modes(kernel, original, [0])
+    mesh, spec = Mesh(np.array(jax.devices()[:1]), ("i",)), PartitionSpec("i")
+
+    def loss(x):
+        return jnp.sum(jax.shard_map(lambda x: site(x)[0], mesh=mesh, in_specs=spec, out_specs=spec)(x))
+
+    x = jnp.arange(4.0)
+    np.testing.assert_array_equal(jit(jax.grad(loss))(x), jit(jnp.cos)(x))

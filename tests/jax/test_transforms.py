@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
+import pickle
 import threading
 from typing import Any, NamedTuple
 
@@ -599,7 +601,7 @@ def test_wrapping_keeps_name_and_doc():
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_inside_a_shard_map_the_function_does_as_before(checked):
+def test_inside_a_shard_map(checked):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     spec = jax.sharding.PartitionSpec("data")
     whole = jax.sharding.PartitionSpec()
@@ -612,4 +614,73 @@ def test_inside_a_shard_map_the_function_does_as_before(checked):
         fn = jax.shard_map(f, mesh=mesh, in_specs=(spec, whole), out_specs=spec, check_vma=checked)
         return jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(fn(x, w) ** 2), (0, 1)))(x, w)
 
-    same(mapped(kpt_jax.optimize(layer)), mapped(layer))
+    fast = kpt_jax.optimize(layer)
+    same(mapped(fast), mapped(layer))
+    assert all(t.plan.sites for t in fast._traces.values())
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+def test_jax_errors_name_the_users_function():
+    with pytest.raises(jax.errors.TracerBoolConversionError, match=r"function branches at .*test_transforms.py"):
+        kpt_jax.optimize(branches)(jnp.ones(3))
+
+
+def test_a_site_left_in_a_step_is_listed_once():
+    def loss(w, x):
+        h = x @ w
+        return jnp.mean(h / (jnp.sqrt(jnp.mean(h * h, -1, keepdims=True)) + 1e-6))
+
+    plan = kpt_jax.plan(lambda w, x: w - jax.grad(loss)(w, x), jnp.ones((8, 8)), jnp.ones((4, 8)))
+    assert [(s.op, s.path) for s in plan.skipped] == [("rms_norm", "grad0")]
+
+
+def test_a_part_that_was_optimized_by_itself_is_planned_as_a_call():
+    part = kpt_jax.optimize(lambda x: jax.nn.softmax(x @ x.T) @ x)
+    plan = kpt_jax.plan(lambda x: part(x) + 1, jnp.ones((8, 8)))
+    assert [(s.op, s.path) for s in plan.sites] == [("attention", "call0/attention0")]
+
+
+@kpt_jax.optimize
+def decorated(x, w):
+    return jax.nn.gelu(x @ w)
+
+
+def layer(x, w):
+    return jax.nn.silu(x @ w)
+
+
+def pickled(f):
+    return pickle.loads(pickle.dumps(f))
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("fn", [layer, functools.partial(layer, w=np.ones((6, 5), np.float32))])
+def test_optimized_functions_are_pickled_and_copied(copied, fn):
+    given = (np.ones((4, 6), np.float32),) if isinstance(fn, functools.partial) else (np.ones((4, 6)), np.ones((6, 5)))
+    fast = kpt_jax.optimize(fn, level="conservative", hardware="tpu-v5e")
+    same(fast(*given), fn(*given))
+    again = copied(fast)
+    same(again(*given), fn(*given))
+    assert again.plan(*given).to_json() == fast.plan(*given).to_json()
+
+
+def test_copies_keep_what_was_banned():
+    x, w = np.ones((4, 6), np.float32), np.ones((6, 5), np.float32)
+    fast = kpt_jax.optimize(layer)
+    fast.ban([s.path for s in fast.plan(x, w).sites])
+    assert not copy.deepcopy(fast).plan(x, w).sites
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.copy, copy.deepcopy])
+def test_a_decorated_function_is_pickled_by_name(copied):
+    assert copied(decorated) is decorated
+
+
+def test_a_constant_among_the_results():
+    def fn(x):
+        return jax.nn.silu(x), jnp.full((), 3.0)
+
+    same(kpt_jax.optimize(fn)(np.ones((4, 6), np.float32)), fn(np.ones((4, 6), np.float32)))

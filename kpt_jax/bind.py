@@ -1,0 +1,58 @@
+"""One equation of a program, run again.
+
+An equation that was traced inside `jax.shard_map` remembers a mesh whose axes are manual, and `pvary` beside it says which values
+differ from device to device. Where that `shard_map` is under way, it runs as it stands. Where none is (a certificate is made on
+one device, with a device's shapes), neither matters: it runs without mesh, `pvary` gives what it was given, and calls are taken
+apart for the same to hold inside of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from kpt_jax import _compat
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """The results of one equation for these arguments, arrays or tracers."""
+    if not _compat.manual_axes(eqn.ctx.cur_abstract_mesh) or _compat.manual_axes(jax.sharding.get_abstract_mesh()):
+        return _compat.bind(eqn, args)
+    name = eqn.primitive.name
+    if name in _compat.PVARY_NAMES:
+        return list(args)
+    if name in _compat.JIT_NAMES:
+        return _evaluate(*_compat.open_jaxpr(eqn.params["jaxpr"]), args)
+    if name == "custom_jvp_call":
+        return _custom_jvp(eqn, args)
+    return _compat.bind(eqn, args, _compat.without_manual_mesh())
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if _compat.is_literal(atom) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        env.update(zip(eqn.outvars, bind(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _custom_jvp(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    @jax.custom_jvp
+    def call(*xs: Any) -> list[Any]:
+        return _evaluate(*_compat.open_jaxpr(eqn.params["call_jaxpr"]), xs)
+
+    @call.defjvp
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        fixed = [t.dtype == jax.dtypes.float0 for t in tangents]
+        jaxpr, consts, zeros = _compat.derivative_rule(eqn, fixed)
+        outs = _evaluate(jaxpr, consts, [*primals, *(t for t, z in zip(tangents, fixed, strict=True) if not z)])
+        results, moved = outs[: len(zeros)], iter(outs[len(zeros) :])
+        zero = jax.custom_derivatives.zero_from_primal
+        return results, [zero(x) if z else next(moved) for x, z in zip(results, zeros, strict=True)]
+
+    return call(*args)
