@@ -356,7 +356,7 @@ class Optimized:
         if self._given is not None:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         c = config()
-        return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify)
+        return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify, _detected(_platform()))
 
 
 def _again(fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str]) -> Optimized:

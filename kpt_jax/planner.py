@@ -22,6 +22,7 @@ from kpt.fusion.registry import FusionRegistry, default_fusion
 from kpt.graph.graph import Graph
 from kpt.hardware import HardwareProfile
 from kpt.kernels import KernelSpec
+from kpt.kernels.spec import refusal
 from kpt.kernels.validate import validate
 from kpt.strategy import Plan, Site, choose
 from kpt.validation import Certificate
@@ -42,6 +43,8 @@ class Planner:
     """Gathers the sites of one program, nested parts included, while it is traced.
 
     Attributes:
+      hardware: to choose kernels for.
+      here: what the program runs on, where that may be something else.
       wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
       nested: how many parts have been planned so far: functions differentiated in the program, optimized ones called in it.
       within: path of the part being traced, "" or "grad0/".
@@ -52,6 +55,7 @@ class Planner:
     wanted: Mapping[tuple[str, str, str], Site] | None = None
     banned: frozenset[str] = frozenset()
     certify: str = "full"
+    here: HardwareProfile | None = None
     sites: list[Site] = dataclasses.field(default_factory=list)
     skipped: list[Site] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -98,6 +102,9 @@ class Planner:
             where = f"{path}/{match.op}{i}" if path else f"{match.op}{i}"
             site = _site(program, match, kernel, where, reason, others)
             why = self._unwanted(site)
+            if why is None and (elsewhere := self._elsewhere(kernel, site)) is not None:
+                self.sites.append(dataclasses.replace(site, reason=f"{site.reason} {elsewhere}"))
+                continue
             if why is None:
                 site, why = self._proved(program, match, kernel, fn, site, values)
             if why is not None:
@@ -135,6 +142,14 @@ class Planner:
         if asked.version != site.version:
             self.notes.append(f"{asked} was planned with version {asked.version}; version {site.version} runs here.")
         return None
+
+    def _elsewhere(self, kernel: KernelSpec, site: Site) -> str | None:
+        """What to say of a kernel that was chosen for other hardware than this and cannot run here; its site runs as written."""
+        if self.here is None or self.here == self.hardware:
+            return None
+        dtype = next(iter(site.specs.values())).dtype
+        why = refusal(kernel, site.op, self.here, dtype, site.specs, site.params, self.level, "jax")
+        return None if why is None else f"Not certified and not run on this machine ({self.here.name}): {kernel.name} {why}."
 
     def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, others: Mapping[str, str] | None = None) -> None:
         base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(others or {}))

@@ -18,6 +18,13 @@ def in_shard_map() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def unpartitioned() -> str | None:
+    """Why XLA may not be left to run a kernel without a rule for its partitioning, or None: it would gather the operands."""
+    if jax.device_count() == 1 or in_shard_map():
+        return None
+    return f"runs on one device, and XLA may spread this program over {jax.device_count()}; optimize what a jax.shard_map runs"
+
+
 def _varying(a: Any) -> frozenset[str]:
     """Mesh axes over which `a` varies; none outside `shard_map`, and none where it does not check them."""
     kind = jax.typeof(a)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kpt.ops.base import Specs
+from pallas_kernels.manual_axes import unpartitioned
 from pallas_kernels.rows import BLOCK, Cut, cut, kernel
 
 FORWARD, BACKWARD = 16384, 4096
@@ -57,6 +58,8 @@ class Norm:
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
     x = specs["x"]
+    if (why := unpartitioned()) is not None:
+        return why
     width = x.shape[-1]
     if 0 in x.shape:
         return "has no empty arrays"

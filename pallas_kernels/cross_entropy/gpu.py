@@ -20,7 +20,7 @@ from jax import lax
 
 from kpt.ops.base import Specs
 from pallas_kernels.cross_entropy.xla import check, loss_of_row, row_grad
-from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.manual_axes import unpartitioned, vary_alike
 from pallas_kernels.rows import BLOCK, Cut, cut, kernel
 
 LOADS = 4
@@ -31,6 +31,8 @@ _MOST = float(jnp.finfo(jnp.float32).max)
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
     logits = specs["logits"]
+    if (why := unpartitioned()) is not None:
+        return why
     if 0 in logits.shape:
         return "has no empty arrays"
     if logits.shape[-1] < 1024:

@@ -185,6 +185,15 @@ def test_refused(kernel, specs, params, hardware, why):
     assert why in refused(kernel, specs, params, hardware)
 
 
+@needs_mosaic
+@pytest.mark.parametrize("kernel", ["layer_norm.pallas_gpu", "cross_entropy.pallas_gpu"])
+def test_refused_where_xla_may_partition(kernel, monkeypatch):
+    specs = rows(n=64, width=4096) if "norm" in kernel else {"logits": Spec((64, 4096), "bfloat16"), "labels": Spec((64,), "int32")}
+    assert refused(kernel, specs, {}, H100) is None
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert "shard_map" in refused(kernel, specs, {}, H100)
+
+
 IDS = {f"{n}_segment_ids": Spec((2, 4096), "int32") for n in ("q", "kv")}
 
 

@@ -209,3 +209,16 @@ def test_a_plan_for_another_function_says_what_it_misses():
     other = kpt_jax.plan(lambda q, k, v: q + k + v, *args, plan=plan)
     assert any("names attention at attention0" in note and "does not have" in note for note in other.notes)
     assert "does not have" in other.explain()
+
+
+def test_a_plan_for_other_hardware_names_its_kernels_and_runs_as_written_here(monkeypatch):
+    def normalised(x, w):
+        mean = x.mean(-1, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-6) * w
+
+    x, w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1024)), jnp.bfloat16), jnp.ones(1024, jnp.bfloat16)
+    fast = kpt_jax.optimize(normalised, hardware="h100-sxm")
+    (site,) = fast.plan(x, w).sites
+    assert site.kernel == "layer_norm.pallas_gpu" and site.certificate is None
+    assert "not run on this machine" in site.reason and "cuda" in site.reason
+    np.testing.assert_array_equal(fast(x, w), jax.jit(normalised)(x, w))
