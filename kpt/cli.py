@@ -262,7 +262,7 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
         from kpt.hardware import detect_hardware
         from kpt.kernels import registry
 
-        settings = {name: str(value) for name, value in dataclasses.asdict(config()).items()}
+        settings = {name: "auto" if value is None else str(value) for name, value in dataclasses.asdict(config()).items()}
         hardware = detect_hardware()
         versions = {"python": platform.python_version(), "kpt": __version__}
         versions |= {name: _installed(name) or "not installed" for name in PACKAGES}

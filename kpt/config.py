@@ -35,7 +35,8 @@ class Config:
       level: how much a rewrite may change: "conservative", "balanced" or "aggressive".
       certify: on which inputs a swap is compared with the original before it is used: "full" (random ones and the
         caller's examples), "random", or "off".
-      certify_bytes: the most memory that the certificate of one site may take.
+      certify_bytes: the most memory that the certificate of one site may take; None for 2 GiB on a CPU, and elsewhere
+        an eighth of the device's memory.
       cache_dir: where measurements and histories are kept.
       log_level: of the logger "kpt".
     """
@@ -43,7 +44,7 @@ class Config:
     hardware: str = "auto"
     level: str = "balanced"
     certify: str = "full"
-    certify_bytes: int = 2 << 30
+    certify_bytes: int | None = None
     cache_dir: pathlib.Path = dataclasses.field(default_factory=_cache_dir)
     log_level: str = "warning"
 
@@ -75,7 +76,9 @@ def _level(name: str, text: str) -> str:
     return _one_of(name, text, LEVELS)
 
 
-def _bytes(name: str, text: str) -> int:
+def _bytes(name: str, text: str) -> int | None:
+    if text.lower() == "auto":
+        return None
     match = re.fullmatch(r"(\d{1,18})\s*([a-z]*)", text.lower(), re.ASCII)
     if not match or match[2] not in _UNITS:
         raise _bad(name, text, "a number of bytes, alone or followed by KiB, MiB, GiB or TiB")

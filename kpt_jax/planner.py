@@ -17,6 +17,7 @@ import numpy as np
 from kpt import kernels as kernel_room
 from kpt import ops
 from kpt.config import config
+from kpt.errors import KernelError
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.fusion.registry import FusionRegistry, default_fusion
 from kpt.graph.graph import Graph
@@ -24,6 +25,7 @@ from kpt.hardware import HardwareProfile
 from kpt.kernels import KernelSpec
 from kpt.kernels.spec import refusal
 from kpt.kernels.validate import validate
+from kpt.ops.base import Spec
 from kpt.strategy import Plan, Site, choose
 from kpt.validation import Certificate
 from kpt_jax.apply import REBUILT, Rewrite, leaf_values, run
@@ -151,6 +153,28 @@ class Planner:
         why = refusal(kernel, site.op, self.here, dtype, site.specs, site.params, self.level, "jax")
         return None if why is None else f"Not certified and not run on this machine ({self.here.name}): {kernel.name} {why}."
 
+    def _certify_bytes(self) -> int:
+        given = config().certify_bytes
+        if given is not None:
+            return given
+        device = self.here or self.hardware
+        return 2 << 30 if device.platform == "cpu" or not device.memory_bytes else int(device.memory_bytes) // 8
+
+    def _against_reference(self, match: Match, kernel: KernelSpec, fn: Callable[..., Any]) -> Certificate:
+        """Where the user's own code is too large to run: the kernel against float64, long dimensions as short as it takes them.
+
+        Raises:
+          KernelError: it takes no short ones.
+        """
+        why: str | None = None
+        for largest in (96, 512, 1024):
+            specs = reduced_specs(match, largest)
+            dtype = next(iter(_first_array_first(match.op, specs).values())).dtype
+            why = refusal(kernel, match.op, self.here or self.hardware, dtype, specs, match.params, self.level, "jax")
+            if why is None:
+                return _against_reference(match, specs, fn)
+        raise KernelError(f"{kernel.name} was to be certified at reduced size", f"It {why}", "Raise KPT_CERTIFY_BYTES")
+
     def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, others: Mapping[str, str] | None = None) -> None:
         base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(others or {}))
         self.skipped.append(dataclasses.replace(base, kernel=ORIGINAL, version=None, reason=reason))
@@ -170,7 +194,7 @@ class Planner:
         self, program: Program, match: Match, kernel: KernelSpec, fn: Callable[..., Any], site: Site, values: _Example
     ) -> tuple[Site, str | None]:
         needed = original_bytes(program, match)
-        compared = needed <= config().certify_bytes
+        compared = needed <= self._certify_bytes()
         if not compared and (why := uncertifiable(program, match)) is not None:
             return site, f"It is too large to be compared with its own code, and {why}; raise KPT_CERTIFY_BYTES to compare the two."
         note = ""
@@ -181,7 +205,7 @@ class Planner:
                 key = (*key, _digest(example))
             certificate = _CERTIFICATES.get(key)
             if certificate is None:
-                certificate = certify_site(program, match, fn, example=example) if compared else _against_reference(match, fn)
+                certificate = certify_site(program, match, fn, example=example) if compared else self._against_reference(match, kernel, fn)
                 _CERTIFICATES[key] = certificate
         except Exception as error:  # whatever a kernel does wrong, the user's own code goes on running
             log.warning("%s failed while it was certified: %s", site, error)
@@ -209,8 +233,8 @@ active: contextvars.ContextVar[Planner | None] = contextvars.ContextVar("kpt_pla
 """The planner of the program being traced, for the parts of it that are differentiated inside."""
 
 
-def _against_reference(match: Match, fn: Callable[..., Any]) -> Certificate:
-    """Where the user's own code is too large to run: the kernel against float64, long dimensions cut short."""
+def _against_reference(match: Match, specs: dict[str, Spec], fn: Callable[..., Any]) -> Certificate:
+    """A kernel against float64 on random arrays."""
 
     def call(kernel: Callable[..., Any], arrays: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
         return jax.device_get(jax.jit(lambda a: kernel(**a, **params))(arrays))
@@ -228,7 +252,7 @@ def _against_reference(match: Match, fn: Callable[..., Any]) -> Certificate:
         return jax.device_get(jax.jit(run)(diff, list(cts)))
 
     with jax.ensure_compile_time_eval():
-        return validate(fn, op, reduced_specs(match), match.params, run=call, run_vjp=vjp)
+        return validate(fn, op, specs, match.params, run=call, run_vjp=vjp)
 
 
 class _Example:

@@ -52,7 +52,7 @@ BAD = [
 
 def test_an_empty_environment_has_the_defaults():
     assert config({}) == config({PREFIX + "LEVEL": " "}) == Config()
-    defaults = ("auto", "balanced", "full", 2 * GIB, "warning")
+    defaults = ("auto", "balanced", "full", None, "warning")
     found = Config()
     assert (found.hardware, found.level, found.certify, found.certify_bytes, found.log_level) == defaults
     assert found.cache_dir.name == "kpt"
