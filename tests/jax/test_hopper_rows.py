@@ -16,7 +16,8 @@ from tests.jax.certified import certify, mesh_of_one, specs_of
 
 H100, A100 = hardware_profile("h100-sxm"), hardware_profile("a100-sxm-80gb")
 CAUSAL = Mask((Causal(),))
-needs_mosaic = pytest.mark.skipif(reason := unmet("jax>=0.11.1"), reason=reason or "")
+TOO_OLD = unmet("jax>=0.11.1")
+needs_mosaic = pytest.mark.skipif(TOO_OLD is not None, reason=TOO_OLD or "")
 
 
 def rows(dtype="bfloat16", n=3, width=1024, names=("weight",), **more):
