@@ -138,18 +138,21 @@ def _block(length: int, most: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, q, k, v, operands):
-    return _forward(static, q, k, v, operands)[0]
+    return _forward(static, q, k, v, operands)[0].astype(static.out_dtype)
 
 
 def _attention_fwd(static, q, k, v, operands):
     out, m, total = _forward(static, q, k, v, operands)
-    return out, (q, k, v, operands, out, m, total)
+    return out.astype(static.out_dtype), (q, k, v, operands, out, m, total)
 
 
 # Traced once for all layers that are alike, as is the backward.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static: _Static, q, k, v, operands):
-    """Returns out `[B, T, N, Hv]` and the maximum and sum of each row's softmax, `[B, K, 1, G, T]`."""
+    """Returns out `[B, T, N, Hv]` and the maximum and sum of each row's softmax, `[B, K, 1, G, T]`.
+
+    The backward reads out again, so it is rounded to the wider of q's dtype and the output's, never below what the inputs are in.
+    """
     acc_dtype = _acc_dtype(q)
     kv_heads = k.shape[2]
     qh, kh, vh = _queries_last(q, kv_heads), _heads_first(k), _heads_first(v)
@@ -183,7 +186,7 @@ def _forward(static: _Static, q, k, v, operands):
     if _needs_skipped_keys(static.mask, blocks):
         m, total, acc = _add_skipped_keys(static.mask, blocks, m, total, acc, vh)
     out = acc / total if k.shape[1] else jnp.zeros_like(acc)  # no keys at all: an empty sum
-    return _join_heads(out).astype(static.out_dtype), m, total
+    return _join_heads(out).astype(jnp.promote_types(q.dtype, static.out_dtype)), m, total
 
 
 @functools.partial(jax.jit, static_argnums=0)
