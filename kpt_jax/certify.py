@@ -184,7 +184,7 @@ def certify_site(
     draws = [(f"seed {s}", sample(program, match, s)) for s in (range(min(4, few)) if seeds is None else seeds)]
     if example is not None:
         draws.append(("the example inputs", {v: np.asarray(a) for v, a in example.items()}))
-    dtype = narrowest([program.graph.specs[v].dtype for v in (*floats, *match.results)])
+    dtype = narrowest([e.dtype for e in match.arrays.values()] + [program.graph.specs[v].dtype for v in (*floats, *match.results)])
     certificate: Certificate | None = None
 
     def hold(actual: Any, original: Any, lengths: Any, moved: Any, where: str, terms: Any = None) -> Certificate:
