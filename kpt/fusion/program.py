@@ -17,6 +17,9 @@ EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concaten
 )
 
 
+_READ = ("bfloat16", "float16", "float32")  # what ops take; rounding to 8 bits is no cast that a kernel could make up for
+
+
 class Refuse(Exception):
     """Raised inside a pattern once it knows what the code means but cannot honour it. The text is for the user."""
 
@@ -158,7 +161,7 @@ class Program:
     def _read_as(self, e: Expr, nodes: set[int]) -> str | None:
         """The narrower float dtype that these nodes cast `e` to before anything else, or None."""
         leaves = self.leaves(e)
-        if len(leaves) != 1 or not _is_float(e.dtype):
+        if len(leaves) != 1 or not e.dtype.startswith(("float", "bfloat")):
             return None
         todo, found = [*self.env[min(leaves)].origins], set()
         while todo:
@@ -174,7 +177,7 @@ class Program:
                 else:
                     return None
         (dtype,) = found if len(found) == 1 else (e.dtype,)
-        return dtype if _is_float(dtype) and numpy_dtype(dtype).itemsize < numpy_dtype(e.dtype).itemsize else None
+        return dtype if dtype in _READ and numpy_dtype(dtype).itemsize < numpy_dtype(e.dtype).itemsize else None
 
     def unsafe(self, match: Match) -> str | None:
         """Why the match may not be swapped in, or None."""
@@ -226,10 +229,6 @@ def validate_fusion_safety(p: Program, match: Match) -> str | None:
                 return f"one of its inputs is made inside {r.name}, which has a derivative rule of its own"
             r = r.parent
     return None
-
-
-def _is_float(dtype: str) -> bool:
-    return dtype.startswith(("float", "bfloat"))
 
 
 def _region_falls(p: Program, region: Any, inside: set[int], results: set[int]) -> bool:
