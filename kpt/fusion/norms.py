@@ -9,7 +9,7 @@ from fractions import Fraction
 from kpt.fusion.formula import factors, mean, scalar, terms
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
-from kpt.graph.expr import Expr
+from kpt.graph.expr import Expr, numpy_dtype
 from kpt.ops.base import Spec
 
 _HALF = Fraction(-1, 2)
@@ -72,7 +72,7 @@ def _with_residual(p: Program, match: Match) -> Match | None:
 def _readings(p: Program, root: Expr, refusals: list[str]) -> Iterator[Match]:
     """The norms that `root` is the root of, the one that takes most first: with a cast behind it, with a bias, without."""
     for e in reversed(_downstream(p, root)):
-        if e.op in ("reshape", "transpose", "broadcast"):
+        if e.op in ("reshape", "transpose", "broadcast") or e.op == "convert" and _widens(e):
             continue  # a view of the result; what it views is the result
         try:
             match = _match(p, e, root)
@@ -81,6 +81,11 @@ def _readings(p: Program, root: Expr, refusals: list[str]) -> Iterator[Match]:
             continue
         if match is not None:
             yield match
+
+
+def _widens(e: Expr) -> bool:
+    a, b = e.args[0].dtype, e.dtype
+    return all(d.startswith(("float", "bfloat")) for d in (a, b)) and numpy_dtype(a).itemsize < numpy_dtype(b).itemsize
 
 
 def _downstream(p: Program, root: Expr, limit: int = 48) -> list[Expr]:

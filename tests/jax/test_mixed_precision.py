@@ -110,3 +110,79 @@ def test_a_training_step_with_a_bfloat16_head():
     for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
         assert a.dtype == b.dtype == jnp.float32
         assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+
+
+def q_k_v(*dtypes):
+    return [a.astype(d) for a, d in zip((normal(2, 48, 2, 32), normal(2, 48, 2, 32), normal(2, 48, 2, 32)), dtypes, strict=True)]
+
+
+def weights_rounded(q, k, v):
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores).astype(HALF), v.astype(HALF))
+
+
+@pytest.mark.parametrize("f, args, dtype", [
+    (attend, q_k_v(HALF, HALF, HALF), "bfloat16"),
+    (lambda q, k, v: attend(q.astype(HALF), k.astype(HALF), v), q_k_v("float32", "float32", "float32"), "float32"),
+    (attend, q_k_v(HALF, HALF, "float32"), "float32"),
+    (attend, q_k_v("float16", "float16", "float32"), "float32"),
+    (weights_rounded, q_k_v("float32", "float32", "float32"), "float32"),
+    (weights_rounded, q_k_v("float32", HALF, HALF), "float32"),
+])  # fmt: skip
+def test_attention_is_as_wide_as_its_widest_array(f, args, dtype):
+    """Three arrays of one dtype: what the code reads in float32 is not rounded, what it rounds is."""
+    args = [args[0] * 4, *args[1:]]  # sharp weights
+    fast = kpt_jax.optimize(f)
+    (site,) = fast.plan(*args).sites
+    if dtype == "float32":
+        args[2] = args[2] * 1e5  # more than float16 holds
+    assert {site.specs[n].dtype for n in "qkv"} == {dtype}
+    got, want = (np.asarray(g(*args), np.float32) for g in (fast, jax.jit(f)))
+    bound = 1e-5 if want.dtype == got.dtype and jax.eval_shape(f, *args).dtype == jnp.float32 else 1e-2
+    assert np.isfinite(got).all() and np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+
+
+def test_a_norm_that_rounds_is_widened_after_it():
+    def f(x, w, b):
+        return layer_norm(x, w, b).astype(HALF).astype(jnp.float32)
+
+    args = normal(48, 256), normal(256), normal(256)
+    fast = kpt_jax.optimize(f)
+    (site,) = fast.plan(*args).sites
+    assert site.params["out_dtype"] == "bfloat16"
+    np.testing.assert_allclose(fast(*args), jax.jit(f)(*args), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", HALF])
+def test_a_number_added_to_all_logits_cancels(dtype):
+    def f(x, w, shift):
+        return cross_entropy((x.astype(dtype) @ w.astype(dtype)).astype(jnp.float32) + shift, jnp.arange(48)).mean()
+
+    args = normal(48, 64), normal(64, 96) / 8, jnp.float32(0.3)
+    fast = kpt_jax.optimize(f)
+    assert [s.op for s in fast.plan(*args).sites] == ["linear_cross_entropy"]
+    got, want = (jax.value_and_grad(g, (0, 1, 2))(*args) for g in (fast, f))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-3)
+    assert abs(got[1][2]) < 1e-5
+    for a, b in zip(got[1][:2], want[1][:2], strict=True):
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+    moved, expected = (jax.jvp(lambda x, g=g: g(x, *args[1:]), args[:1], args[:1])[1] for g in (fast, f))
+    np.testing.assert_allclose(moved, expected, rtol=1e-2)
+
+
+def test_a_rematerialised_block_has_the_sites_of_the_block():
+    """Its derivative traces the kernels again; what they are made of is nobody's site."""
+
+    def block(x, w, a, b):
+        return x + jax.nn.gelu(rms_norm(x, w.astype(HALF)) @ a.astype(HALF)) @ b.astype(HALF)
+
+    args = normal(64, 32).astype(HALF), normal(32), normal(32, 64) / 6, normal(64, 32) / 8
+    plans = []
+    for made in (block, jax.checkpoint(block)):
+
+        def step(x, *rest, made=made):
+            return jax.value_and_grad(lambda *r: (made(x, *r).astype(jnp.float32) ** 2).mean(), (0, 1, 2))(*rest)
+
+        plans.append(kpt_jax.optimize(step).plan(*args))
+    assert [s.op for s in plans[0].sites] == [s.op for s in plans[1].sites] == ["rms_norm", "linear_act"]
+    assert not plans[1].skipped
