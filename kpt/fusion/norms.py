@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -133,11 +134,11 @@ def _statistic(ax: Axes, root: Ref) -> tuple[float, Ref, str, tuple[int, ...]] |
 def _mean_of(ax: Axes, c: float, r: Ref) -> tuple[float, Ref, tuple[int, ...]] | None:
     if r.expr.op != "reduce_sum":
         return None
-    if len(r.expr["axes"]) != 1:
-        raise Refuse("the norm runs over two axes; the kernels normalise the last axis of a matrix")
     inner, fresh = ax.reduced(r)
-    if abs(c * ax.extent(fresh[0]) - 1.0) > 1e-5:
+    if abs(c * math.prod(ax.extent(f) for f in fresh) - 1.0) > 1e-5:
         return None
+    if len(fresh) != 1:
+        raise Refuse("the norm runs over two axes; the kernels normalise the last axis of a matrix")
     return 1.0, ax.strip(inner), fresh[0]
 
 
