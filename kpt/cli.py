@@ -64,6 +64,9 @@ app.add_typer(hardware_app, name="hardware")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(tpu_app, name="tpu")
 
+ArgsFrom = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
@@ -111,10 +114,7 @@ def demo(
 def plan(
     context: typer.Context,
     function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="The function to plan for.")],
-    args_from: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's."),
-    ] = None,
+    args_from: ArgsFrom = None,
     level: Annotated[str | None, typer.Option(help="conservative, balanced or aggressive.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -179,10 +179,7 @@ def bench(
 def tpu_schedule(
     context: typer.Context,
     function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="A function that calls Pallas kernels, anybody's.")],
-    args_from: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's."),
-    ] = None,
+    args_from: ArgsFrom = None,
     gen: Annotated[str, typer.Option(help="Generations to compile for: v4,v5e,v5p,v6e,v7x.")] = "v5e",
     plot: Annotated[Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes, as SVG.")] = None,
     as_json: AsJson = False,

@@ -20,6 +20,7 @@ from typing import Any
 from kpt.errors import KptError, MissingDependencyError
 from kpt.tpu import Generation, Schedule, schedule
 
+_PATIENCE = 600  # seconds
 _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)")
 _FINAL = re.compile(r"\d+-(?P<name>.+)-\d+-schedule-analysis_final_bundles\.txt")
 
@@ -28,7 +29,7 @@ class CompileError(KptError):
     """The TPU compiler refused a program; its message is in the text."""
 
 
-def compiled_schedules(function: str, args_from: str | None, on: Generation, timeout: float = 600.0) -> list[Schedule]:
+def compiled_schedules(function: str, args_from: str | None, on: Generation) -> list[Schedule]:
     """The schedules of every Pallas kernel that a function calls, compiled for one device of `on`.
 
     Args:
@@ -55,9 +56,9 @@ def compiled_schedules(function: str, args_from: str | None, on: Generation, tim
         }  # fmt: skip
         command = [sys.executable, "-m", "kpt_jax.tpu", function, args_from or "", on.topology]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False)
         except subprocess.TimeoutExpired:
-            problem = f"it was not done after {timeout:.0f} s"
+            problem = f"it was not done after {_PATIENCE} s"
             raise CompileError(f"{function} was compiled for {on.name}", problem, "Try a smaller shape") from None
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -20,7 +20,6 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(r"%(\w+) = ([a-z_0-9]+(?:\.\w+)*) ?(.*)", re.DOTALL)
 _NAMED = re.compile(r"/\*(\w+)=\*/ *([^,\s]+)")
 _PREDICATE = re.compile(r"\((!?)%(p\w+)\),? *")
-SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 # The vector unit's share of a kernel is not the sequencer's business.
 _VECTOR = re.compile(r"v(?!delay)|set|trace")
 
@@ -98,7 +97,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
 def _instruction(text: str) -> Instruction | None:
     named = dict(_NAMED.findall(text))
     m = _INSTRUCTION.match(_COMMENT.sub("", text).replace("\n", " ").strip().removesuffix("}"))
-    if m is None or _VECTOR.match(m[2]) or m[2].startswith(("vld", "vst")):
+    if m is None or _VECTOR.match(m[2]):
         return None
     result, op, rest = m.groups()
     # `smov (%p, %a), b` and `scalar_select%p,%a,b` choose; `op (%p), a` is issued or not.
