@@ -52,6 +52,24 @@ def _hopper(op: str, dtypes: tuple[str, ...], level: str = "conservative", versi
     )
 
 
+def _tpu(op: str, level: str = "conservative", version: int = 1, **honours: Any) -> KernelSpec:
+    """A Pallas kernel for TPU, v4 to v7x."""
+    return KernelSpec(
+        name=f"{op}.pallas_tpu",
+        op=op,
+        version=version,
+        provider="pallas_tpu",
+        framework="jax",
+        platforms=("tpu",),
+        dtypes=("bfloat16", "float32"),
+        level=level,
+        requires=("jax>=0.11.2",),
+        loader=f"pallas_kernels.{op}.tpu:{op}",
+        accepts=f"pallas_kernels.{op}.tpu:refusal",
+        **honours,
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -97,4 +115,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),
+    _tpu("matmul", level="balanced"),
+    _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
+    _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),
 )
