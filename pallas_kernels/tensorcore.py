@@ -109,7 +109,7 @@ def cut(size: int, block: int, tile: int = LANES) -> int:
     return next((b for b in range(block, block // 2 - 1, -tile) if size % b == 0), block)
 
 
-def padded_bytes(shape: Sequence[int], dtype: Any) -> int:
+def padded_bytes(shape: Any, dtype: Any) -> int:
     """Bytes that a block takes in VMEM, whose last two axes come in whole tiles."""
     *lead, rows, lanes = (1, *shape) if len(shape) == 1 else shape
     itemsize = jnp.dtype(dtype).itemsize
@@ -137,7 +137,7 @@ def launch(
     in_specs: Sequence[Any],
     out_specs: Sequence[Any],
     grid: Sequence[int],
-    semantics: Sequence[str],
+    semantics: Sequence[Any],
     scratch: Sequence[Any] = (),
     prefetch: int = 0,
     cost: pl.CostEstimate | None = None,

@@ -115,6 +115,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),
+    _tpu("rms_norm"),
+    _tpu("layer_norm"),
     _tpu("matmul", level="balanced"),
     _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),

@@ -46,7 +46,7 @@ def glu(
     return y.reshape(*x.shape[:-1], w_gate.shape[1])
 
 
-def _forward(static, x, w_gate, w_up, b_gate, b_up, keep=False):
+def _forward(static, keep, x, w_gate, w_up, b_gate, b_up):
     activation, out_dtype, blocks = static
 
     def epilogue(gate, up, *biases):
@@ -66,11 +66,11 @@ def _compute(*arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _glu(static, x, w_gate, w_up, b_gate, b_up):
-    return _forward(static, x, w_gate, w_up, b_gate, b_up)[0]
+    return _forward(static, False, x, w_gate, w_up, b_gate, b_up)[0]
 
 
 def _fwd(static, *arrays):
-    y, gate, up = _forward(static, *arrays, keep=True)
+    y, gate, up = _forward(static, True, *arrays)
     return y, (*arrays, gate, up)
 
 

@@ -55,7 +55,7 @@ def linear_act(
     return _linear(static, *vary_alike(rows, w, None if b is None else b.reshape(1, -1))).reshape(*x.shape[:-1], w.shape[1])
 
 
-def _forward(static, x, w, b, keep=False):
+def _forward(static, keep, x, w, b):
     activation, out_dtype, blocks = static
 
     def epilogue(acc, *bias):
@@ -68,11 +68,11 @@ def _forward(static, x, w, b, keep=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(static, x, w, b):
-    return _forward(static, x, w, b)[0]
+    return _forward(static, False, x, w, b)[0]
 
 
 def _fwd(static, x, w, b):
-    y, *z = _forward(static, x, w, b, keep=static[0] != "identity")
+    y, *z = _forward(static, static[0] != "identity", x, w, b)
     return y, (x, w, b, z[0] if z else None)
 
 
