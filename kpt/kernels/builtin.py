@@ -115,6 +115,11 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),
+    _tpu(
+        "attention",
+        masks=frozenset({"causal", "window", "segments", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
+    ),
     _tpu("rms_norm"),
     _tpu("layer_norm"),
     _tpu("matmul", level="balanced"),
