@@ -12,8 +12,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels import tensorcore
 from pallas_kernels.manual_axes import vary_alike
-from pallas_kernels.tensorcore import LANES, budget, cut, dot, generation, launch, padded_bytes, require_fit, require_multiples
+from pallas_kernels.tensorcore import LANES, budget, cut, dot, launch, padded_bytes, require_fit, require_multiples
 from pallas_kernels.tensorcore import refusal as refusal
 
 
@@ -37,7 +38,7 @@ def default_blocks(compute: Any) -> Blocks:
     """By the operations a byte that the chip can do: 240 on v5e, 560 on v6e. In float32, where a product is six of bfloat16, 40 and 93."""
     if compute == jnp.float32:
         return Blocks(512, 512, 512)
-    return Blocks(512, 1024, 1024) if generation().mxu == 128 else Blocks(1024, 2048, 1024)
+    return Blocks(512, 1024, 1024) if tensorcore.generation().mxu == 128 else Blocks(1024, 2048, 1024)
 
 
 Sums = Sequence[Sequence[tuple[int, int]]]

@@ -8,7 +8,7 @@ from kpt.errors import KernelError
 from kpt.ops.mask import Bias, Causal, Lengths, Mask, Segments, Window
 from pallas_kernels.attention.tpu import Blocks
 from tests.jax.certified import specs_of
-from tests.jax.tpu import agrees, lowers, needs_pallas_tpu, refused, under_transformations
+from tests.jax.tpu import CHIPS, agrees, lowers, needs_pallas_tpu, refused, under_transformations
 
 pytestmark = needs_pallas_tpu
 SMALL = {"blocks": Blocks(128, 128)}
@@ -57,9 +57,10 @@ LARGE = {
 }
 
 
+@CHIPS
 @pytest.mark.parametrize("case", LARGE)
-def test_lowers_for_tpu_in_both_passes(case):
-    assert lowers(*LARGE[case]) == 3
+def test_lowers_for_tpu_in_both_passes(case, chip):
+    assert lowers(*LARGE[case], chip=chip) == 3
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from kpt.validation import tolerance
 from pallas_kernels.linear_act.tpu import IN_KERNEL
 from pallas_kernels.matmul.tpu import Blocks, matmul
 from tests.jax.certified import specs_of
-from tests.jax.tpu import agrees, lowers, needs_pallas_tpu, refused, under_transformations
+from tests.jax.tpu import CHIPS, agrees, lowers, needs_pallas_tpu, refused, under_transformations
 
 pytestmark = needs_pallas_tpu
 SMALL = {"blocks": Blocks(128, 128, 128)}
@@ -69,9 +69,10 @@ LARGE = {
 } | {a: ("linear_act", specs_of("bfloat16", x=(4096, 1024), w=(1024, 4096), b=(4096,)), {"activation": a}) for a in IN_KERNEL}
 
 
+@CHIPS
 @pytest.mark.parametrize("case", LARGE)
-def test_lowers_for_tpu_in_both_passes(case):
-    assert lowers(*LARGE[case]) == 3
+def test_lowers_for_tpu_in_both_passes(case, chip):
+    assert lowers(*LARGE[case], chip=chip) == 3
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from kpt.errors import KernelError
 from pallas_kernels import tensorcore
 from pallas_kernels.norm_blocks import RowBlocks
 from tests.jax.certified import specs_of
-from tests.jax.tpu import agrees, lowers, needs_pallas_tpu, refused, under_transformations
+from tests.jax.tpu import CHIPS, agrees, lowers, needs_pallas_tpu, refused, under_transformations
 
 pytestmark = needs_pallas_tpu
 SMALL = {"blocks": RowBlocks(16)}
@@ -52,9 +52,10 @@ LARGE = {
 }
 
 
+@CHIPS
 @pytest.mark.parametrize("case", LARGE)
-def test_lowers_for_tpu_in_both_passes(case):
-    assert lowers(*LARGE[case]) == 2
+def test_lowers_for_tpu_in_both_passes(case, chip):
+    assert lowers(*LARGE[case], chip=chip) == 2
 
 
 def test_transformations():

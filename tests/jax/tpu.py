@@ -65,10 +65,22 @@ def _step(name: str, params: dict[str, Any], fn: Any = None) -> Any:
     return step
 
 
-def lowers(name: str, specs: Any, params: dict[str, Any], fn: Any = None) -> int:
-    """Kernels in both passes, lowered for TPU."""
+CHIPS = pytest.mark.parametrize("chip", ["TPU v4", "TPU v6 lite"])
+"""The one with the least VMEM, and the one with the widest matrix unit and the most VMEM."""
+
+
+def lowers(name: str, specs: Any, params: dict[str, Any], fn: Any = None, chip: str = "TPU v5 lite") -> int:
+    """Kernels in both passes, lowered for that chip."""
+    from pallas_kernels import tensorcore
+
+    with mock.patch.object(tensorcore, "generation", lambda: tensorcore.DEVICE_KINDS[chip]):
+        return _lowered(name, specs, params, fn)
+
+
+def _lowered(name: str, specs: Any, params: dict[str, Any], fn: Any) -> int:
     arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
-    return jax.jit(_step(name, params, fn)).trace(arrays).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+    lowered = jax.jit(_step(name, params, fn)).trace(arrays).lower(lowering_platforms=("tpu",))
+    return lowered.as_text().count("tpu_custom_call")
 
 
 def under_transformations(name: str, specs: Any, params: dict[str, Any], shared: Sequence[str] = ()) -> None:
