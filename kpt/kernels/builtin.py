@@ -124,6 +124,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _tpu("layer_norm"),
     _tpu("rope", params={"interleaved": (False, True)}),
     _tpu("cross_entropy", params={"invalid": INVALID_LABELS}),
+    _tpu("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
     _tpu("matmul", level="balanced"),
     _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),
