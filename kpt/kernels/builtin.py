@@ -126,6 +126,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _tpu("cross_entropy", params={"invalid": INVALID_LABELS}),
     _tpu("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
     _tpu("matmul", level="balanced"),
+    _tpu("ragged_matmul", level="balanced"),
     _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),
 )
