@@ -39,7 +39,7 @@ MORE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "causal, grouped" else [pytest.mark.slow]) for c in CASES])
 def test_agrees_with_float64(case):
     agrees(*CASES[case])
 

@@ -26,6 +26,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64(case):
     agrees("linear_cross_entropy", *CASES[case])

@@ -34,7 +34,7 @@ MORE = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c == "matmul, nothing divides" else [pytest.mark.slow]) for c in CASES])
 def test_agrees_with_float64(case):
     agrees(*CASES[case])
 

@@ -26,6 +26,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64(case):
     agrees("ragged_matmul", *CASES[case], seeds=(0, 1))
