@@ -3,13 +3,14 @@ python := .venv/bin/python
 # One process a core; the tests of a file share what they set up.
 pytest := $(python) -m pytest -n logical --dist loadfile
 
-.PHONY: help setup demo test test-slow test-gpu lint clean
+.PHONY: help setup demo test test-slow test-gpu test-tpu lint clean
 
 help:
 	@echo 'make demo        train a small language model as written and through kpt; report in kpt-report/demo.html'
 	@echo 'make test        the default test suite'
 	@echo 'make test-slow   the tests that take minutes'
 	@echo 'make test-gpu    the tests that need an NVIDIA GPU'
+	@echo 'make test-tpu    the tests that compile for TPUs, with none here'
 	@echo 'make lint        style and types'
 	@echo 'make clean       remove the environments'
 
@@ -27,6 +28,12 @@ test-slow: setup
 
 test-gpu: setup
 	$(python) -m pytest -m gpu $(ARGS)
+
+# libtpu has a place of its own: where jax finds it, it looks for a TPU at every start.
+libtpu := .venv-libtpu
+test-tpu: setup
+	@test -d $(libtpu)/libtpu || $(python) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps --target $(libtpu) libtpu
+	PYTHONPATH=$(libtpu) JAX_PLATFORMS=cpu $(pytest) -m tpu $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

@@ -59,8 +59,10 @@ app = typer.Typer(
 )
 hardware_app = typer.Typer(help="Chips: what they can do, and which one is here.", no_args_is_help=True)
 kernels_app = typer.Typer(help="Kernels: who can compute an op, and where.", no_args_is_help=True)
+tpu_app = typer.Typer(help="TPU kernels as their compiler schedules them, with no TPU here.", no_args_is_help=True)
 app.add_typer(hardware_app, name="hardware")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(tpu_app, name="tpu")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -171,6 +173,58 @@ def bench(
         )  # fmt: skip
         if as_json:
             _print_json(result)
+
+
+@tpu_app.command("schedule")
+def tpu_schedule(
+    context: typer.Context,
+    function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="A function that calls Pallas kernels, anybody's.")],
+    args_from: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's."),
+    ] = None,
+    gen: Annotated[str, typer.Option(help="Generations to compile for: v4,v5e,v5p,v6e,v7x.")] = "v5e",
+    plot: Annotated[Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes, as SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a function for a TPU that is not here, and show what bounds its Pallas kernels.
+
+    The real TPU compiler (libtpu) schedules every kernel; kpt runs the scalar instructions of the schedule, and so counts how
+    often each bundle is issued, blocks that a mask skips included, and what waits for HBM. How far to trust the times:
+    docs/benchmarks/tpu-static.md. Arguments may be jax.ShapeDtypeStructs.
+    """
+    with answering(context, as_json):
+        from kpt.tpu import generation
+
+        generations = [generation(name.strip()) for name in gen.split(",")]
+        compiled = _front_end("kpt_jax.tpu", "compiled_schedules")
+        found = []
+        with _console(stderr=True).status("") as status:
+            for one in generations:
+                status.update(f"compiling {function} for TPU {one.name}")
+                found += compiled(function, args_from, one)
+        if not found:
+            raise KptError(
+                f"The schedule of {function} was asked for", "It calls no Pallas kernel", "Name a function that does, or whose plan does"
+            )
+        if plot is not None:
+            from kpt.tpu import chart
+
+            longest = max(found, key=lambda s: s.seconds)
+            plot.write_text(chart(longest), encoding="utf-8")
+        if as_json:
+            _print_json([s.to_json() for s in found])
+            return
+        units = ("MXU", "VPU", "XLU", "EUP", "load", "store")
+        rows = []
+        for s in found:
+            cores = f" x{s.cores}" if s.cores > 1 else ""
+            row = [s.kernel, s.generation + cores, f"{s.seconds * 1e3:.3f} ms", f"{s.cycles:,.0f}", f"{s.stalled / max(s.cycles, 1):.0%}"]
+            row += [s.bound, *(f"{s.occupancy[u]:.0%}" for u in units), _bytes(s.vmem), _bytes(s.read + s.written), f"{s.spills:,}"]
+            rows.append(row)
+        _print_table(("kernel", "TPU", "time", "cycles", "stalled", "bound", *units, "VMEM", "HBM", "spills"), rows)
+        if any(s.unknown for s in found):
+            typer.echo("Some branches depend on data; what they may skip is counted.")
 
 
 @hardware_app.command("list")

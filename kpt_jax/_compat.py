@@ -47,6 +47,7 @@ def _dtype_name(dtype: Any) -> str:
     return "key" if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else dtype.name
 
 
+_SITE = os.path.join("kpt_jax", "apply.py"), "_run_site"  # where kernels are called
 _LAYERS = "flax haiku equinox optax pallas_kernels".split()  # whose lines say little without the line that called them
 
 
@@ -69,6 +70,8 @@ def _place(tb: Any) -> tuple[str, bool]:
     library = None
     libraries = _folders(*_LAYERS)
     for frame in source_info_util.user_frames(tb):  # innermost first
+        if frame.file_name.endswith(_SITE[0]) and frame.function_name.startswith(_SITE[1]):
+            return "", True  # what stands in for a site, traced again: a rematerialised block's derivative, say
         if not frame.file_name.startswith(libraries):
             return _line(frame) + (f" through {_line(library)}" if library else ""), _is_kernel(library)
         library = library or frame

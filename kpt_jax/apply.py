@@ -65,12 +65,7 @@ def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
     for m, _ in rw.sites:
         assert rw.program is not None
         consumed |= {id(n) for n in rw.program.consumed(m)}
-        leaves = set()
-        for a in m.arrays.values():
-            leaves |= rw.program.leaves(a)
-        for r in m.results.values():
-            leaves |= rw.program.leaves(r)
-        rw.reads.append(tuple(sorted(leaves)))
+        rw.reads.append(leaf_values(rw.program, m))
 
     def step_for(v: int) -> tuple[str, Any] | None:
         if v in site_of:
@@ -173,8 +168,19 @@ def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
 
 
 def leaf_values(program: Program, match: Match) -> tuple[int, ...]:
-    """The program values that a match's arrays, and its results from the kernel's, are computed from."""
-    return tuple(sorted(set().union(*(program.leaves(a) for a in (*match.arrays.values(), *match.results.values())))))
+    """The program values that a site is computed from: by the kernel, and by its own code, which may read what cancels."""
+    return tuple(sorted(_kernel_reads(program, match) | cancelled_values(program, match)))
+
+
+def cancelled_values(program: Program, match: Match) -> set[int]:
+    """What a site's own code reads and the kernel does not: a number added to all logits, say. No result depends on it."""
+    reads, nodes = _kernel_reads(program, match), program.consumed(match)
+    named = reads | {v for leaf in reads for v in program.env[leaf].origins} | {v for n in nodes for v in n.outputs}
+    return {program.env[v].origins[0] for n in nodes for v in n.inputs if v not in named and v not in program.graph.consts}
+
+
+def _kernel_reads(program: Program, match: Match) -> set[int]:
+    return set().union(*(program.leaves(a) for a in (*match.arrays.values(), *match.results.values())))
 
 
 def isolated(program: Program, match: Match) -> Graph:

@@ -6,7 +6,9 @@ a matrix product become regions, everything with control flow keeps its body as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,18 @@ def _neutral(eqn: Any) -> tuple[str, dict]:
 def _spec(aval: Any) -> Spec:
     shape = getattr(aval, "shape", ())
     return Spec(tuple(d if isinstance(d, int) else int(d) for d in shape), _compat.dtype_name(aval))
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """The cyclic garbage collector paused: a trace is a hundred thousand live objects, which it would walk again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def capture(closed: Any, name: str) -> Graph:

@@ -23,7 +23,7 @@ from kpt.ops.base import Spec
 from kpt.validation import Certificate, compare
 from kpt.validation.conditioning import COARSE, sensitivity
 from kpt_jax import _compat
-from kpt_jax.apply import Rewrite, isolated, leaf_values, run
+from kpt_jax.apply import Rewrite, cancelled_values, isolated, leaf_values, run
 from kpt_jax.bind import bind
 from kpt_jax.emit import emit
 
@@ -177,14 +177,15 @@ def certify_site(
     Raises:
       Whatever the kernel raises; the caller drops the site and says so.
     """
-    floats = [v for v in leaf_values(program, match) if program.graph.specs[v].dtype.startswith(("float", "bfloat"))]
+    moving = set(leaf_values(program, match)) - cancelled_values(program, match)  # what cancels has rounding errors for a gradient
+    floats = [v for v in sorted(moving) if program.graph.specs[v].dtype.startswith(("float", "bfloat"))]
     names = {v: _name(program, match, v) for v in floats}
     elements = sum(math.prod(program.graph.specs[v].shape) for v in (*floats, *match.results))
     few = max(1, _FEW // max(elements, 1))  # what one draw shows of few numbers is little
     draws = [(f"seed {s}", sample(program, match, s)) for s in (range(min(4, few)) if seeds is None else seeds)]
     if example is not None:
         draws.append(("the example inputs", {v: np.asarray(a) for v, a in example.items()}))
-    dtype = narrowest([program.graph.specs[v].dtype for v in (*floats, *match.results)])
+    dtype = narrowest([e.dtype for e in match.arrays.values()] + [program.graph.specs[v].dtype for v in (*floats, *match.results)])
     certificate: Certificate | None = None
 
     def hold(actual: Any, original: Any, lengths: Any, moved: Any, where: str, terms: Any = None) -> Certificate:

@@ -21,7 +21,7 @@ from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
 from kpt_jax import _compat, modules
 from kpt_jax.apply import Rewrite, run
-from kpt_jax.capture import capture
+from kpt_jax.capture import capture, uncollected
 from kpt_jax.derivatives import derivatives_seen
 from kpt_jax.planner import Planner, active
 
@@ -328,13 +328,14 @@ class Optimized:
             flat.__wrapped__ = self._fn  # type: ignore[attr-defined]  # jax's errors name the user's function and line
         token, within = active.set(planner), planner.within
         planner.within = f"{path}/" if path else ""
-        try:
-            with derivatives_seen(planner.token):
-                closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
-        finally:
-            active.reset(token)
-            planner.within = within
-        graph = capture(closed, getattr(self._fn, "__name__", "function"))
+        with uncollected():
+            try:
+                with derivatives_seen(planner.token):
+                    closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
+            finally:
+                active.reset(token)
+                planner.within = within
+            graph = capture(closed, getattr(self._fn, "__name__", "function"))
         tracers = any(n.op == "opaque:outer" for _, g in graph.walk() for n in g.nodes)
         if planner.certify != "full" or tracers:
             example = None

@@ -29,6 +29,7 @@ from kpt.ops.base import Spec
 from kpt.strategy import Plan, Site, choose
 from kpt.validation import Certificate
 from kpt_jax.apply import REBUILT, Rewrite, leaf_values, run
+from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, original_bytes, reduced_specs, rules_text, uncertifiable
 
 log = logging.getLogger("kpt")
@@ -96,7 +97,8 @@ class Planner:
                 return f"{kernel.name} cannot be loaded: {error}"
             return None
 
-        program, matches, missed = patterns().find(graph, accept)
+        with uncollected():
+            program, matches, missed = patterns().find(graph, accept)
         kept: list[tuple[Match, Callable[..., Any]]] = []
         values = _Example(graph, example)
         for i, match in enumerate(sorted(matches, key=lambda m: max(m.results))):

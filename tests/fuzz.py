@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[int, Callable[..., Arrays], bool]] = {
 }
 VALUES_PER_SHAPE = sum(n for n, _, _ in KINDS.values())
 SHAPES_PER_TASK = 4
+SHOWN = 20  # failures
 
 # Constants that decide how a kernel cuts its arrays. Every third case runs with these in their place, so that small shapes have
 # many blocks, ragged ones and hidden ones.
@@ -181,14 +182,14 @@ def main() -> int:
             bar.update(tasks[op], advance=cases)
             done[op] += cases
             wrong[op] += len(found)
+            for line in found[: max(0, SHOWN - sum(wrong.values()) + len(found))]:
+                bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
             if done[op] >= given.cases:
                 bar.console.print(f"{op}: {done[op]} cases, {wrong[op]} wrong", highlight=False)
 
         failures = fuzz(ops, given.cases, seed, framework=given.framework, jobs=given.jobs, on_done=on_done)
-    for line in failures[:20]:
-        print(line)
-    if len(failures) > 20:
-        print(f"and {len(failures) - 20} more")
+    if len(failures) > SHOWN:
+        print(f"and {len(failures) - SHOWN} more")
     return 1 if failures else 0
 
 

@@ -1,7 +1,6 @@
 """Every op's providers on random cases against float64, forward and gradients. `python -m tests.fuzz` runs any seed."""
 
 import os
-import secrets
 
 import pytest
 
@@ -18,7 +17,7 @@ def test_a_slice(op):
 
 
 @pytest.mark.slow
-def test_two_thousand_cases_of_each_op():
-    seed = secrets.randbelow(1 << 31)
-    print(f"seed {seed}")
-    assert not fuzz(list(CASES), cases=2000, seed=seed, jobs=os.cpu_count() or 1)
+def test_a_thousand_cases_of_each_op():
+    """At one seed, so that a change fails by what it changes; `python -m tests.fuzz` draws a new one, and two thousand cases."""
+    print("seed 20261123")
+    assert not fuzz(list(CASES), cases=1000, seed=20261123, jobs=os.cpu_count() or 1)

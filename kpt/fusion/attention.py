@@ -389,18 +389,20 @@ def _match(p: Program, found: _Weighted) -> Match:
     if acc.biases:
         arrays["bias"] = _joined_bias(p, ax, lay, acc.biases)
         mask = Mask((*mask.terms, Bias()), mask.fill, mask.additive)
-    dtype = _operand_dtype(p, found, dot.expr, {r.expr.dtype for r in (q, k, val)})
-    if not dtype.startswith(("float", "bfloat")):
-        raise Refuse(f"{dtype} operands; cast them to a float dtype first")
-    for name, ref, target in (
-        ("q", q, (batch, query, kv_heads + groups, depth)),
-        ("k", k, (batch, key, kv_heads, depth)),
-        ("v", val, (batch, key, kv_heads, value_dim)),
+    # A cast that widens is the kernel's business; one that narrows is part of what the code reads.
+    read = [_narrower(r.expr.dtype, used.args[0].dtype) for r, used in ((q, dot.expr), (k, dot.expr), (val, found.product))]
+    if not all(d.startswith(("float", "bfloat")) for d in read):
+        raise Refuse(f"{', '.join(dict.fromkeys(read))} operands; cast them to a float dtype first")
+    dtype = _operand_dtype(p, found, read)
+    for name, ref, rounded, target in (
+        ("q", q, read[0], (batch, query, kv_heads + groups, depth)),
+        ("k", k, read[1], (batch, key, kv_heads, depth)),
+        ("v", val, read[2], (batch, key, kv_heads, value_dim)),
     ):
         arranged = ax.arrange(ref, target, x)
         if arranged is None:
             raise Refuse(f"{name} has an axis that attention does not have")
-        arrays[name] = x.convert(arranged, dtype)
+        arrays[name] = x.convert(x.convert(arranged, rounded), dtype)
     params |= {"mask": mask, "out_dtype": out.expr.dtype}
     n = ax.extent(kv_heads + groups)
     shape = (ax.extent(batch), ax.extent(query), n, ax.extent(value_dim))
@@ -469,17 +471,16 @@ def _sees(x: Exprs, mask: Mask, arrays: Mapping[str, Expr], shape: tuple[int, ..
     return x.broadcast(some, shape, (0, 2, 1))
 
 
-def _operand_dtype(p: Program, found: _Weighted, dot: Expr, stored: set[str]) -> str:
-    """The dtype that q, k and v go to the kernel in: as stored, unless the code widens them and keeps the result wide.
+def _operand_dtype(p: Program, found: _Weighted, read: list[str]) -> str:
+    """The dtype that q, k and v go to the kernel in, wide enough for all three as they are read; wider where the code widens
+    them and keeps the result wide.
 
     A kernel rounds its weights to the dtype of the values; where the code multiplied in float32 and goes on in
     float32, that rounding would be new.
     """
-    if len(stored) != 1:
-        return dot.args[0].dtype
-    (dtype,) = stored
+    dtype = functools.reduce(_common, read)
     wide = found.product.args[0].dtype
-    if wide == dtype:
+    if _common(wide, dtype) == dtype:
         return dtype
     ends: list[Expr] = []
     todo = [found.out.expr]
@@ -491,6 +492,20 @@ def _operand_dtype(p: Program, found: _Weighted, dot: Expr, stored: set[str]) ->
         if returned or not p.users(e):
             return wide
     return dtype if all(u.op == "convert" and u.dtype == dtype for u in ends) else wide
+
+
+_BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+
+
+def _narrower(stored: str, used: str) -> str:
+    return stored if _BITS.get(stored, 0) < _BITS.get(used, 0) else used
+
+
+def _common(a: str, b: str) -> str:
+    """The narrowest dtype that holds the numbers of both."""
+    if a == b:
+        return a
+    return max(a, b, key=_BITS.__getitem__) if _BITS[a] != _BITS[b] else "float32"
 
 
 def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref) -> tuple[float, Ref, Ref]:

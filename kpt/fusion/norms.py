@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
 from kpt.fusion.formula import factors, mean, scalar, terms
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
-from kpt.graph.expr import Expr
+from kpt.graph.expr import Expr, numpy_dtype
 from kpt.ops.base import Spec
 
 _HALF = Fraction(-1, 2)
@@ -72,7 +73,7 @@ def _with_residual(p: Program, match: Match) -> Match | None:
 def _readings(p: Program, root: Expr, refusals: list[str]) -> Iterator[Match]:
     """The norms that `root` is the root of, the one that takes most first: with a cast behind it, with a bias, without."""
     for e in reversed(_downstream(p, root)):
-        if e.op in ("reshape", "transpose", "broadcast"):
+        if e.op in ("reshape", "transpose", "broadcast") or e.op == "convert" and _widens(e):
             continue  # a view of the result; what it views is the result
         try:
             match = _match(p, e, root)
@@ -81,6 +82,11 @@ def _readings(p: Program, root: Expr, refusals: list[str]) -> Iterator[Match]:
             continue
         if match is not None:
             yield match
+
+
+def _widens(e: Expr) -> bool:
+    a, b = e.args[0].dtype, e.dtype
+    return all(d.startswith(("float", "bfloat")) for d in (a, b)) and numpy_dtype(a).itemsize < numpy_dtype(b).itemsize
 
 
 def _downstream(p: Program, root: Expr, limit: int = 48) -> list[Expr]:
@@ -128,11 +134,11 @@ def _statistic(ax: Axes, root: Ref) -> tuple[float, Ref, str, tuple[int, ...]] |
 def _mean_of(ax: Axes, c: float, r: Ref) -> tuple[float, Ref, tuple[int, ...]] | None:
     if r.expr.op != "reduce_sum":
         return None
-    if len(r.expr["axes"]) != 1:
-        raise Refuse("the norm runs over two axes; the kernels normalise the last axis of a matrix")
     inner, fresh = ax.reduced(r)
-    if abs(c * ax.extent(fresh[0]) - 1.0) > 1e-5:
+    if abs(c * math.prod(ax.extent(f) for f in fresh) - 1.0) > 1e-5:
         return None
+    if len(fresh) != 1:
+        raise Refuse("the norm runs over two axes; the kernels normalise the last axis of a matrix")
     return 1.0, ax.strip(inner), fresh[0]
 
 

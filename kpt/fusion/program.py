@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kpt.graph.expr import ELEMENTWISE, Expr
+from kpt.graph.expr import ELEMENTWISE, Expr, numpy_dtype
 from kpt.graph.graph import Graph, Node
 from kpt.graph.normalize import normalize
 
@@ -15,6 +15,9 @@ GROUND = frozenset({"full", "const", "iota", "out"})
 EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concatenate reduce_or reduce_sum real imag".split())) - frozenset(
     "erf erfc erf_inv log1p expm1 exp2 cbrt ceil round pow power atan2".split()
 )
+
+
+_READ = ("bfloat16", "float16", "float32")  # what ops take; rounding to 8 bits is no cast that a kernel could make up for
 
 
 class Refuse(Exception):
@@ -145,6 +148,38 @@ class Program:
         found = sorted(nodes.values(), key=lambda n: self._order[id(n)])
         self._consumed[id(match)] = match, found  # the match is kept, so that its id stays its own
         return found
+
+    def as_read(self, match: Match) -> Match:
+        """The match with its arrays in the precision they are read in: what the code rounds first reaches the kernel rounded."""
+        if match.op == "attention":  # whose three arrays have one dtype, which its pattern finds
+            return match
+        nodes = {id(n) for n in self.consumed(match)}
+        read = {name: self._read_as(e, nodes) for name, e in match.arrays.items()}
+        if not any(read.values()):
+            return match
+        arrays = {name: self.exprs.convert(e, read[name] or e.dtype) for name, e in match.arrays.items()}
+        return dataclasses.replace(match, arrays=arrays)
+
+    def _read_as(self, e: Expr, nodes: set[int]) -> str | None:
+        """The narrower float dtype that these nodes cast `e` to before anything else, or None."""
+        leaves = self.leaves(e)
+        if len(leaves) != 1 or not e.dtype.startswith(("float", "bfloat")):
+            return None
+        todo, found = [*self.env[min(leaves)].origins], set()
+        while todo:
+            v = todo.pop()
+            for n in self._users.get(v, ()):
+                if id(n) not in nodes:
+                    continue
+                made = self.env[n.outputs[0]]
+                if made.op == "convert" and made is not self.env[v]:
+                    found.add(made.dtype)
+                elif made is self.env[v] or made.op in ("reshape", "transpose", "broadcast", "slice"):
+                    todo.extend(n.outputs)
+                else:
+                    return None
+        (dtype,) = found if len(found) == 1 else (e.dtype,)
+        return dtype if dtype in _READ and numpy_dtype(dtype).itemsize < numpy_dtype(e.dtype).itemsize else None
 
     def unsafe(self, match: Match) -> str | None:
         """Why the match may not be swapped in, or None."""

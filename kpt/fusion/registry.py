@@ -48,6 +48,7 @@ class FusionRegistry:
                 if isinstance(found, NearMiss):
                     missed.append(found)
                     continue
+                found = program.as_read(found)
                 value = next(iter(found.results))
                 core = _core(program, found)
                 why = program.unsafe(found) or _overlap(claimed, core) or accept(found)

@@ -131,6 +131,8 @@ def cancelling_terms(
     terms: dict[str, np.ndarray | float] = dict.fromkeys(outputs, 0.0)
     if op in ("cross_entropy", "linear_cross_entropy"):
         logits = arrays["logits"] if op == "cross_entropy" else arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
+        if cap := params.get("logits_soft_cap"):
+            logits = cap * np.tanh(logits / cap)
         terms[outputs[0]] = np.abs(logits).max(axis=-1, initial=0.0)
     elif op == "attention" and params.get("mask", Mask()).additive:
         mask, (b, t, n, _), s = params["mask"], arrays["q"].shape, arrays["k"].shape[1]

@@ -54,8 +54,8 @@ class Certificate:
         return bool(self.checks) and all(c.passed for c in self.checks)
 
     def worst(self, *, gradient: bool) -> float | None:
-        """Largest relative L2 error over the outputs or the gradients; None where there are none."""
-        found = [c.metrics.rel_l2 for c in self.checks if c.gradient == gradient and c.metrics]
+        """Largest relative L2 error over the outputs or the gradients; None where there are none. What is 0 has none."""
+        found = [c.metrics.rel_l2 for c in self.checks if c.gradient == gradient and c.metrics and c.metrics.reference_l2]
         return max(found, default=None)
 
     def summary(self) -> str:

@@ -138,18 +138,21 @@ def _block(length: int, most: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: _Static, q, k, v, operands):
-    return _forward(static, q, k, v, operands)[0]
+    return _forward(static, q, k, v, operands)[0].astype(static.out_dtype)
 
 
 def _attention_fwd(static, q, k, v, operands):
     out, m, total = _forward(static, q, k, v, operands)
-    return out, (q, k, v, operands, out, m, total)
+    return out.astype(static.out_dtype), (q, k, v, operands, out, m, total)
 
 
 # Traced once for all layers that are alike, as is the backward.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static: _Static, q, k, v, operands):
-    """Returns out `[B, T, N, Hv]` and the maximum and sum of each row's softmax, `[B, K, 1, G, T]`."""
+    """Returns out `[B, T, N, Hv]` and the maximum and sum of each row's softmax, `[B, K, 1, G, T]`.
+
+    The backward reads out again, so it is rounded to the wider of q's dtype and the output's, never below what the inputs are in.
+    """
     acc_dtype = _acc_dtype(q)
     kv_heads = k.shape[2]
     qh, kh, vh = _queries_last(q, kv_heads), _heads_first(k), _heads_first(v)
@@ -183,7 +186,7 @@ def _forward(static: _Static, q, k, v, operands):
     if _needs_skipped_keys(static.mask, blocks):
         m, total, acc = _add_skipped_keys(static.mask, blocks, m, total, acc, vh)
     out = acc / total if k.shape[1] else jnp.zeros_like(acc)  # no keys at all: an empty sum
-    return _join_heads(out).astype(static.out_dtype), m, total
+    return _join_heads(out).astype(jnp.promote_types(q.dtype, static.out_dtype)), m, total
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -340,38 +343,48 @@ def _operands_by_block(operands: dict[str, Any], kv_heads: int) -> dict[str, Any
 # Keys in blocks that were skipped -------------------------------------------------------------------------------------
 #
 # A skipped key has the score `fill`, and weighs exp(fill - m). That is nothing beside a visible key, but a query that sees no
-# key weighs all keys alike, skipped ones too. Their sum over a row of blocks is the same for all its queries, so what is left
-# out can be added at the end for the price of one pass over v.
+# key, or only keys whose scores are -inf, weighs all others alike, skipped ones too. Their sum over a row of blocks is the same
+# for all its queries, so what is left out can be added at the end for the price of one pass over v.
 
 
 def _needs_skipped_keys(mask: Mask, blocks: Blocks) -> bool:
-    row_may_see_nothing = bool(data_terms(mask)) or "bias" in mask.kinds or not blocks.every_row_sees
+    row_may_see_nothing = bool(data_terms(mask)) or "bias" in mask.kinds or not blocks.every_row_sees or math.isfinite(mask.fill)
     return bool(blocks.hidden.any()) and row_may_see_nothing and not mask.additive
 
 
-def _skipped(blocks: Blocks, dtype) -> tuple[jax.Array, jax.Array, np.ndarray]:
-    """0/1 matrices `[query blocks, S]` (key skipped by the block) and `[query blocks, T]` (row in the block); keys skipped `[T]`."""
-    by_block = jnp.asarray(blocks.hidden, dtype)
-    keys = jnp.repeat(by_block, blocks.kv_sizes, axis=1, total_repeat_length=int(blocks.kv_sizes.sum()))
-    rows = jnp.repeat(jnp.eye(len(blocks.q_sizes), dtype=dtype), blocks.q_sizes, axis=1, total_repeat_length=int(blocks.q_sizes.sum()))
-    return keys, rows, np.repeat(blocks.hidden @ blocks.kv_sizes, blocks.q_sizes)
+def _skipped(blocks: Blocks) -> np.ndarray:
+    """How many keys are skipped for each query, `[T]`."""
+    return np.repeat(blocks.hidden @ blocks.kv_sizes, blocks.q_sizes)
 
 
 def _add_skipped_keys(mask: Mask, blocks: Blocks, m, total, acc, vh):
-    keys, rows, count = _skipped(blocks, m.dtype)
+    count = _skipped(blocks)
     fill = jnp.where(count > 0, jnp.asarray(mask.fill, m.dtype), -jnp.inf)
     m_new = jnp.maximum(m, fill)
     shrink, weight = jnp.exp(m - _finite(m_new)), jnp.exp(fill - _finite(m_new))
-    v_sums = jnp.einsum("ns,bksh->bknh", keys, vh.astype(m.dtype))
-    v_rows = jnp.einsum("nt,bknh->bkht", rows, v_sums)[:, :, :, None]
+    v_sums = _sum_blocks(vh.astype(m.dtype), blocks.kv_sizes, 2)
+    v_sums = jnp.einsum("nj,bkjh->bkhn", jnp.asarray(blocks.hidden, m.dtype), v_sums)
+    v_rows = _spread_blocks(v_sums, blocks.q_sizes, 3)[:, :, :, None]
     return m_new, total * shrink + weight * count, acc * shrink + weight * v_rows
 
 
 def _skipped_keys_grad(mask: Mask, blocks: Blocks, m, g):
-    keys, rows, count = _skipped(blocks, m.dtype)
-    weight = jnp.where(count > 0, jnp.exp(jnp.asarray(mask.fill, m.dtype) - m), 0)
-    per_block = jnp.einsum("nt,bkhgt->bknh", rows, weight * g)
-    return jnp.einsum("ns,bknh->bksh", keys, per_block)
+    weight = jnp.where(_skipped(blocks) > 0, jnp.exp(jnp.asarray(mask.fill, m.dtype) - m), 0)
+    g_sums = _sum_blocks(jnp.sum(weight * g, 3), blocks.q_sizes, 3)
+    g_sums = jnp.einsum("nj,bkhn->bkjh", jnp.asarray(blocks.hidden, m.dtype), g_sums)
+    return _spread_blocks(g_sums, blocks.kv_sizes, 2)
+
+
+def _sum_blocks(x, sizes: np.ndarray, axis: int):
+    """Sums over blocks of `axis`, all but the last of one size: that dim becomes the number of blocks."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, len(sizes) * int(sizes[0]) - x.shape[axis])
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], len(sizes), int(sizes[0]), *x.shape[axis + 1 :]).sum(axis + 1)
+
+
+def _spread_blocks(x, sizes: np.ndarray, axis: int):
+    """The inverse shape: each element of `axis` for all positions of its block."""
+    return jnp.repeat(x, sizes, axis=axis, total_repeat_length=int(sizes.sum()))
 
 
 # Products ------------------------------------------------------------------------------------------------------------

@@ -132,6 +132,11 @@ CASES = {
     "additive causal, first see nothing": (Mask((Causal(-7),), fill=-32.0, additive=True), {}),
     "finite and not far": (Mask((Explicit(),), fill=-2.0), {}),
     "finite and not far, skipped": (Mask((Causal(-3),), fill=-2.0), {}),
+    "finite and not far, causal": (Mask((Causal(),), fill=-2.0), {}),
+    "one block of keys, which many do not see": (
+        Mask((Causal(), Window(6, None), Explicit()), fill=float(np.finfo("float32").min)),
+        {"t": 127, "s": 16, "small": "bnt"},
+    ),
     "bias": (Mask((Bias(),)), {}),
     "bias, shared": (Mask((Bias(), Causal())), {"small": "b"}),
     "bias, per key": (Mask((Bias(), Causal())), {"small": "nt"}),
@@ -148,7 +153,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("case", "block_q", "block_kv"), [(c, 16, 12) for c in CASES] + [("everything", 64, 64), ("causal", 8, 8)]
+    ("case", "block_q", "block_kv"),
+    [(c, 16, 12) for c in CASES] + [("everything", 64, 64), ("causal", 8, 8), ("one block of keys, which many do not see", 16, 24)],
 )
 def test_masks(case, block_q, block_kv, monkeypatch):
     monkeypatch.setattr(xla, "_block_sizes", lambda *_: {"block_q": block_q, "block_kv": block_kv})
@@ -158,6 +164,18 @@ def test_masks(case, block_q, block_kv, monkeypatch):
     params = {"mask": mask, "scale": 0.3, "logits_soft_cap": cap}
     got = jax.jit(lambda arrays: value_and_grads(xla.attention, arrays, **params))(arrays)
     assert_close(got, reference(arrays, **params))
+
+
+def test_visible_scores_below_the_fill(monkeypatch):
+    """A query whose visible scores are all -inf weighs the hidden keys, those in skipped blocks too."""
+    monkeypatch.setattr(xla, "_block_sizes", lambda *_: {"block_q": 16, "block_kv": 16})
+    mask = Mask((Causal(),), fill=NEG)
+    arrays = inputs(mask)
+    q, k = (np.abs(arrays[n]) for n in "qk")
+    q[:, 0] = -np.inf
+    arrays |= {"q": q, "k": k}
+    got, want = jax.jit(lambda a: xla.attention(**a, mask=mask))(arrays), jax.jit(lambda a: formula(**a, mask=mask))(arrays)
+    assert_close({"out": got}, {"out": np.asarray(want)})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,0 +1,173 @@
+"""What a TPU kernel's schedule says: cycles, time, how full the units are, and what bounds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from kpt.errors import HardwareError
+from kpt.hardware import hardware_profile
+from kpt.tpu.bundles import parse
+from kpt.tpu.simulate import simulate
+
+# Seconds between the end of a transfer and its wait. From one published measurement: the matmul of the Pallas documentation with
+# blocks of 128, which waits for a DMA in every grid step, reaches 6% of a v5e's peak at 4096.
+DMA_LATENCY = 0.55e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A TPU generation as its compiler sees it.
+
+    Attributes:
+      name: "v5e".
+      profile: of the hardware table.
+      topology: the smallest that libtpu describes.
+      flops_per_cycle: bfloat16 operations of one TensorCore's MXUs in a cycle: 2 for each of their cells.
+      granule: bytes in which DMA instructions count.
+    """
+
+    name: str
+    profile: str
+    topology: str
+    flops_per_cycle: int
+    granule: int
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second of a TensorCore: peak / cores / operations a cycle."""
+        chip = hardware_profile(self.profile)
+        return chip.peak("bfloat16") / (chip.cores or 1) / self.flops_per_cycle  # type: ignore[operator]
+
+
+GENERATIONS = MappingProxyType({
+    g.name: g
+    for g in (
+        Generation("v4", "tpu-v4", "v4:2x2x1", 2 * 4 * 128**2, 512),
+        Generation("v5e", "tpu-v5e", "v5e:2x2", 2 * 4 * 128**2, 32),
+        Generation("v5p", "tpu-v5p", "v5p:2x2x1", 2 * 4 * 128**2, 32),
+        Generation("v6e", "tpu-v6e", "v6e:2x2", 2 * 4 * 256**2, 32),
+        Generation("v7x", "tpu-v7x", "tpu7x:2x2x1", 2 * 4 * 256**2, 32),
+    )
+})  # fmt: skip
+# Slots of a bundle, by the unit they belong to.
+UNITS = {
+    "MXU": ("MXU",), "VPU": ("VALU",), "XLU": ("XLU",), "EUP": ("EUP",), "load": ("VLOAD",), "store": ("VSTORE",), "scalar": ("SALU",),
+}  # fmt: skip
+
+
+def generation(name: str) -> Generation:
+    """Raises HardwareError for a name that is none."""
+    if name not in GENERATIONS:
+        raise HardwareError(f"TPU generation {name!r} was asked for", f"there are {', '.join(GENERATIONS)}", "choose one of them")
+    return GENERATIONS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Neighbouring bundles that are issued equally often, a hundredth of the program at most.
+
+    Attributes:
+      start: address of the first.
+      bundles: how many there are.
+      issued: how often.
+      occupancy: share of each unit's slots that they use.
+    """
+
+    start: int
+    bundles: int
+    issued: int
+    occupancy: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """One kernel on one TensorCore.
+
+    Attributes:
+      kernel: name of the call in the compiled program.
+      generation: "v5e".
+      cores: TensorCores that share the grid, and the chip's memory bandwidth: 2 where the compiler split it (megacore).
+      bundles: length of the program.
+      cycles: of one run, stalls included.
+      stalled: of those, cycles that wait for DMAs.
+      seconds: cycles over the clock.
+      read, written: bytes between HBM and this core.
+      vmem: bytes allocated in vector memory.
+      spills: registers stored to and filled from vector memory, in one run.
+      occupancy: by unit, used slots over all that the cycles offer.
+      bound: the unit that limits it: "MXU", "VPU", "XLU", "EUP", "load", "store", "HBM" (bandwidth), "DMA latency", or "dependencies"
+        where bundles are not full of anything.
+      unknown: branches that depend on data, counted as if nothing were skipped.
+      stretches: the program from start to end.
+    """
+
+    kernel: str
+    generation: str
+    cores: int
+    bundles: int
+    cycles: float
+    stalled: float
+    seconds: float
+    read: int
+    written: int
+    vmem: int
+    spills: int
+    occupancy: dict[str, float]
+    bound: str
+    unknown: int
+    stretches: tuple[Stretch, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def schedule(kernel: str, on: Generation, bundles: str, utilization: str, vmem: int = 0) -> Schedule:
+    """Reads and runs the final schedule that libtpu dumped for one kernel.
+
+    Args:
+      bundles, utilization: texts of `*-final_bundles.txt` and `*-final_hlo-static-per-bundle-utilization.txt`.
+      vmem: bytes that its allocations take.
+
+    Raises:
+      ScheduleError: the texts cannot be read, or a loop's end depends on data.
+    """
+    program = parse(bundles, utilization)
+    chip = hardware_profile(on.profile)
+    # A kernel that asks which core it runs on shares its grid with the other.
+    shared = any(i.op == "sld" and i.operands == ("[smem:[#allocation0]]",) for found in program.instructions for i in found)
+    device_cores = (chip.cores or 1) // chip.devices
+    cores = device_cores if shared else 1
+    bandwidth = (chip.memory_bandwidth or 0.0) / chip.devices / cores
+    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule)
+    column = {name: i for i, name in enumerate(program.slots)}
+    used = (run.issued[:, None] * program.use).sum(0)
+
+    def share(use: np.ndarray, cycles: float) -> dict[str, float]:
+        return {
+            unit: float(sum(use[column[s]] for s in slots) / max(1.0, cycles * sum(program.capacity[column[s]] for s in slots)))
+            for unit, slots in UNITS.items()
+        }
+
+    n = len(run.issued)
+    cuts = sorted({0, n, *(np.flatnonzero(np.diff(run.issued)) + 1).tolist(), *range(0, n, max(1, -(-n // 100)))})
+    stretches = tuple(
+        Stretch(a, b - a, int(run.issued[a]), share(program.use[a:b].sum(0), b - a)) for a, b in zip(cuts, cuts[1:], strict=False)
+    )
+    occupancy = share(used, run.cycles)
+    spills = int(used[column["VLOAD:FILL"]] + used[column["VSTORE:SPILL"]])
+    moved = (run.read + run.written) * on.clock / bandwidth if bandwidth else 0.0  # cycles that the transfers take
+    return Schedule(
+        kernel, on.name, cores, n, run.cycles, run.stalled, run.cycles / on.clock, run.read, run.written, vmem, spills,
+        occupancy, _bound(occupancy, run.stalled / max(run.cycles, 1.0), moved / max(run.cycles, 1.0)), run.unknown, stretches,
+    )  # fmt: skip
+
+
+def _bound(occupancy: dict[str, float], stalled: float, moved: float) -> str:
+    if stalled > 0.2:
+        return "HBM" if moved > 0.75 else "DMA latency"
+    unit = max(occupancy, key=lambda u: occupancy[u])
+    return unit if occupancy[unit] > 0.5 else "dependencies"

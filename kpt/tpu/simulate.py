@@ -1,0 +1,295 @@
+"""How often each bundle of a TPU kernel is issued, and how long its DMAs are waited for: the scalar unit's program, run.
+
+    cycles = sum over bundles of how often each is issued  +  what DMA waits stall
+
+The grid of a Pallas kernel is a loop of the scalar unit, and so are its branches: a causal block that is skipped, an
+accumulator that is zeroed once in a while. Their values follow from constants, so that running the scalar instructions
+counts every bundle exactly. What depends on data (a prefetched scalar, a number that the vector unit hands over) is unknown:
+a branch on it is not taken, so that what it would have skipped counts, and `Run.unknown` says how often that was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kpt.tpu.bundles import Bundles, Instruction, ScheduleError
+
+DELAY_SLOTS = 4  # bundles issued after a branch before it takes effect
+MOST = 50_000_000  # bundles with scalar instructions
+
+Value = Any  # an int, a bool, (allocation, offset), or None where it is not known
+Step = Callable[[], Any]
+
+_ADDRESS = re.compile(r"\[(?:\w+:)?\[?(#\w+)(?: \+ \$(0x[0-9a-f]+))?")
+_INTEGER: dict[str, Callable[[int, int], int]] = {
+    "sadd.s32": operator.add,
+    "ssub.s32": operator.sub,
+    "smul.u32": operator.mul,
+    "sand.u32": operator.and_,
+    "sor.u32": operator.or_,
+    "sxor.u32": operator.xor,
+    "sshll.u32": lambda a, b: a << (b & 31),
+    "sshrl.u32": lambda a, b: (a & 0xFFFFFFFF) >> (b & 31),
+    "sshra.s32": lambda a, b: a >> (b & 31),
+    "smin.u32": lambda a, b: min(a & 0xFFFFFFFF, b & 0xFFFFFFFF),
+    "smax.u32": lambda a, b: max(a & 0xFFFFFFFF, b & 0xFFFFFFFF),
+}
+_LOGIC: dict[str, Callable[[bool, bool], bool]] = {
+    "por": lambda a, b: a or b,
+    "pand": lambda a, b: a and b,
+    "pxor": operator.ne,
+    "pnor": lambda a, b: not (a or b),
+    "pnand": lambda a, b: not (a and b),
+}
+_DECIDES = {"por": True, "pnor": True, "pand": False, "pnand": False}  # one such operand is enough
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a kernel's schedule on one TensorCore.
+
+    Attributes:
+      issued: `[bundles]`, how often each was issued.
+      cycles: in all, stalls included.
+      stalled: of those, cycles that waited for a DMA.
+      read, written: bytes between HBM and the core, each way.
+      transfers: DMAs to and from HBM.
+      unknown: branches whose predicate depends on data.
+    """
+
+    issued: np.ndarray
+    cycles: float
+    stalled: float
+    read: int
+    written: int
+    transfers: int
+    unknown: int
+
+
+def simulate(bundles: Bundles, *, bytes_per_cycle: float, latency: float = 0.0, granule: int = 32) -> Run:
+    """Runs the scalar instructions of a schedule beside an HBM.
+
+    Args:
+      bytes_per_cycle: that the HBM moves for this core.
+      latency: cycles between the end of a transfer and the moment a wait for it may pass.
+      granule: bytes in which DMA instructions count.
+
+    Raises:
+      ScheduleError: a loop whose end depends on data, a branch to a place that the dump does not name, or more than
+        50 million bundles with scalar instructions.
+    """
+    core = _Core(bundles, bytes_per_cycle, latency, granule)
+    core.run()
+    return Run(np.cumsum(core.edges[:-1]), core.now, core.stalled, core.read, core.written, core.transfers, core.unknown)
+
+
+class _Core:
+    """The scalar unit: each instruction compiled to a function that reads and writes `values`."""
+
+    def __init__(self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int):
+        self.regions, self.rate, self.latency, self.granule = bundles.regions, bytes_per_cycle, latency, granule
+        self.values: list[Value] = []
+        self.defined: list[int] = []  # when each was, for phis
+        self.place: dict[str | int, int] = {}
+        self.memory: dict[Value, Value] = {("#allocation0", 0): 0}  # the index of this core
+        self.flags: dict[Value, list[float]] = defaultdict(list)  # when each DMA on a sync flag is done
+        self.now = self.stalled = self.hbm_free = 0.0
+        self.read = self.written = self.transfers = self.unknown = self.clock = 0
+        self.size = n = len(bundles.instructions)
+        self.edges = np.zeros(n + 1, np.int64)  # issue counts, as differences
+        self.steps = {at: [self._compile(i, at) for i in found] for at, found in enumerate(bundles.instructions) if found}
+        busy = sorted(self.steps)
+        self.next_busy = [*(busy[k] if k < len(busy) else n for k in np.searchsorted(busy, np.arange(n))), n]
+
+    def run(self) -> None:
+        counts: dict[tuple[int, int], int] = defaultdict(int)  # straight stretches, and how often each was issued
+        start = pc = target = 0
+        until = -1  # where a branch that was taken takes effect
+        while pc < self.size:
+            at = self.next_busy[pc]
+            if 0 <= until <= at:
+                counts[start, until] += 1
+                self.now += until - pc
+                start = pc = target
+                until = -1
+                continue
+            self.now += at - pc
+            if at == self.size:
+                pc = at
+                break
+            self.now += 1
+            self.clock += 1
+            for step in self.steps[at]:
+                taken = step()
+                if taken is not None and until < 0:
+                    until, target = at + 1 + DELAY_SLOTS, taken
+            pc = at + 1
+            if self.clock > MOST:
+                raise ScheduleError("A TPU schedule was run", f"it issues over {MOST} bundles of the scalar unit", "use a smaller shape")
+        counts[start, self.size] += 1
+        for (first, last), times in counts.items():
+            self.edges[first] += times
+            self.edges[last] -= times
+
+    # From instructions to functions ------------------------------------------------------------------------------
+
+    def _at(self, operand: str | int) -> int:
+        """Where the value of an operand lies; constants have places of their own."""
+        key = operand.lstrip("!") if isinstance(operand, str) else operand
+        if key not in self.place:
+            value: Value = None
+            if isinstance(key, int):
+                value = key
+            elif not key.startswith("%") and (m := _ADDRESS.match(key)):
+                value = m[1], int(m[2] or "0", 16)
+            self.place[key] = len(self.values)
+            self.values.append(value)
+            self.defined.append(-1)
+        return self.place[key]
+
+    def _compile(self, i: Instruction, at: int) -> Step:
+        step = self._unconditional(i, at)
+        if i.predicate is None:
+            return step
+        where, wanted, values, branch = self._at("%" + i.predicate[0]), i.predicate[1], self.values, i.op == "sbr.rel"
+
+        def conditional() -> Any:
+            holds = values[where]
+            if holds is None:
+                return self._guess(i, at) if branch else step()
+            return step() if holds == wanted else None
+
+        return conditional
+
+    def _guess(self, i: Instruction, at: int) -> None:
+        if self._target(i) <= at:
+            raise ScheduleError("A TPU schedule was run", f"data decides when the loop that ends at bundle {at:#x} ends", "fix its length")
+        self.unknown += 1
+
+    def _target(self, i: Instruction) -> int:
+        if not i.operands or i.operands[0] not in self.regions:
+            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a region that the dump lacks", "dump it again")
+        return self.regions[i.operands[0]]
+
+    def _unconditional(self, i: Instruction, at: int) -> Step:
+        values, defined, op = self.values, self.defined, i.op
+        if op == "sbr.rel":
+            target = self._target(i)
+            return lambda: target
+        if op == "vdelay":
+            return self._delay(i.operands[0] if i.operands and isinstance(i.operands[0], int) else 0)
+        places = [self._at(o) for o in i.operands]
+        negated = [isinstance(o, str) and o.startswith("!") for o in i.operands]
+        if op == "dma.done.wait":
+            return lambda: self._wait(values[places[0]])
+        if op.startswith("dma."):
+            return (lambda: self._transfer(op, values[places[0]], values[places[1]])) if "hbm" in op else lambda: None
+        if op == "sst":
+            return lambda: self.memory.__setitem__(values[places[0]], values[places[1]])
+        compute = self._computation(op, places, negated)
+        result = self._at("%" + i.result)
+
+        def assign() -> None:
+            values[result] = compute()
+            defined[result] = self.clock
+
+        return assign
+
+    def _delay(self, cycles: int) -> Step:
+        def delay() -> None:
+            self.now += cycles
+
+        return delay
+
+    def _computation(self, op: str, places: list[int], negated: list[bool]) -> Callable[[], Value]:
+        values, defined = self.values, self.defined
+        if op == "sphi":  # of the ways that lead here, the one taken defined its value last
+            return lambda: values[max(places, key=defined.__getitem__)]
+        if op == "sld":
+            return lambda: self.memory.get(values[places[0]])
+        if op in ("smov", "scalar_select") and len(places) == 3:
+            # `smov (%p, %a), b` is b where p holds; `scalar_select %p, %a, %b` is a.
+            p, yes, no = (places[0], places[2], places[1]) if op == "smov" else (places[0], places[1], places[2])
+            wanted = not negated[0]
+
+            def choose() -> Value:
+                holds = values[p]
+                return None if holds is None else values[yes if holds == wanted else no]
+
+            return choose
+        if len(places) == 1 and (op == "smov" or op.startswith("int_to_ptr")):
+            return lambda: values[places[0]]
+        if op == "pneg":
+            return lambda: None if values[places[0]] is None else not values[places[0]]
+        if len(places) != 2:
+            return lambda: None
+        a, b = places
+        if op in _LOGIC:
+            logic, decides = _LOGIC[op], _DECIDES.get(op)
+            na, nb = negated
+
+            def combine() -> Value:
+                x, y = values[a], values[b]
+                x, y = (x if x is None or not na else not x), (y if y is None or not nb else not y)
+                if x is None or y is None:
+                    return logic(decides, decides) if decides is not None and decides in (x, y) else None
+                return logic(x, y)
+
+            return combine
+        if op.startswith("scalar_lea"):
+
+            def offset() -> Value:
+                base, by = values[a], values[b]
+                return (base[0], base[1] + by) if type(base) is tuple and type(by) is int else None
+
+            return offset
+        if op.startswith("scmp."):
+            kind, _, sort = op[5:].partition(".")
+            test, mask = getattr(operator, kind), sort.startswith("u32")
+
+            def compare() -> Value:
+                x, y = values[a], values[b]
+                if type(x) is not int or type(y) is not int:
+                    return test(x, y) if x is not None and type(x) is type(y) and kind in ("eq", "ne") else None
+                return test(x & 0xFFFFFFFF, y & 0xFFFFFFFF) if mask else test(x, y)
+
+            return compare
+        if op in _INTEGER:
+            integer = _INTEGER[op]
+
+            def arithmetic() -> Value:
+                x, y = values[a], values[b]
+                if type(x) is not int or type(y) is not int:
+                    return None
+                n = integer(x, y) & 0xFFFFFFFF
+                return n - (1 << 32) if n >> 31 else n
+
+            return arithmetic
+        return lambda: None
+
+    # The HBM -----------------------------------------------------------------------------------------------------
+
+    def _transfer(self, op: str, size: Value, flag: Value) -> None:
+        if type(size) is not int:
+            return
+        size *= self.granule
+        if op.endswith("_to_hbm"):
+            self.written += size
+        else:
+            self.read += size
+        self.transfers += 1
+        self.hbm_free = max(self.hbm_free, self.now) + size / self.rate
+        self.flags[flag].append(self.hbm_free + self.latency)
+
+    def _wait(self, flag: Value) -> None:
+        if done := self.flags[flag]:
+            ready = done.pop(0)
+            self.stalled += max(0.0, ready - self.now)
+            self.now = max(self.now, ready)

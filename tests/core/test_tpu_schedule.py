@@ -1,0 +1,113 @@
+"""Reading and running a TPU schedule, on a program written by hand in the compiler's notation."""
+
+from __future__ import annotations
+
+import pytest
+
+from kpt.errors import HardwareError
+from kpt.tpu import GENERATIONS, ScheduleError, chart, generation, schedule
+from kpt.tpu.bundles import parse
+from kpt.tpu.simulate import simulate
+
+# Five grid steps. Each fetches 64 granules and waits; step 2 skips region 3; the last bundle of the loop is its branch's fourth
+# delay slot. Operands sit in their own bundle (sphi) and in memory (a spill), numbers are unsigned, comments have line breaks.
+PROGRAM = """= control target key start
+LB: loop body
+= control target key end
+
+     0   :  { %s1_s0 = smov 0  ;;  %7 = vsyncpa [#allocation1], 0 } /* Start region 1 */
+   0x1 LB: > { %s9_s3 = sadd.s32 4294967295, %s2_s0  ;;  %s2_s0 = sphi %s1_s0, %s8_s0 /* iteration index */  ;;  %s5_s5 = scalar_lea.sflag [#allocation1], %s2_s0 } /* Start region 2 */
+   0x2   : > { %20 = dma.hbm_to_vmem [thread:$0]  (!%p9_p9), /*hbm=*/%s7_s7, /*size_in_granules=*/64, /*vmem=*/%s6_s6, /*dst_syncflagno=*/%s5_s5, /*src_stride=*/%s4_s4 /* %1 = "x"
+minor: 1 */ }
+   0x3   : > { %30 = dma.done.wait %s5_s5, 64 /* wait */  ;;  %31 = sst [smem:[#allocation9_spill]] %s2_s0 }
+   0x4   : > { %p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2  ;;  %v3_v0 = vadd.f32 %v1_v1, %v2_v2 }
+   0x5   : > { %40 = sbr.rel (%p1_p1) target = $region3 }
+   0x6   : > { %s6_s6 = smov (%p1_p1, %s2_s0), 7  ;;  %s7_s7 = scalar_select %p1_p1, 1, 2 }
+   0x7   : > {}
+   0x8   : > {}
+   0x9   : > {}
+   0xa   : > { %v4_v0 = vld [vmem:[%s6_s6] sm:$0xff] }
+   0xb   : > { %v5_v0 = vld [vmem:[%s6_s6] sm:$0xff] }
+   0xc PF: > { %s7_s1 = sld [smem:[#allocation9_spill]] } /* Start/End empty region 3 */
+   0xd   : > { %s8_s0 = sadd.s32 1, %s7_s1 }
+   0xe   : > { %p2_p0 = scmp.ge.s32.totalorder %s8_s0, 5 /* loop exit test */ }
+   0xf   : > { %50 = sbr.rel (!%p2_p0) target = $region2 }
+  0x10   :  {}
+  0x11   :  {}
+  0x12   :  {}
+  0x13   :  {}
+  0x14   :  { %60 = vsyncpa [#allocation1], 1 } /* exit bundle */
+"""
+SLOTS = "MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
+
+
+def utilization(bundles=21, loads=(10, 11)):
+    rows = ["0 0 0 0 0 1 0 0 0 0" if i in loads else "1 0 0 0 0 0 0 0 0 2" for i in range(bundles)]
+    return f"== CAPACTIY:\n{SLOTS}\n    4     3     4     2     1     3     3     1     1     2\n== UTILIZATION:\n" + "\n".join(rows)
+
+
+def test_what_is_read():
+    program = parse(PROGRAM, utilization())
+    assert len(program.instructions) == 21
+    assert program.regions == {1: 0, 2: 1, 3: 12}
+    (dma,) = (i for i in program.instructions[2] if i.op == "dma.hbm_to_vmem")
+    assert dma.operands == (64, "%s5_s5") and dma.predicate == ("p9_p9", False)
+    assert [i.op for i in program.instructions[1]] == ["sphi", "sadd.s32", "scalar_lea.sflag"]
+    assert program.instructions[1][1].operands[0] == -1
+    assert program.instructions[4] == (program.instructions[4][0],)  # the vector unit's are left out
+
+
+def test_every_bundle_is_counted():
+    run = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=1e9)
+    assert run.issued.tolist() == [1, *[5] * 9, 4, 4, *[5] * 8, 1]
+    assert run.cycles == run.issued.sum() and run.stalled < 1
+    assert (run.read, run.written, run.transfers, run.unknown) == (5 * 64 * 32, 0, 5, 0)
+
+
+def test_a_wait_lasts_until_its_transfer_is_done():
+    swift = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=1e9)
+    slow = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=64.0, latency=100.0)
+    assert slow.stalled > 5 * 100 and slow.cycles == pytest.approx(swift.cycles - swift.stalled + slow.stalled)
+
+
+def test_a_branch_on_data_counts_what_it_may_skip():
+    run = simulate(parse(PROGRAM.replace("scmp.eq.s32.totalorder %s2_s0, 2", "scmp.eq.s32.totalorder %s99_s9, 2"), utilization()), bytes_per_cycle=1e9)
+    assert run.issued[10] == 5 and run.unknown == 5
+
+
+@pytest.mark.parametrize("change, says", [
+    (("%s8_s0, 5", "%s99_s9, 5"), "data decides when the loop"),
+    (("$region2", "$region77"), "a region that the dump lacks"),
+    (("   0x3 ", "   0x4 "), "numbered"),
+])  # fmt: skip
+def test_what_cannot_be_run(change, says):
+    with pytest.raises(ScheduleError, match=says):
+        simulate(parse(PROGRAM.replace(*change), utilization()), bytes_per_cycle=1.0)
+
+
+@pytest.mark.parametrize("bundles, use", [("", utilization()), (PROGRAM, utilization(20)), (PROGRAM, "nothing")])
+def test_what_cannot_be_read(bundles, use):
+    with pytest.raises(ScheduleError):
+        parse(bundles, use)
+
+
+def test_a_schedule():
+    made = schedule("kernel.1", generation("v5e"), PROGRAM, utilization(), vmem=4096)
+    assert made.cores == 1 and made.bundles == 21 and made.vmem == 4096 and made.spills == 0
+    assert made.seconds == pytest.approx(made.cycles / 1.5e9, rel=0.01)
+    assert made.bound == "DMA latency" and 0 < made.stalled < made.cycles
+    assert made.occupancy["load"] == pytest.approx(8 / (3 * made.cycles))
+    assert sum(s.bundles for s in made.stretches) == 21
+    assert sum(s.bundles * s.issued for s in made.stretches) == pytest.approx(made.cycles - made.stalled)
+    assert "bundle" in chart(made) and made.to_json()["kernel"] == "kernel.1"
+
+
+def test_a_kernel_that_asks_for_its_core_shares_the_chip():
+    asks = PROGRAM.replace("%s1_s0 = smov 0 ", "%s1_s0 = smov 0  ;;  %s70_s9 = sld [smem:[#allocation0]] ")
+    assert [schedule("k", generation(g), asks, utilization()).cores for g in ("v4", "v5e", "v5p", "v7x")] == [2, 1, 2, 1]
+
+
+def test_clocks():
+    assert {n: round(g.clock / 1e9, 2) for n, g in GENERATIONS.items()} == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
+    with pytest.raises(HardwareError, match="v4, v5e, v5p, v6e, v7x"):
+        generation("v8")

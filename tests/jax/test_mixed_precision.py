@@ -1,0 +1,187 @@
+"""Float32 parameters and bfloat16 arithmetic: a kernel gets its arrays as the code read them, after its last rounding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kpt_jax
+
+HALF = jnp.bfloat16
+_rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(_rng.standard_normal(shape), jnp.float32)
+
+
+def rounded(f):
+    """`f` on its float arguments in bfloat16."""
+
+    def g(*args):
+        return f(*(a.astype(HALF) if a.dtype == jnp.float32 else a for a in args))
+
+    return g
+
+
+def attend(q, k, v):
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def rms_norm(x, w):
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype) * w
+
+
+def layer_norm(x, w, b):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype) * w + b
+
+
+def cross_entropy(logits, labels):
+    logits = logits.astype(jnp.float32)
+    return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
+
+
+def rope(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + jnp.concatenate([-x[..., half:], x[..., :half]], -1) * sin
+
+
+TABLE = normal(48, 1, 32)
+CASES = {
+    "attention": (attend, [normal(2, 48, 2, 32)] * 3),
+    "rms_norm": (rms_norm, [normal(48, 256), normal(256)]),
+    "layer_norm": (layer_norm, [normal(48, 256), normal(256), normal(256)]),
+    "linear_act": (lambda x, w, b: jax.nn.gelu(x @ w + b), [normal(48, 256), normal(256, 512) / 16, normal(512)]),
+    "glu": (lambda x, g, u: jax.nn.silu(x @ g) * (x @ u), [normal(2, 48, 256), normal(256, 512) / 16, normal(256, 512) / 16]),
+    "cross_entropy": (cross_entropy, [normal(48, 500), jnp.arange(48)]),
+    "linear_cross_entropy": (lambda x, w, y: cross_entropy(x @ w, y), [normal(48, 256), normal(256, 500) / 16, jnp.arange(48)]),
+    "rope": (rope, [normal(2, 48, 2, 32), TABLE, TABLE]),
+}
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_arrays_are_read_as_the_code_reads_them(op):
+    f, args = CASES[op]
+    fast = kpt_jax.optimize(rounded(f), level="aggressive")
+    (site,) = fast.plan(*args).sites
+    assert site.op == op
+    floats = {name: spec.dtype for name, spec in site.specs.items() if not spec.dtype.startswith("int")}
+    assert set(floats.values()) == {"bfloat16"}, floats
+
+
+def test_only_some_are_rounded():
+    """What the code reads in float32 anywhere stays float32."""
+
+    def f(x, w):
+        return rms_norm(x.astype(HALF), w.astype(HALF)) + jnp.square(w).astype(HALF)
+
+    def g(x, w):  # the statistic of x as it is, of its rounding the product
+        return x.astype(HALF) * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6).astype(HALF) * w.astype(HALF)
+
+    x, w = normal(48, 256), normal(256)
+    (site,) = kpt_jax.optimize(f).plan(x, w).sites
+    assert site.specs["weight"].dtype == "bfloat16"
+    for site in kpt_jax.optimize(g).plan(x, w).sites:
+        assert site.specs["x"].dtype == "float32"
+
+
+def test_a_training_step_with_a_bfloat16_head():
+    """The logits are rounded before the loss reads them in float32, and the parameters before every product."""
+
+    def loss(params, ids, labels):
+        p = jax.tree.map(lambda a: a.astype(HALF), params)
+        h = rms_norm(p["embed"][ids], p["norm"])
+        return cross_entropy(h @ p["head"], labels).mean()
+
+    params = {"embed": normal(64, 128), "norm": normal(128), "head": normal(128, 999) / 11}
+    ids, labels = jnp.asarray(_rng.integers(0, 64, 96)), jnp.asarray(_rng.integers(0, 999, 96))
+    fast = kpt_jax.optimize(jax.value_and_grad(loss))
+    plan = fast.plan(params, ids, labels)
+    head = next(s for s in plan.sites if s.op == "linear_cross_entropy")
+    assert (head.specs["x"].dtype, head.specs["w"].dtype) == ("bfloat16", "bfloat16")
+    got, want = fast(params, ids, labels), jax.jit(jax.value_and_grad(loss))(params, ids, labels)
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-3)
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+
+
+def q_k_v(*dtypes):
+    return [a.astype(d) for a, d in zip((normal(2, 48, 2, 32), normal(2, 48, 2, 32), normal(2, 48, 2, 32)), dtypes, strict=True)]
+
+
+def weights_rounded(q, k, v):
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores).astype(HALF), v.astype(HALF))
+
+
+@pytest.mark.parametrize("f, args, dtype", [
+    (attend, q_k_v(HALF, HALF, HALF), "bfloat16"),
+    (lambda q, k, v: attend(q.astype(HALF), k.astype(HALF), v), q_k_v("float32", "float32", "float32"), "float32"),
+    (attend, q_k_v(HALF, HALF, "float32"), "float32"),
+    (attend, q_k_v("float16", "float16", "float32"), "float32"),
+    (weights_rounded, q_k_v("float32", "float32", "float32"), "float32"),
+    (weights_rounded, q_k_v("float32", HALF, HALF), "float32"),
+])  # fmt: skip
+def test_attention_is_as_wide_as_its_widest_array(f, args, dtype):
+    """Three arrays of one dtype: what the code reads in float32 is not rounded, what it rounds is."""
+    args = [args[0] * 4, *args[1:]]  # sharp weights
+    fast = kpt_jax.optimize(f)
+    (site,) = fast.plan(*args).sites
+    if dtype == "float32":
+        args[2] = args[2] * 1e5  # more than float16 holds
+    assert {site.specs[n].dtype for n in "qkv"} == {dtype}
+    got, want = (np.asarray(g(*args), np.float32) for g in (fast, jax.jit(f)))
+    assert np.isfinite(got).all() and np.linalg.norm(got - want) <= 1e-2 * np.linalg.norm(want)  # the code rounds its scores
+
+
+def test_a_norm_that_rounds_is_widened_after_it():
+    def f(x, w, b):
+        return layer_norm(x, w, b).astype(HALF).astype(jnp.float32)
+
+    args = normal(48, 256), normal(256), normal(256)
+    fast = kpt_jax.optimize(f)
+    (site,) = fast.plan(*args).sites
+    assert site.params["out_dtype"] == "bfloat16"
+    np.testing.assert_allclose(fast(*args), jax.jit(f)(*args), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", HALF])
+def test_a_number_added_to_all_logits_cancels(dtype):
+    def f(x, w, shift):
+        return cross_entropy((x.astype(dtype) @ w.astype(dtype)).astype(jnp.float32) + shift, jnp.arange(48)).mean()
+
+    args = normal(48, 64), normal(64, 96) / 8, jnp.float32(0.3)
+    fast = kpt_jax.optimize(f)
+    assert [s.op for s in fast.plan(*args).sites] == ["linear_cross_entropy"]
+    got, want = (jax.value_and_grad(g, (0, 1, 2))(*args) for g in (fast, f))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-3)
+    assert abs(got[1][2]) < 1e-5
+    for a, b in zip(got[1][:2], want[1][:2], strict=True):
+        assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+    moved, expected = (jax.jvp(lambda x, g=g: g(x, *args[1:]), args[:1], args[:1])[1] for g in (fast, f))
+    np.testing.assert_allclose(moved, expected, rtol=1e-2)
+
+
+def test_a_rematerialised_block_has_the_sites_of_the_block():
+    """Its derivative traces the kernels again; what they are made of is nobody's site."""
+
+    def block(x, w, a, b):
+        return x + jax.nn.gelu(rms_norm(x, w.astype(HALF)) @ a.astype(HALF)) @ b.astype(HALF)
+
+    args = normal(64, 32).astype(HALF), normal(32), normal(32, 64) / 6, normal(64, 32) / 8
+    plans = []
+    for made in (block, jax.checkpoint(block)):
+
+        def step(x, *rest, made=made):
+            return jax.value_and_grad(lambda *r: (made(x, *r).astype(jnp.float32) ** 2).mean(), (0, 1, 2))(*rest)
+
+        plans.append(kpt_jax.optimize(step).plan(*args))
+    assert [s.op for s in plans[0].sites] == [s.op for s in plans[1].sites] == ["rms_norm", "linear_act"]
+    assert not plans[1].skipped

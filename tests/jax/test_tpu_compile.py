@@ -1,0 +1,89 @@
+"""Kernels compiled for TPUs with the TPU's own compiler, and what their schedules say. No TPU is needed."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+from typer.testing import CliRunner
+
+from kpt import cli
+from kpt.tpu import GENERATIONS, generation
+from kpt_jax.tpu import CompileError, compiled_schedules
+
+pytestmark = pytest.mark.tpu
+HERE = "tests.jax.test_tpu_compile"
+
+
+def heads():
+    return (jax.ShapeDtypeStruct((1, 2, 2048, 128), jnp.bfloat16),) * 3
+
+
+def causal(q, k, v, causal=True):
+    return flash_attention(q, k, v, causal=causal, block_sizes=BlockSizes(block_q=256, block_k_major=256, block_k=256, block_b=1))
+
+
+def full(q, k, v):
+    return causal(q, k, v, causal=False)
+
+
+def array():
+    return jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
+
+
+def too_large(x):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    return pl.pallas_call(kernel, out_shape=x)(x)
+
+
+def plain(x):
+    return x * 2
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_every_generation(name):
+    (made,) = compiled_schedules("kpt_jax.bench_tpu:large", "kpt_jax.bench_tpu:n4096", generation(name))
+    chip_cores = 2 if name == "v5p" else 1
+    assert made.cores == chip_cores and made.unknown == 0
+    # Three blocks in two buffers each, in bfloat16, and the sum.
+    assert made.vmem >= 2 * (2 * (512 * 1024 + 1024 * 1024 + 512 * 1024)) + 4 * 512 * 1024
+    assert made.read == 128 // chip_cores * 2 * (512 * 1024 + 1024 * 1024) and made.written == 2 * 4096 * 4096 // chip_cores
+    steps = [s for s in made.stretches if s.occupancy["MXU"] > 0.2]
+    assert steps and {s.issued for s in steps} == {128 // chip_cores}
+    assert name in ("v6e", "v7x") or made.bound == "MXU"  # their MXUs outrun the HBM in these blocks
+
+
+def test_blocks_that_a_mask_hides_do_not_count():
+    (some,), (every,) = (compiled_schedules(f"{HERE}:{f}", f"{HERE}:heads", generation("v5e")) for f in ("causal", "full"))
+    blocks = 2048 // 256
+    issued = max(s.issued for s in some.stretches if s.occupancy["MXU"] > 0.3)
+    assert issued == 2 * blocks * (blocks + 1) // 2
+    assert max(s.issued for s in every.stretches if s.occupancy["MXU"] > 0.3) == 2 * blocks**2
+    assert some.cycles < every.cycles
+
+
+def test_the_compiler_speaks():
+    with pytest.raises(CompileError, match="(?i)vmem"):
+        compiled_schedules(f"{HERE}:too_large", f"{HERE}:array", generation("v5e"))
+    with pytest.raises(CompileError, match="missing 1 required positional argument"):
+        compiled_schedules(f"{HERE}:plain", None, generation("v5e"))
+
+
+def test_command_line(tmp_path):
+    run = CliRunner().invoke(cli.app, [
+        "tpu", "schedule", "kpt_jax.bench_tpu:large", "--args-from", "kpt_jax.bench_tpu:n1024", "--gen", "v5e,v6e",
+        "--plot", str(tmp_path / "units.svg"), "--json",
+    ])  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert [s["generation"] for s in json.loads(run.stdout)] == ["v5e", "v6e"]
+    assert "MXU" in (tmp_path / "units.svg").read_text()
+    shown = CliRunner().invoke(cli.app, ["tpu", "schedule", "kpt_jax.bench_tpu:large", "--args-from", "kpt_jax.bench_tpu:n1024"])
+    assert shown.exit_code == 0 and "bound" in shown.stdout and "DMA latency" in shown.stdout
+    none = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:plain", "--args-from", f"{HERE}:array"])
+    assert none.exit_code == cli.REFUSED and "no Pallas kernel" in none.output
