@@ -36,7 +36,7 @@ class Instruction:
     Attributes:
       result: SSA name of what it defines.
       op: "sadd.s32", "scmp.ge.s32.totalorder", "sbr.rel", "dma.hbm_to_vmem".
-      operands: SSA names (with %), integers, or other text; of a DMA, (size, sync flag).
+      operands: SSA names (with %), integers, or other text; of a DMA, (size, sync flag), and source and destination if that is SMEM.
       predicate: `(name, wanted)`: issued where the predicate is `wanted`; None where always.
     """
 
@@ -108,8 +108,12 @@ def _instruction(text: str) -> Instruction | None:
         predicate = got[2], got[1] == ""
         rest = rest.strip()[got.end() :]
     if op.startswith("dma.") and op != "dma.done.wait":
-        size, flag = named.get("size_in_granules", ""), named.get("dst_syncflagno", "")
-        return Instruction(result, op, (_operand(size), _operand(flag)), predicate)
+        ends = op[4:].split("_to_") if op.endswith("_to_smem") else []
+        wanted = ["size_in_granules", "dst_syncflagno", *ends]
+        return Instruction(result, op, tuple(_operand(named.get(n, "")) for n in wanted), predicate)
+    if op.startswith("inlined_call_operand"):
+        found = re.search(r"index: (\d+)", rest)
+        return Instruction(result, "operand", (int(found[1]),) if found else (), predicate)
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)

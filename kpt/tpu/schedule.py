@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -125,12 +126,15 @@ class Schedule:
         return dataclasses.asdict(self)
 
 
-def schedule(kernel: str, on: Generation, bundles: str, utilization: str, vmem: int = 0) -> Schedule:
+def schedule(
+    kernel: str, on: Generation, bundles: str, utilization: str, vmem: int = 0, scalars: Sequence[np.ndarray | None] = ()
+) -> Schedule:
     """Reads and runs the final schedule that libtpu dumped for one kernel.
 
     Args:
       bundles, utilization: texts of `*-final_bundles.txt` and `*-final_hlo-static-per-bundle-utilization.txt`.
       vmem: bytes that its allocations take.
+      scalars: its first operands, integers that it has in scalar memory; None for one that is not known.
 
     Raises:
       ScheduleError: the texts cannot be read, or a loop's end depends on data.
@@ -142,7 +146,7 @@ def schedule(kernel: str, on: Generation, bundles: str, utilization: str, vmem: 
     device_cores = (chip.cores or 1) // chip.devices
     cores = device_cores if shared else 1
     bandwidth = (chip.memory_bandwidth or 0.0) / chip.devices / cores
-    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule)
+    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule, scalars=scalars)
     column = {name: i for i, name in enumerate(program.slots)}
     used = (run.issued[:, None] * program.use).sum(0)
 
