@@ -20,13 +20,13 @@ def prefetched(fn: Any, args: Sequence[Any]) -> list[tuple[str, list[np.ndarray 
     """
     closed = jax.make_jaxpr(fn)(*args)
     found: list[tuple[str, list[np.ndarray | None]]] = []
-    known = [_small(a) if isinstance(a, np.ndarray | jax.Array) else None for a in jax.tree.leaves(tuple(args))]
+    known = [_small(a, "iub") if isinstance(a, np.ndarray | jax.Array) else None for a in jax.tree.leaves(tuple(args))]
     _evaluate(closed.jaxpr, [_small(c) for c in closed.consts], known, found)
     return found
 
 
-def _small(a: Any) -> np.ndarray | None:
-    return np.asarray(a) if np.size(a) <= MOST and np.asarray(a).dtype.kind in "iub" else None
+def _small(a: Any, kinds: str = "iubf") -> np.ndarray | None:
+    return np.asarray(a) if np.size(a) <= MOST and np.dtype(a.dtype).kind in kinds else None
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: list[Any]) -> list[Any]:
@@ -40,9 +40,8 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: lis
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name == "pallas_call":
             mapping = eqn.params["grid_mapping"]
-            first = mapping.num_dynamic_grid_bounds
-            name = eqn.params["name"] if "name" in eqn.params else str(eqn.params["name_and_src_info"].name)
-            found.append((name, inputs[first : first + mapping.num_index_operands]))
+            name = eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", None) or "kernel"
+            found.append((str(name), inputs[: mapping.num_dynamic_grid_bounds + mapping.num_index_operands]))
             continue
         inner = [p for p in eqn.params.values() if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)]
         if inner and eqn.primitive.name not in ("scan", "while", "cond"):

@@ -78,12 +78,19 @@ def _need(rows: int, width: int, dtype: Any) -> int:
     return 10 * padded_bytes((rows, width), dtype) + 5 * padded_bytes((rows, width), jnp.float32)
 
 
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> RowBlocks:
+    x = specs["x"]
+    return _rule(x.shape[-1], jnp.promote_types(x.dtype, params.get("out_dtype") or x.dtype))
+
+
+def _rule(width: int, dtype: Any) -> RowBlocks:
+    fitting = min(BLOCK_BYTES // (4 * width), budget() // _need(SUBLANES, width, dtype) * SUBLANES)
+    return RowBlocks(max(SUBLANES, fitting // SUBLANES * SUBLANES))
+
+
 def _rows(static: Norm, x: jax.Array) -> int:
     (rows, width), dtype = x.shape, jnp.promote_types(x.dtype, static.out_dtype)
-    chosen = static.blocks
-    if chosen is None:
-        fitting = min(BLOCK_BYTES // (4 * width), budget() // _need(SUBLANES, width, dtype) * SUBLANES)
-        chosen = RowBlocks(max(SUBLANES, fitting // SUBLANES * SUBLANES))
+    chosen = static.blocks or _rule(width, dtype)
     require_fit(chosen, _need(chosen.rows, width, dtype))
     return min(chosen.rows, rows)
 

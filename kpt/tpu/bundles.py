@@ -20,6 +20,8 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(r"%(\w+) = ([a-z_0-9]+(?:\.\w+)*) ?(.*)", re.DOTALL)
 _NAMED = re.compile(r"/\*(\w+)=\*/ *([^,\s]+)")
 _PREDICATE = re.compile(r"\((!?)%(p\w+)\),? *")
+# A register of rows: 8 of float32, 16 of bfloat16, 32 of bytes, which a matrix unit that has them takes twice as fast.
+_PRODUCT = re.compile(r"= vmatmul(?:\.[ms]ubr)?\.(\w+)")
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 # The vector unit's share of a kernel is not the sequencer's business.
 _VECTOR = re.compile(r"v(?!delay)|set|trace")
@@ -56,6 +58,7 @@ class Bundles:
       slots: names of the columns of `use`.
       capacity: how many of each slot a bundle has.
       use: `[bundles, slots]`, how many of each slot a bundle uses.
+      products: `[bundles]`, how many products of a block of rows with an MXU's matrix a bundle starts.
     """
 
     instructions: tuple[tuple[Instruction, ...], ...]
@@ -63,6 +66,7 @@ class Bundles:
     slots: tuple[str, ...]
     capacity: np.ndarray
     use: np.ndarray
+    products: np.ndarray
 
 
 def parse(bundles: str, utilization: str) -> Bundles:
@@ -76,6 +80,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
         raise ScheduleError("The TPU compiler's schedule was read", "it has no bundle", "use the libtpu that kpt was tested with, 0.0.48")
     ends = [m.start() for m in found[1:]] + [len(bundles)]
     instructions: list[tuple[Instruction, ...]] = []
+    products = []
     regions: dict[int, int] = {}
     for i, (m, end) in enumerate(zip(found, ends, strict=True)):
         if int(m[1], 16) != i:
@@ -84,6 +89,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
         for comment in _COMMENT.findall(text):
             for number in _REGION.findall(comment):
                 regions.setdefault(int(number), i)
+        products.append(sum(0.5 if kind == "f32" else 1.0 for kind in _PRODUCT.findall(text)))
         found_here = [got for part in text.split(";;") if (got := _instruction(part)) is not None]
         # What costs no cycle may read in its own bundle what is defined there; phis come before all.
         instructions.append(tuple(sorted(found_here, key=lambda n: n.op != "sphi")))
@@ -92,7 +98,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
         raise ScheduleError(
             "The TPU compiler's schedule was read", f"{len(instructions)} bundles, and the use of {len(use)}", "dump it again"
         )
-    return Bundles(tuple(instructions), regions, slots, capacity, use)
+    return Bundles(tuple(instructions), regions, slots, capacity, use, np.array(products))
 
 
 def _instruction(text: str) -> Instruction | None:

@@ -338,13 +338,19 @@ class _Core:
 
 
 def _words(table: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Places and values of 32-bit words in scalar memory. One row is a line; int8 comes in tiles of 8 rows of 128, four rows to a word.
+    """Places and values of 32-bit words in scalar memory. One row is a line; int8 comes in tiles of 8 rows of 128, four rows to a word,
+    and one row of it as four rows of 128.
 
     None for other layouts, which then count as unknown.
     """
     if table.dtype.itemsize == 4 and table.shape[-1] == table.size:
         yield from enumerate(table.reshape(-1).tolist())
-    elif table.dtype.itemsize == 1 and table.ndim > 1 and table.shape[-1] <= 128:
+    elif table.dtype.itemsize == 1 and table.ndim == 1:
+        tiles = np.zeros(-(-table.size // 512) * 512, np.uint8)
+        tiles[: table.size] = table.view(np.uint8)
+        words = np.ascontiguousarray(tiles.reshape(-1, 4, 128).swapaxes(1, 2)).view("<i4")[..., 0]
+        yield from enumerate(words.reshape(-1).tolist())
+    elif table.dtype.itemsize == 1 and table.shape[-1] <= 128:
         *lead, rows, columns = table.shape
         tiles = np.zeros((int(np.prod(lead)), -(-rows // 8) * 8, columns), np.uint8)
         tiles[:, :rows] = table.reshape(-1, rows, columns).view(np.uint8)

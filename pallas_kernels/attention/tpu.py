@@ -30,7 +30,7 @@ import numpy as np
 
 from kpt.ops.base import Spec, Specs
 from kpt.ops.mask import Causal, Lengths, Mask, Segments, Window
-from pallas_kernels import tensorcore
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.attention.blocks import data_terms, visible_range
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.tensorcore import LANES, budget, dot, launch, padded_bytes, require_fit, require_multiples
@@ -177,15 +177,18 @@ def attention(
     """
     (b, t, n, h), (_, s, kv_heads, head_v) = q.shape, v.shape
     group = n // kv_heads
-    chosen = blocks or default_blocks({n: Spec(a.shape, str(a.dtype)) for n, a in zip("qkv", (q, k, v), strict=True)}, {"mask": mask})
+    given = {n: Spec(a.shape, str(a.dtype)) for n, a in zip("qkv", (q, k, v), strict=True)}
+    ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "kv_lengths": kv_lengths}
+    found = blocks or tuned.blocks("attention", Blocks, {"mask": mask}, q=q, k=k, v=v, **ids)
+    chosen = found or default_blocks(given, {"mask": mask})
     require_fit(chosen, _need(chosen, h, head_v, q.dtype))
     scale = 1 / math.sqrt(h) if scale is None else float(scale)
     if scale <= 0:  # the softmax multiplies differences of scores with a positive number
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     static = _Static(mask, scale, logits_soft_cap, str(jnp.dtype(out_dtype or q.dtype)), chosen, group, t, s)
-    ids = [None, None] if q_segment_ids is None or kv_segment_ids is None else [q_segment_ids, kv_segment_ids]
+    segments = [None, None] if q_segment_ids is None or kv_segment_ids is None else [q_segment_ids, kv_segment_ids]
     terms = {type(term) for term in mask.terms}
-    data = [*(ids if Segments in terms else [None, None]), kv_lengths if Lengths in terms else None]
+    data = [*(segments if Segments in terms else [None, None]), kv_lengths if Lengths in terms else None]
     q, k, v, *data = vary_alike(q, k, v, *data)
     if data[0] is not None:
         data[0] = jnp.repeat(data[0], group, 1)

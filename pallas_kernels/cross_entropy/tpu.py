@@ -17,7 +17,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
 from kpt.ops.base import Specs
-from pallas_kernels import tensorcore
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.cross_entropy.xla import check, loss_of_row, row_grad
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.tensorcore import LANES, cut, launch, padded_bytes, require_fit, require_multiples
@@ -36,7 +36,7 @@ class Blocks:
         require_multiples(self, LANES)
 
 
-def default_blocks() -> Blocks:
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
     """A row's sums cost a step of the grid little where it has two thousand classes, or half of them in the 16 MiB of v4."""
     return Blocks(256, 1024 if tensorcore.generation().vmem < 32 << 20 else 2048)
 
@@ -73,6 +73,7 @@ def cross_entropy(
       KernelError: the blocks do not fit VMEM.
     """
     check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
+    blocks = blocks or tuned.blocks("cross_entropy", Blocks, {}, logits=logits, labels=labels)
     return _cross_entropy((label_smoothing, logits_soft_cap, invalid, blocks), *vary_alike(logits, labels))
 
 
@@ -86,7 +87,7 @@ def _fwd(static, logits, labels):
     classes = logits.shape[-1]
     flat = logits.reshape(-1, classes)
     rows = flat.shape[0]
-    chosen = blocks or default_blocks()
+    chosen = blocks or default_blocks({}, {})
     bm, bv = cut(rows, chosen.rows), cut(classes, chosen.classes)
     require_fit(chosen, 8 * padded_bytes((bm, bv), jnp.float32))
     steps = pl.cdiv(classes, bv)

@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_blocks import Norm, RowBlocks, norm
+from pallas_kernels import tuned
+from pallas_kernels.norm_blocks import Norm, norm
+from pallas_kernels.norm_blocks import RowBlocks as Blocks
+from pallas_kernels.norm_blocks import default_blocks as default_blocks
 from pallas_kernels.norm_blocks import refusal as refusal
 
 
@@ -19,7 +22,7 @@ def layer_norm(
     residual: jax.Array | None = None,
     eps: float = 1e-6,
     out_dtype: str | None = None,
-    blocks: RowBlocks | None = None,
+    blocks: Blocks | None = None,
 ) -> Any:
     """`(h - mean(h)) rsqrt(var(h) + eps) weight + bias` with `h = x + residual` (Ba et al. 2016, arXiv:1607.06450).
 
@@ -33,5 +36,6 @@ def layer_norm(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
+    blocks = blocks or tuned.blocks("layer_norm", Blocks, {}, x=x, weight=weight, bias=bias, residual=residual)
     static = Norm(True, float(eps), 0.0, str(jnp.dtype(out_dtype or x.dtype)), blocks)
     return norm(static, x, residual, weight, bias)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from kpt.errors import OpError
 from kpt.ops.base import Specs
-from pallas_kernels import tensorcore
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.cross_entropy.tpu import clipped, column, online
 from pallas_kernels.cross_entropy.xla import check, loss_of_row
 from pallas_kernels.manual_axes import vary_alike
@@ -45,7 +45,12 @@ def _need(blocks: Blocks, inputs: int, dtype: Any) -> int:
     return 2 * factors + splits + gradient + 5 * padded_bytes((blocks.rows, blocks.classes), jnp.float32)
 
 
-def default_blocks(inputs: int, dtype: Any) -> Blocks:
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
+    x, w = specs["x"], specs["w"]
+    return _rule(w.shape[0], jnp.promote_types(x.dtype, w.dtype))
+
+
+def _rule(inputs: int, dtype: Any) -> Blocks:
     """As many tokens as the chip does operations a byte, halved until they fit."""
     blocks = Blocks(512, 512) if tensorcore.generation().mxu == 128 else Blocks(1024, 512)
     while _need(blocks, inputs, dtype) > budget() and max(blocks.rows, blocks.classes) > LANES:
@@ -98,7 +103,8 @@ def linear_cross_entropy(
         raise OpError(asked, "x is [..., K], w is [K, V]", "check the axes")
     check(asked, x.shape[:-1], labels, invalid)
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    chosen = blocks or default_blocks(x.shape[-1], dtype)
+    found = blocks or tuned.blocks("linear_cross_entropy", Blocks, {}, x=x, w=w, labels=labels, b=b, weights=weights)
+    chosen = found or _rule(x.shape[-1], dtype)
     require_fit(chosen, _need(chosen, x.shape[-1], dtype))
     x, w, labels, b = vary_alike(x, w, labels, b)
     bias = None if b is None else b.reshape(1, -1)

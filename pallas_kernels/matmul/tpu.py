@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels import tensorcore
+from kpt.ops.base import Specs
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.tensorcore import LANES, budget, cut, dot, launch, padded_bytes, require_fit, require_multiples
 from pallas_kernels.tensorcore import refusal as refusal
@@ -34,7 +35,12 @@ class Blocks:
         require_multiples(self, LANES)
 
 
-def default_blocks(compute: Any) -> Blocks:
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
+    """Of products of these arrays, before they are cut to what VMEM holds."""
+    return _rule(jnp.result_type(*(s.dtype for s in specs.values() if len(s.shape) > 1)))
+
+
+def _rule(compute: Any) -> Blocks:
     """By the operations a byte that the chip can do: 240 on v5e, 560 on v6e. In float32, where a product is six of bfloat16, 40 and 93."""
     if compute == jnp.float32:
         return Blocks(512, 512, 512)
@@ -56,6 +62,7 @@ def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None, blocks: 
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
+    blocks = blocks or tuned.blocks("matmul", Blocks, {}, a=a, b=b)
     return _matmul((str(jnp.dtype(out_dtype or a.dtype)), blocks), *vary_alike(a, b))
 
 
@@ -104,7 +111,7 @@ def products(
             need += len(lhs) * 2 * padded_bytes((bm, bk), compute) + len(rhs) * 2 * padded_bytes((bk, bn), compute)
         return (bm, bn, bk), inputs, outputs, need
 
-    chosen = blocks or default_blocks(compute)
+    chosen = blocks or _rule(compute)
     (bm, bn, bk), inputs, outputs, need = specs(chosen)
     while blocks is None and need > budget():  # the defaults are for one sum and one result
         axis = "k" if chosen.k > 256 else "n" if chosen.n > chosen.m else "m"

@@ -5,6 +5,7 @@ The list of visits is made from the group sizes and read from scalar memory, so 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +16,11 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from kpt.ops.base import Specs
-from pallas_kernels import tensorcore
+from kpt.ops.base import Spec, Specs
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.matmul.tpu import Blocks
-from pallas_kernels.tensorcore import cut, dot, launch, padded_bytes, require_fit
+from pallas_kernels.tensorcore import LANES, budget, cut, dot, launch, padded_bytes, require_fit
 
 MOST_VISITS = 1 << 15
 """Of blocks and groups together: five numbers each, in 1 MiB of scalar memory."""
@@ -34,14 +35,22 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     return None
 
 
-def default_blocks(compute: Any) -> Blocks:
-    """Fewer rows than a plain product has, since a block that groups share is computed for each of them."""
-    chip = tensorcore.generation()
-    if compute == jnp.float32:
-        return Blocks(256, 512, 512)
-    if chip.mxu == 128:
-        return Blocks(256, 512 if chip.vmem < 32 << 20 else 1024, 1024)
-    return Blocks(512, 1024, 1024)
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
+    """All of a matrix where VMEM holds it, so that it comes once for all blocks of its group; few rows, since a block that groups share
+    is computed for each of them."""
+    x, w = specs["x"], specs["w"]
+    blocks = Blocks(512, 2048, 2048)
+
+    def need() -> int:
+        m, n, k = cut(x.shape[0], blocks.m), cut(w.shape[2], blocks.n), cut(w.shape[1], blocks.k)
+        # Forward; for x, whose columns are the inputs; and for w, whose sum runs over rows.
+        given = _need(m, n, k, x.dtype, w.dtype, x.dtype), _need(m, k, n, x.dtype, w.dtype, x.dtype)
+        return max(*given, _need(k, n, m, x.dtype, x.dtype, w.dtype))
+
+    while need() > budget() and max(dataclasses.astuple(blocks)) > LANES:
+        largest = max("knm", key=lambda axis: getattr(blocks, axis))
+        blocks = dataclasses.replace(blocks, **{largest: getattr(blocks, largest) // 2})
+    return blocks
 
 
 def ragged_matmul(
@@ -58,7 +67,8 @@ def ragged_matmul(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
-    chosen = blocks or default_blocks(jnp.promote_types(x.dtype, w.dtype))
+    given = {"x": Spec(x.shape, str(x.dtype)), "w": Spec(w.shape, str(w.dtype))}
+    chosen = blocks or tuned.blocks("ragged_matmul", Blocks, {}, x=x, w=w, group_sizes=group_sizes) or default_blocks(given, {})
     static = (str(jnp.dtype(out_dtype or x.dtype)), chosen)
     return _ragged(static, *vary_alike(x, w, group_sizes.astype(jnp.int32)))
 

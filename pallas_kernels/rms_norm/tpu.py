@@ -7,7 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm_blocks import Norm, RowBlocks, norm
+from pallas_kernels import tuned
+from pallas_kernels.norm_blocks import Norm, norm
+from pallas_kernels.norm_blocks import RowBlocks as Blocks
+from pallas_kernels.norm_blocks import default_blocks as default_blocks
 from pallas_kernels.norm_blocks import refusal as refusal
 
 
@@ -19,7 +22,7 @@ def rms_norm(
     eps: float = 1e-6,
     weight_offset: float = 0.0,
     out_dtype: str | None = None,
-    blocks: RowBlocks | None = None,
+    blocks: Blocks | None = None,
 ) -> Any:
     """`h rsqrt(mean(h^2) + eps) (weight_offset + weight)` with `h = x + residual` (Zhang and Sennrich 2019, arXiv:1910.07467).
 
@@ -33,5 +36,6 @@ def rms_norm(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
+    blocks = blocks or tuned.blocks("rms_norm", Blocks, {}, x=x, weight=weight, residual=residual)
     static = Norm(False, float(eps), float(weight_offset), str(jnp.dtype(out_dtype or x.dtype)), blocks)
     return norm(static, x, residual, weight, None)

@@ -15,7 +15,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 
 from kpt.ops.base import Specs
-from pallas_kernels import tensorcore
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import in_shard_map, vary_alike
 from pallas_kernels.tensorcore import LANES, SUBLANES, budget, launch, padded_bytes, require_fit, require_multiples
 
@@ -75,6 +75,7 @@ def rope(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
+    blocks = blocks or tuned.blocks("rope", Blocks, {}, x=x, cos=cos, sin=sin)
     static = _Static(bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(x.dtype), blocks)
     turn = _rope_in_shard_map if in_shard_map() else _rope
     return turn(static, *vary_alike(x, cos, sin))
@@ -85,12 +86,20 @@ def _need(positions: int, width: int, lanes: int) -> int:
     return 4 * padded_bytes((positions, width), jnp.float32) + 10 * padded_bytes((positions, lanes), jnp.float32)
 
 
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
+    return _rule(*specs["x"].shape[2:])
+
+
+def _rule(heads: int, h: int) -> Blocks:
+    fitting = min(BLOCK_BYTES // (4 * heads * h), budget() // _need(SUBLANES, heads * h, max(h, LANES)) * SUBLANES)
+    return Blocks(max(SUBLANES, fitting // SUBLANES * SUBLANES))
+
+
 def _apply(static: _Static, x: jax.Array, cos: jax.Array, turned: jax.Array, out_dtype: str) -> jax.Array:
     """`x cos + partner(x) turned`, where `turned` holds sines with their signs."""
     (batch, t, heads, h), r = x.shape, cos.shape[-1]
     lanes = max(h, LANES)
-    fitting = min(BLOCK_BYTES // (4 * heads * h), budget() // _need(SUBLANES, heads * h, lanes) * SUBLANES)
-    chosen = static.blocks or Blocks(max(SUBLANES, fitting // SUBLANES * SUBLANES))
+    chosen = static.blocks or _rule(heads, h)
     require_fit(chosen, _need(chosen.positions, heads * h, lanes))
     block = min(chosen.positions, t)
     distance = 1 if static.interleaved else r // 2
