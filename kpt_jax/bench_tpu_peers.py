@@ -59,7 +59,8 @@ def compare(on: Generation, rows: Any = ROWS, say: Any = print) -> list[dict[str
             say(json.dumps(found[-1]))
         for p, b in providers:
             if p not in (OURS, XLA) and b is None:
-                found.append({"bench": name, "dims": dims, "passes": passes, "provider": p, "generation": on.name, "error": "no blocks work"})
+                nothing = {"provider": p, "generation": on.name, "error": "no blocks work"}
+                found.append({"bench": name, "dims": dims, "passes": passes, **nothing})
                 say(json.dumps(found[-1]))
     return found
 
