@@ -33,19 +33,21 @@ class Generation:
       mxu: rows and columns of a matrix unit.
       vmem: bytes of vector memory of a TensorCore.
       cores: TensorCores that one device joins (megacore): dimensions of a grid marked parallel are spread over them.
+      int8: whether the matrix units multiply it.
     """
 
     name: str
     mxu: int
     vmem: int
     cores: int
+    int8: bool = True
 
 
 V4 = Generation("tpu-v4", 128, 16 << 20, 2)
 V5E = Generation("tpu-v5e", 128, 128 << 20, 1)
 V5P = Generation("tpu-v5p", 128, 64 << 20, 2)
 V6E = Generation("tpu-v6e", 256, 128 << 20, 1)
-V7X = Generation("tpu-v7x", 256, 64 << 20, 1)
+V7X = Generation("tpu-v7x", 256, 64 << 20, 1, int8=False)
 DEVICE_KINDS = {"TPU v4": V4, "TPU v5 lite": V5E, "TPU v5e": V5E, "TPU v5": V5P, "TPU v5p": V5P, "TPU v6 lite": V6E, "TPU v6e": V6E,
                 "TPU7x": V7X}  # fmt: skip
 """By `jax.Device.device_kind`."""
@@ -124,10 +126,11 @@ def precision(dtype: Any) -> jax.lax.Precision:
 
 
 def dot(a: jax.Array, b: jax.Array, a_axis: int = 1, b_axis: int = 0) -> jax.Array:
-    """Product of two matrices over the axes named, in float32."""
+    """Product of two matrices over the axes named, in float32, or of int8 in int32."""
     compute = jnp.promote_types(a.dtype, b.dtype)
     dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a.astype(compute), b.astype(compute), dims, precision=precision(compute), preferred_element_type=jnp.float32)
+    total = jnp.int32 if compute == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(a.astype(compute), b.astype(compute), dims, precision=precision(compute), preferred_element_type=total)
 
 
 def launch(

@@ -52,7 +52,9 @@ def _hopper(op: str, dtypes: tuple[str, ...], level: str = "conservative", versi
     )
 
 
-def _tpu(op: str, level: str = "conservative", version: int = 1, **honours: Any) -> KernelSpec:
+def _tpu(
+    op: str, level: str = "conservative", version: int = 1, dtypes: tuple[str, ...] = ("bfloat16", "float32"), **honours: Any
+) -> KernelSpec:
     """A Pallas kernel for TPU, v4 to v7x."""
     return KernelSpec(
         name=f"{op}.pallas_tpu",
@@ -61,7 +63,7 @@ def _tpu(op: str, level: str = "conservative", version: int = 1, **honours: Any)
         provider="pallas_tpu",
         framework="jax",
         platforms=("tpu",),
-        dtypes=("bfloat16", "float32"),
+        dtypes=dtypes,
         level=level,
         requires=("jax>=0.11.2",),
         loader=f"pallas_kernels.{op}.tpu:{op}",
@@ -125,7 +127,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _tpu("rope", params={"interleaved": (False, True)}),
     _tpu("cross_entropy", params={"invalid": INVALID_LABELS}),
     _tpu("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
-    _tpu("matmul", level="balanced"),
+    _tpu("matmul", level="balanced", dtypes=("bfloat16", "float32", "int8")),
     _tpu("ragged_matmul", level="balanced"),
     _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),

@@ -16,7 +16,13 @@ from kpt.ops.base import Specs
 from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.tensorcore import LANES, budget, cut, dot, launch, padded_bytes, require_fit, require_multiples
-from pallas_kernels.tensorcore import refusal as refusal
+
+
+def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """Why these arrays cannot be taken, or None."""
+    if specs["a"].dtype == "int8" and not tensorcore.generation().int8:
+        return f"multiplies no int8 on {tensorcore.generation().name}, whose matrix units have none"
+    return tensorcore.refusal(specs, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +58,19 @@ Epilogue = Callable[..., Sequence[jax.Array]]
 
 
 def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None, blocks: Blocks | None = None) -> jax.Array:
-    """`a b`, summed in float32.
+    """`a b`, summed in float32; of int8, in int32, exact and without a gradient.
 
     Args:
-      a: `[M, K]`. b: `[K, N]`. bfloat16 or float32.
-      out_dtype: of the result; a's by default.
+      a: `[M, K]`. b: `[K, N]`. bfloat16 or float32, or both int8.
+      out_dtype: of the result; a's by default, int32 for int8.
       blocks: of this product and of those of the backward pass.
 
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
     blocks = blocks or tuned.blocks("matmul", Blocks, {}, a=a, b=b)
+    if a.dtype == jnp.int8:
+        return product(a, b, jnp.int32, blocks=blocks)
     return _matmul((str(jnp.dtype(out_dtype or a.dtype)), blocks), *vary_alike(a, b))
 
 
@@ -96,6 +104,7 @@ def products(
     m, k, n = lhs[0].shape[1 - lhs_axis], lhs[0].shape[lhs_axis], rhs[0].shape[1 - rhs_axis]
 
     compute = functools.reduce(jnp.promote_types, (a.dtype for a in (*lhs, *rhs)))
+    total = jnp.int32 if compute == jnp.int8 else jnp.float32
 
     def specs(block: Blocks) -> tuple[tuple[int, int, int], list[Any], list[Any], int]:
         bm, bn, bk = cut(m, block.m), cut(n, block.n), cut(k, block.k)
@@ -161,7 +170,7 @@ def products(
         out_specs=outputs,
         grid=(pl.cdiv(m, bm), pl.cdiv(n, bn), steps),
         semantics=("parallel", "parallel", "arbitrary"),
-        scratch=[pltpu.VMEM((bm, bn), jnp.float32)] * len(sums),
+        scratch=[pltpu.VMEM((bm, bn), total)] * len(sums),
         cost=pl.CostEstimate(flops=2 * m * n * k * terms, bytes_accessed=read + written, transcendentals=0),
         name=name,
     )

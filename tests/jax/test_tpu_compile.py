@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 import kpt
 from kpt import cli
 from kpt.tpu import GENERATIONS, generation
-from kpt_jax.bench_ops import BENCHES
 from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules
 from kpt_jax.tpu_programs import cases, program
 from pallas_kernels import tuned
@@ -65,9 +64,8 @@ def test_every_generation(name):
 
 
 def test_every_kernel_for_every_generation():
-    """The compiler's word on all ops, forward and backward; their schedules are the business of `kpt tpu compile`."""
-    programs = [program(name, dims) for name, dims in cases(())]
-    assert {p.given["name"] for p in programs} == set(BENCHES) and {b.op for b in BENCHES.values()} == set(kpt.ops.OPS)
+    """The compiler's word on all ops, forward and backward; schedules and other masks are the business of `kpt tpu compile`."""
+    programs = [program("attention_causal" if op == "attention" else op, dict(cases((op,)))[op]) for op in kpt.ops.OPS]
     made = compile_programs(programs, list(GENERATIONS.values()), schedules=False)
     assert len(made) == 5 * len(programs)
     assert [f"{m.program.label} on {m.generation}: {m.error}" for m in made if m.error is not None] == []
@@ -75,7 +73,7 @@ def test_every_kernel_for_every_generation():
 
 
 def test_the_first_shape_of_a_kernel_in_float32():
-    programs = [program(op, dims, dtype="float32") for op, dims in cases(("attention_causal", "linear_cross_entropy", "glu"))]
+    programs = [program(op, dims, dtype="float32") for op, dims in cases(("linear_cross_entropy", "glu"))]
     made = compile_programs(programs, [generation("v4"), generation("v7x")], schedules=False)
     assert [m.error for m in made if m.error is not None] == []
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kpt.errors import KernelError
+import kpt
+from kpt.errors import KernelError, OpError
+from kpt.ops import Spec, op
 from kpt.ops.activations import ACTIVATIONS
 from kpt.validation import tolerance
+from pallas_kernels import tensorcore
 from pallas_kernels.linear_act.tpu import IN_KERNEL
 from pallas_kernels.matmul.tpu import Blocks, matmul
 from tests.jax.certified import specs_of
-from tests.jax.tpu import CHIPS, agrees, lowers, needs_pallas_tpu, refused, under_transformations
+from tests.jax.tpu import CHIPS, agrees, interpreted, kernel, lowers, needs_pallas_tpu, refused, under_transformations
 
 pytestmark = needs_pallas_tpu
 SMALL = {"blocks": Blocks(128, 128, 128)}
@@ -43,6 +48,26 @@ def test_agrees_with_float64(case):
 @pytest.mark.parametrize("case", MORE)
 def test_more_agree_with_float64(case):
     agrees(*MORE[case])
+
+
+def test_int8_is_exact():
+    specs = specs_of("int8", a=(70, 300), b=(300, 150))
+    arrays = op("matmul").sample(np.random.default_rng(0), specs)
+    arrays["a"][0], arrays["b"][:, 0] = -128, -128  # the largest sum
+    (expected,) = op("matmul").reference(**arrays)
+    assert op("matmul").infer(specs) == (Spec((70, 150), "int32"),)
+    with interpreted():
+        got = kernel("matmul")(**arrays, **SMALL)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(kpt.registry.load("matmul.xla")(**arrays), expected)
+    assert refused("matmul", specs, {}) is None
+    with mock.patch.object(tensorcore, "generation", lambda: tensorcore.V7X):
+        assert "int8 on tpu-v7x" in refused("matmul", specs, {})
+    with pytest.raises(OpError, match="int32"):
+        op("matmul").infer(specs, out_dtype="float32")
+    with pytest.raises(OpError, match="it takes"):
+        op("matmul").infer(specs | {"b": Spec((300, 150), "float32")})
 
 
 @pytest.mark.parametrize("activation", IN_KERNEL)

@@ -61,7 +61,7 @@ def _step(name: str, params: dict[str, Any], fn: Any = None) -> Any:
     fn = fn or kernel(name)
 
     def step(arrays: dict[str, Any]) -> Any:
-        moving = {n: a for n, a in arrays.items() if n in op(name).differentiable}
+        moving = {n: a for n, a in arrays.items() if n in op(name).differentiable and "float" in str(a.dtype)}
         out, pull = jax.vjp(lambda d: fn(**arrays | d, **params), moving)
         return out, pull(jax.tree.map(jnp.ones_like, out))[0]
 
