@@ -3,7 +3,7 @@ python := .venv/bin/python
 # One process a core; the tests of a file share what they set up.
 pytest := $(python) -m pytest -n logical --dist loadfile
 
-.PHONY: help setup demo test test-slow test-gpu test-tpu lint clean
+.PHONY: help setup demo test test-slow test-gpu test-tpu test-xla lint clean
 
 help:
 	@echo 'make demo        train a small language model as written and through kpt; report in kpt-report/demo.html'
@@ -11,6 +11,7 @@ help:
 	@echo 'make test-slow   the tests that take minutes'
 	@echo 'make test-gpu    the tests that need an NVIDIA GPU'
 	@echo 'make test-tpu    the tests that compile for TPUs, with none here'
+	@echo 'make test-xla    the tests of PyTorch on XLA devices, on a CPU'
 	@echo 'make lint        style and types'
 	@echo 'make clean       remove the environments'
 
@@ -34,6 +35,11 @@ libtpu := .venv-libtpu
 test-tpu: setup
 	@test -d $(libtpu)/libtpu || $(python) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps --target $(libtpu) libtpu
 	PYTHONPATH=$(libtpu) JAX_PLATFORMS=cpu $(pytest) -m tpu $(ARGS)
+
+# torch_xla ends at one version of torch: an environment of its own.
+test-xla:
+	@PYTHON='$(PYTHON)' bash .ci/setup .venv-xla tests/constraints/xla.txt xla,test
+	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu .venv-xla/bin/python -m pytest -n logical -m xla tests/torch $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

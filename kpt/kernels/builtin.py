@@ -52,6 +52,26 @@ def _hopper(op: str, dtypes: tuple[str, ...], level: str = "conservative", versi
     )
 
 
+def _tpu(
+    op: str, level: str = "conservative", version: int = 1, dtypes: tuple[str, ...] = ("bfloat16", "float32"), **honours: Any
+) -> KernelSpec:
+    """A Pallas kernel for TPU, v4 to v7x."""
+    return KernelSpec(
+        name=f"{op}.pallas_tpu",
+        op=op,
+        version=version,
+        provider="pallas_tpu",
+        framework="jax",
+        platforms=("tpu",),
+        dtypes=dtypes,
+        level=level,
+        requires=("jax>=0.11.2",),
+        loader=f"pallas_kernels.{op}.tpu:{op}",
+        accepts=f"pallas_kernels.{op}.tpu:refusal",
+        **honours,
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -97,4 +117,18 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _xla("matmul", level="balanced"),
     _xla("ragged_matmul", level="balanced"),
+    _tpu(
+        "attention",
+        masks=frozenset({"causal", "window", "segments", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
+    ),
+    _tpu("rms_norm"),
+    _tpu("layer_norm"),
+    _tpu("rope", params={"interleaved": (False, True)}),
+    _tpu("cross_entropy", params={"invalid": INVALID_LABELS}),
+    _tpu("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
+    _tpu("matmul", level="balanced", dtypes=("bfloat16", "float32", "int8")),
+    _tpu("ragged_matmul", level="balanced"),
+    _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
+    _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),
 )

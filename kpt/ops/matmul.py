@@ -1,4 +1,4 @@
-"""matmul: a b."""
+"""matmul: a b, of floats, or of int8 with exact int32 sums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kpt.errors import OpError
 from kpt.ops import shapes as sh
 from kpt.ops.base import Cost, Op, Spec, Specs
 
@@ -14,18 +15,23 @@ ARRAYS = ("a", "b")
 
 
 def infer(specs: Specs, out_dtype: str | None = None) -> tuple[Spec, ...]:
-    """`[M, N]`.
+    """`[M, N]`, int32 for int8 factors, which have no gradient.
 
     Raises:
       OpError: shapes or dtypes do not fit.
     """
     sh.named(NAME, specs, ARRAYS)
-    sh.out_dtype(NAME, out_dtype)
+    exact = all(n in specs and specs[n].dtype == "int8" for n in ARRAYS)
+    if not exact:
+        sh.out_dtype(NAME, out_dtype)
+    elif out_dtype not in (None, "int32"):
+        raise OpError(f"{NAME} of int8 was asked for in {out_dtype}", "its sums are int32", "cast the result")
     sh.rank(NAME, specs, "a", 2, "[M, K]")
     sh.rank(NAME, specs, "b", 2, "[K, N]")
-    sh.floats(NAME, specs, "a", "b")
+    if not exact:
+        sh.floats(NAME, specs, "a", "b")
     sh.shaped(NAME, specs, "b", (specs["a"].shape[1], specs["b"].shape[1]))
-    return (Spec((specs["a"].shape[0], specs["b"].shape[1]), out_dtype or specs["a"].dtype),)
+    return (Spec((specs["a"].shape[0], specs["b"].shape[1]), out_dtype or ("int32" if exact else specs["a"].dtype)),)
 
 
 def reference(*, a: Any, b: Any, out_dtype: str | None = None) -> tuple[np.ndarray, ...]:
@@ -40,7 +46,7 @@ def reference_vjp(cotangents: tuple, *, a: Any, b: Any, out_dtype: str | None = 
 
 
 def sample(rng: np.random.Generator, specs: Specs, **params: Any) -> dict[str, np.ndarray]:
-    return {n: sh.normal(rng, s) for n, s in specs.items()}
+    return {n: rng.integers(-128, 128, s.shape, np.int8) if s.dtype == "int8" else sh.normal(rng, s) for n, s in specs.items()}
 
 
 def cost(specs: Specs, **params: Any) -> Cost:

@@ -20,6 +20,8 @@ _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(r"%(\w+) = ([a-z_0-9]+(?:\.\w+)*) ?(.*)", re.DOTALL)
 _NAMED = re.compile(r"/\*(\w+)=\*/ *([^,\s]+)")
 _PREDICATE = re.compile(r"\((!?)%(p\w+)\),? *")
+# A register of rows: 8 of float32, 16 of bfloat16, 32 of bytes, which a matrix unit that has them takes twice as fast.
+_PRODUCT = re.compile(r"= vmatmul(?:\.[ms]ubr)?\.(\w+)")
 # The vector unit's share of a kernel is not the sequencer's business.
 _VECTOR = re.compile(r"v(?!delay)|set|trace")
 
@@ -35,7 +37,7 @@ class Instruction:
     Attributes:
       result: SSA name of what it defines.
       op: "sadd.s32", "scmp.ge.s32.totalorder", "sbr.rel", "dma.hbm_to_vmem".
-      operands: SSA names (with %), integers, or other text; of a DMA, (size, sync flag).
+      operands: SSA names (with %), integers, or other text; of a DMA, (size, sync flag), and source and destination if that is SMEM.
       predicate: `(name, wanted)`: issued where the predicate is `wanted`; None where always.
     """
 
@@ -55,6 +57,7 @@ class Bundles:
       slots: names of the columns of `use`.
       capacity: how many of each slot a bundle has.
       use: `[bundles, slots]`, how many of each slot a bundle uses.
+      products: `[bundles]`, how many products of a block of rows with an MXU's matrix a bundle starts.
     """
 
     instructions: tuple[tuple[Instruction, ...], ...]
@@ -62,6 +65,7 @@ class Bundles:
     slots: tuple[str, ...]
     capacity: np.ndarray
     use: np.ndarray
+    products: np.ndarray
 
 
 def parse(bundles: str, utilization: str) -> Bundles:
@@ -75,6 +79,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
         raise ScheduleError("The TPU compiler's schedule was read", "it has no bundle", "use the libtpu that kpt was tested with, 0.0.48")
     ends = [m.start() for m in found[1:]] + [len(bundles)]
     instructions: list[tuple[Instruction, ...]] = []
+    products = []
     regions: dict[int, int] = {}
     for i, (m, end) in enumerate(zip(found, ends, strict=True)):
         if int(m[1], 16) != i:
@@ -83,6 +88,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
         for comment in _COMMENT.findall(text):
             for number in _REGION.findall(comment):
                 regions.setdefault(int(number), i)
+        products.append(sum(0.5 if kind == "f32" else 1.0 for kind in _PRODUCT.findall(text)))
         found_here = [got for part in text.split(";;") if (got := _instruction(part)) is not None]
         # What costs no cycle may read in its own bundle what is defined there; phis come before all.
         instructions.append(tuple(sorted(found_here, key=lambda n: n.op != "sphi")))
@@ -91,7 +97,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
         raise ScheduleError(
             "The TPU compiler's schedule was read", f"{len(instructions)} bundles, and the use of {len(use)}", "dump it again"
         )
-    return Bundles(tuple(instructions), regions, slots, capacity, use)
+    return Bundles(tuple(instructions), regions, slots, capacity, use, np.array(products))
 
 
 def _instruction(text: str) -> Instruction | None:
@@ -107,8 +113,12 @@ def _instruction(text: str) -> Instruction | None:
         predicate = got[2], got[1] == ""
         rest = rest.strip()[got.end() :]
     if op.startswith("dma.") and op != "dma.done.wait":
-        size, flag = named.get("size_in_granules", ""), named.get("dst_syncflagno", "")
-        return Instruction(result, op, (_operand(size), _operand(flag)), predicate)
+        ends = op[4:].split("_to_") if op.endswith("_to_smem") else []
+        wanted = ["size_in_granules", "dst_syncflagno", *ends]
+        return Instruction(result, op, tuple(_operand(named.get(n, "")) for n in wanted), predicate)
+    if op.startswith("inlined_call_operand"):
+        found = re.search(r"index: (\d+)", rest)
+        return Instruction(result, "operand", (int(found[1]),) if found else (), predicate)
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)

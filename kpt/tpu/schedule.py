@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -25,15 +26,19 @@ class Generation:
     Attributes:
       name: "v5e".
       profile: of the hardware table.
+      kind: what jax calls its devices.
       topology: the smallest that libtpu describes.
       flops_per_cycle: bfloat16 operations of one TensorCore's MXUs in a cycle: 2 for each of their cells.
+      mxu: rows and columns of one.
       granule: bytes in which DMA instructions count.
     """
 
     name: str
     profile: str
+    kind: str
     topology: str
     flops_per_cycle: int
+    mxu: int
     granule: int
 
     @property
@@ -42,20 +47,25 @@ class Generation:
         chip = hardware_profile(self.profile)
         return chip.peak("bfloat16") / (chip.cores or 1) / self.flops_per_cycle  # type: ignore[operator]
 
+    @property
+    def product_cycles(self) -> float:
+        """What a product of 16 rows of bfloat16 with an MXU's matrix takes at the peak rate, all MXUs at work."""
+        return 2 * 16 * self.mxu**2 / self.flops_per_cycle
+
 
 GENERATIONS = MappingProxyType({
     g.name: g
     for g in (
-        Generation("v4", "tpu-v4", "v4:2x2x1", 2 * 4 * 128**2, 512),
-        Generation("v5e", "tpu-v5e", "v5e:2x2", 2 * 4 * 128**2, 32),
-        Generation("v5p", "tpu-v5p", "v5p:2x2x1", 2 * 4 * 128**2, 32),
-        Generation("v6e", "tpu-v6e", "v6e:2x2", 2 * 4 * 256**2, 32),
-        Generation("v7x", "tpu-v7x", "tpu7x:2x2x1", 2 * 4 * 256**2, 32),
+        Generation("v4", "tpu-v4", "TPU v4", "v4:2x2x1", 2 * 4 * 128**2, 128, 512),
+        Generation("v5e", "tpu-v5e", "TPU v5 lite", "v5e:2x2", 2 * 4 * 128**2, 128, 32),
+        Generation("v5p", "tpu-v5p", "TPU v5", "v5p:2x2x1", 2 * 4 * 128**2, 128, 32),
+        Generation("v6e", "tpu-v6e", "TPU v6 lite", "v6e:2x2", 2 * 4 * 256**2, 256, 32),
+        Generation("v7x", "tpu-v7x", "TPU7x", "tpu7x:2x2x1", 2 * 4 * 256**2, 256, 32),
     )
 })  # fmt: skip
 # Slots of a bundle, by the unit they belong to.
 UNITS = {
-    "MXU": ("MXU",), "VPU": ("VALU",), "XLU": ("XLU",), "EUP": ("EUP",), "load": ("VLOAD",), "store": ("VSTORE",), "scalar": ("SALU",),
+    "VPU": ("VALU",), "XLU": ("XLU",), "EUP": ("EUP",), "load": ("VLOAD",), "store": ("VSTORE",), "scalar": ("SALU",),
 }  # fmt: skip
 
 
@@ -98,7 +108,7 @@ class Schedule:
       read, written: bytes between HBM and this core.
       vmem: bytes allocated in vector memory.
       spills: registers stored to and filled from vector memory, in one run.
-      occupancy: by unit, used slots over all that the cycles offer.
+      occupancy: by unit, used slots over all that the cycles offer; of the MXU, products over the peak rate.
       bound: the unit that limits it: "MXU", "VPU", "XLU", "EUP", "load", "store", "HBM" (bandwidth), "DMA latency", or "dependencies"
         where bundles are not full of anything.
       unknown: branches that depend on data, counted as if nothing were skipped.
@@ -124,13 +134,20 @@ class Schedule:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Schedule:
+        return cls(**{**found, "stretches": tuple(Stretch(**s) for s in found["stretches"])})
 
-def schedule(kernel: str, on: Generation, bundles: str, utilization: str, vmem: int = 0) -> Schedule:
+
+def schedule(
+    kernel: str, on: Generation, bundles: str, utilization: str, vmem: int = 0, scalars: Sequence[np.ndarray | None] = ()
+) -> Schedule:
     """Reads and runs the final schedule that libtpu dumped for one kernel.
 
     Args:
       bundles, utilization: texts of `*-final_bundles.txt` and `*-final_hlo-static-per-bundle-utilization.txt`.
       vmem: bytes that its allocations take.
+      scalars: its first operands, integers that it has in scalar memory; None for one that is not known.
 
     Raises:
       ScheduleError: the texts cannot be read, or a loop's end depends on data.
@@ -142,27 +159,32 @@ def schedule(kernel: str, on: Generation, bundles: str, utilization: str, vmem: 
     device_cores = (chip.cores or 1) // chip.devices
     cores = device_cores if shared else 1
     bandwidth = (chip.memory_bandwidth or 0.0) / chip.devices / cores
-    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule)
+    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule, scalars=scalars)
     column = {name: i for i, name in enumerate(program.slots)}
     used = (run.issued[:, None] * program.use).sum(0)
 
-    def share(use: np.ndarray, cycles: float) -> dict[str, float]:
-        return {
+    def share(use: np.ndarray, products: float, cycles: float) -> dict[str, float]:
+        slots = {
             unit: float(sum(use[column[s]] for s in slots) / max(1.0, cycles * sum(program.capacity[column[s]] for s in slots)))
             for unit, slots in UNITS.items()
         }
+        return slots | {"MXU": products * on.product_cycles / max(1.0, cycles)}
 
     n = len(run.issued)
     cuts = sorted({0, n, *(np.flatnonzero(np.diff(run.issued)) + 1).tolist(), *range(0, n, max(1, -(-n // 100)))})
     stretches = tuple(
-        Stretch(a, b - a, int(run.issued[a]), share(program.use[a:b].sum(0), b - a)) for a, b in zip(cuts, cuts[1:], strict=False)
+        Stretch(a, b - a, int(run.issued[a]), share(program.use[a:b].sum(0), program.products[a:b].sum(), b - a))
+        for a, b in zip(cuts, cuts[1:], strict=False)
     )
-    occupancy = share(used, run.cycles)
+    # The MXUs wait where products are issued faster than the peak rate, which the schedule does not show.
+    products = float((run.issued * program.products).sum())
+    cycles = max(run.cycles, products * on.product_cycles)
+    occupancy = share(used, products, cycles)
     spills = int(used[column["VLOAD:FILL"]] + used[column["VSTORE:SPILL"]])
     moved = (run.read + run.written) * on.clock / bandwidth if bandwidth else 0.0  # cycles that the transfers take
     return Schedule(
-        kernel, on.name, cores, n, run.cycles, run.stalled, run.cycles / on.clock, run.read, run.written, vmem, spills,
-        occupancy, _bound(occupancy, run.stalled / max(run.cycles, 1.0), moved / max(run.cycles, 1.0)), run.unknown, stretches,
+        kernel, on.name, cores, n, cycles, run.stalled, cycles / on.clock, run.read, run.written, vmem, spills,
+        occupancy, _bound(occupancy, run.stalled / max(cycles, 1.0), moved / max(cycles, 1.0)), run.unknown, stretches,
     )  # fmt: skip
 
 

@@ -4,8 +4,9 @@
 
 The grid of a Pallas kernel is a loop of the scalar unit, and so are its branches: a causal block that is skipped, an
 accumulator that is zeroed once in a while. Their values follow from constants, so that running the scalar instructions
-counts every bundle exactly. What depends on data (a prefetched scalar, a number that the vector unit hands over) is unknown:
-a branch on it is not taken, so that what it would have skipped counts, and `Run.unknown` says how often that was.
+counts every bundle exactly. Prefetched scalars count where their values are given. What depends on other data (a number that the
+vector unit hands over) is unknown: a branch on it is not taken, so that what it would have skipped counts, and `Run.unknown` says
+how often that was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ Value = Any  # an int, a bool, (allocation, offset), or None where it is not kno
 Step = Callable[[], Any]
 
 _ADDRESS = re.compile(r"\[(?:\w+:)?\[?(#\w+)(?: \+ \$(0x[0-9a-f]+))?")
+_INDEXED = re.compile(r"\[\w+:\[?(#?%?\w+)\]? \+ (%\w+)\]*")
+_OPERAND = "operand "
 _INTEGER: dict[str, Callable[[int, int], int]] = {
     "sadd.s32": operator.add,
     "ssub.s32": operator.sub,
@@ -73,10 +76,13 @@ class Run:
     unknown: int
 
 
-def simulate(bundles: Bundles, *, bytes_per_cycle: float, latency: float = 0.0, granule: int = 32) -> Run:
+def simulate(
+    bundles: Bundles, *, bytes_per_cycle: float, latency: float = 0.0, granule: int = 32, scalars: Sequence[np.ndarray | None] = ()
+) -> Run:
     """Runs the scalar instructions of a schedule beside an HBM.
 
     Args:
+      scalars: the kernel's first operands, integers that it has in scalar memory; None for one that is not known.
       bytes_per_cycle: that the HBM moves for this core.
       latency: cycles between the end of a transfer and the moment a wait for it may pass.
       granule: bytes in which DMA instructions count.
@@ -85,7 +91,7 @@ def simulate(bundles: Bundles, *, bytes_per_cycle: float, latency: float = 0.0, 
       ScheduleError: a loop whose end depends on data, a branch to a place that the dump does not name, or more than
         50 million bundles with scalar instructions.
     """
-    core = _Core(bundles, bytes_per_cycle, latency, granule)
+    core = _Core(bundles, bytes_per_cycle, latency, granule, scalars)
     core.run()
     return Run(np.cumsum(core.edges[:-1]), core.now, core.stalled, core.read, core.written, core.transfers, core.unknown)
 
@@ -93,8 +99,9 @@ def simulate(bundles: Bundles, *, bytes_per_cycle: float, latency: float = 0.0, 
 class _Core:
     """The scalar unit: each instruction compiled to a function that reads and writes `values`."""
 
-    def __init__(self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int):
+    def __init__(self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int, scalars: Sequence[np.ndarray | None]):
         self.regions, self.rate, self.latency, self.granule = bundles.regions, bytes_per_cycle, latency, granule
+        self.scalars = scalars
         self.values: list[Value] = []
         self.defined: list[int] = []  # when each was, for phis
         self.place: dict[str | int, int] = {}
@@ -185,10 +192,17 @@ class _Core:
             return lambda: target
         if op == "vdelay":
             return self._delay(i.operands[0] if i.operands and isinstance(i.operands[0], int) else 0)
+        if op == "sld" and isinstance(i.operands[0], str) and (m := _INDEXED.fullmatch(i.operands[0])):
+            return self._load(self._at(m[1] if m[1].startswith("%") else f"[{m[1]}]"), self._at(m[2]), self._at("%" + i.result))
         places = [self._at(o) for o in i.operands]
+        if op == "operand":
+            self.values[self._at("%" + i.result)] = self._operand(i.operands)
+            return lambda: None
         negated = [isinstance(o, str) and o.startswith("!") for o in i.operands]
         if op == "dma.done.wait":
             return lambda: self._wait(values[places[0]])
+        if op.endswith("_to_smem"):
+            return lambda: self._fill(values[places[2]], values[places[3]])
         if op.startswith("dma."):
             return (lambda: self._transfer(op, values[places[0]], values[places[1]])) if "hbm" in op else lambda: None
         if op == "sst":
@@ -201,6 +215,33 @@ class _Core:
             defined[result] = self.clock
 
         return assign
+
+    def _operand(self, index: tuple[Any, ...]) -> Value:
+        """An operand of the kernel: its address, or what it is where one integer is handed over in a register."""
+        if not index:
+            return None
+        table = self.scalars[index[0]] if index[0] < len(self.scalars) else None
+        return int(table.reshape(-1)[0]) if table is not None and table.size == 1 else (f"{_OPERAND}{index[0]}", 0)
+
+    def _fill(self, source: Value, target: Value) -> None:
+        """An operand of integers comes to scalar memory."""
+        if type(target) is not tuple or type(source) is not tuple or not str(source[0]).startswith(_OPERAND):
+            return
+        index = int(source[0].removeprefix(_OPERAND))
+        table = self.scalars[index] if index < len(self.scalars) else None
+        if table is not None:
+            for place, word in _words(table):
+                self.memory[target[0], target[1] + place] = word
+
+    def _load(self, base: int, index: int, result: int) -> Step:
+        values, defined = self.values, self.defined
+
+        def load() -> None:
+            at, by = values[base], values[index]
+            values[result] = self.memory.get((at[0], at[1] + by)) if type(at) is tuple and type(by) is int else None
+            defined[result] = self.clock
+
+        return load
 
     def _delay(self, cycles: int) -> Step:
         def delay() -> None:
@@ -267,7 +308,8 @@ class _Core:
             def arithmetic() -> Value:
                 x, y = values[a], values[b]
                 if type(x) is not int or type(y) is not int:
-                    return None
+                    # An address of an operand in other units is still its address.
+                    return x if op == "sshll.u32" and type(x) is tuple and str(x[0]).startswith(_OPERAND) else None
                 n = integer(x, y) & 0xFFFFFFFF
                 return n - (1 << 32) if n >> 31 else n
 
@@ -293,3 +335,24 @@ class _Core:
             ready = done.pop(0)
             self.stalled += max(0.0, ready - self.now)
             self.now = max(self.now, ready)
+
+
+def _words(table: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Places and values of 32-bit words in scalar memory. One row is a line; int8 comes in tiles of 8 rows of 128, four rows to a word,
+    and one row of it as four rows of 128.
+
+    None for other layouts, which then count as unknown.
+    """
+    if table.dtype.itemsize == 4 and table.shape[-1] == table.size:
+        yield from enumerate(table.reshape(-1).tolist())
+    elif table.dtype.itemsize == 1 and table.ndim == 1:
+        tiles = np.zeros(-(-table.size // 512) * 512, np.uint8)
+        tiles[: table.size] = table.view(np.uint8)
+        words = np.ascontiguousarray(tiles.reshape(-1, 4, 128).swapaxes(1, 2)).view("<i4")[..., 0]
+        yield from enumerate(words.reshape(-1).tolist())
+    elif table.dtype.itemsize == 1 and table.shape[-1] <= 128:
+        *lead, rows, columns = table.shape
+        tiles = np.zeros((int(np.prod(lead)), -(-rows // 8) * 8, columns), np.uint8)
+        tiles[:, :rows] = table.reshape(-1, rows, columns).view(np.uint8)
+        words = np.ascontiguousarray(tiles.reshape(-1, 4, columns).swapaxes(1, 2)).view("<i4")[..., 0]
+        yield from ((n * 128 + c, word) for n, line in enumerate(words.tolist()) for c, word in enumerate(line))

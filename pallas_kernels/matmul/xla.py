@@ -12,12 +12,14 @@ from pallas_kernels.manual_axes import vary_alike
 
 
 def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None) -> jax.Array:
-    """`a b`, summed in float32 (float64 for float64).
+    """`a b`, summed in float32 (float64 for float64, int32 for int8).
 
     Args:
-      a: `[M, K]`. b: `[K, N]`. float16 to float64.
-      out_dtype: of the result; a's by default.
+      a: `[M, K]`. b: `[K, N]`. float16 to float64, or both int8.
+      out_dtype: of the result; a's by default, int32 for int8.
     """
+    if a.dtype == jnp.int8:
+        return jnp.matmul(a, b, preferred_element_type=jnp.int32)
     return _matmul(str(jnp.dtype(out_dtype or a.dtype)), *vary_alike(a, b))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kpt.errors import HardwareError
 from kpt.tpu import GENERATIONS, ScheduleError, chart, generation, schedule
 from kpt.tpu.bundles import parse
-from kpt.tpu.simulate import simulate
+from kpt.tpu.simulate import _words, simulate
 
 # Five grid steps. Each fetches 64 granules and waits; step 2 skips region 3; the last bundle of the loop is its branch's fourth
 # delay slot. Operands sit in their own bundle (sphi) and in memory (a spill), numbers are unsigned, comments have line breaks.
@@ -73,6 +74,27 @@ def test_a_wait_lasts_until_its_transfer_is_done():
 def test_a_branch_on_data_counts_what_it_may_skip():
     run = simulate(parse(PROGRAM.replace("scmp.eq.s32.totalorder %s2_s0, 2", "scmp.eq.s32.totalorder %s99_s9, 2"), utilization()), bytes_per_cycle=1e9)
     assert run.issued[10] == 5 and run.unknown == 5
+
+
+def test_integers_in_scalar_memory_are_known_where_they_are_given():
+    program = PROGRAM.replace(
+        "%s1_s0 = smov 0  ;;", "%s1_s0 = smov 0  ;;  %s60_s1 = inlined_call_operand.hbm [shape: s32[5], index: 1, kind: input]  ;;  %s61_s1 = sshll.u32 %s60_s1, 4  ;;"
+        "  %62 = dma.hbm_to_smem /*hbm=*/%s61_s1, /*size_in_granules=*/16, /*smem=*/[#allocation5], /*dst_syncflagno=*/[#allocation8]  ;;",
+    ).replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%s63_s1 = sld [smem:[#allocation5 + %s2_s0]]  ;;  %p1_p1 = scmp.eq.s32.totalorder %s63_s1, 2")  # fmt: skip
+    bundles = parse(program, utilization())
+    skips = np.array([2, 0, 2, 2, 0], np.int32)
+    run = simulate(bundles, bytes_per_cycle=1e9, scalars=[None, skips])
+    assert run.issued[10] == 2 and run.unknown == 0
+    for scalars in [], [skips, None], [None, np.zeros((2, 5), np.int32)]:
+        run = simulate(bundles, bytes_per_cycle=1e9, scalars=scalars)
+        assert run.issued[10] == 5 and run.unknown == 5
+
+
+def test_bytes_share_a_word_with_those_of_the_next_three_rows():
+    table = np.arange(-3, 12, dtype=np.int8).reshape(5, 3)
+    words = dict(_words(table))
+    for r, c in np.ndindex(5, 3):
+        assert (words[(r // 4) * 128 + c] >> 8 * (r % 4)) & 0xFF == int(table[r, c]) & 0xFF
 
 
 @pytest.mark.parametrize("change, says", [

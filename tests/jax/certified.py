@@ -28,7 +28,7 @@ def certify(
       seeds: of the samples, one each.
     """
     fn = fn or kpt.registry.load(f"{name}.xla")
-    moving = [n for n in op(name).differentiable if n in specs]
+    moving = [n for n in op(name).differentiable if n in specs and "float" in specs[n].dtype]
 
     @jax.jit
     def both(arrays: dict[str, Any], cotangents: list[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 from typer.testing import CliRunner
 
+import kpt
 from kpt import cli
 from kpt.tpu import GENERATIONS, generation
-from kpt_jax.tpu import CompileError, compiled_schedules
+from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules
+from kpt_jax.tpu_programs import cases, program
+from pallas_kernels import tuned
 
 pytestmark = pytest.mark.tpu
 HERE = "tests.jax.test_tpu_compile"
@@ -57,6 +61,47 @@ def test_every_generation(name):
     steps = [s for s in made.stretches if s.occupancy["MXU"] > 0.2]
     assert steps and {s.issued for s in steps} == {128 // chip_cores}
     assert name in ("v6e", "v7x") or made.bound == "MXU"  # their MXUs outrun the HBM in these blocks
+
+
+def test_every_kernel_for_every_generation():
+    """The compiler's word on all ops, forward and backward; schedules and other masks are the business of `kpt tpu compile`."""
+    programs = [program("attention_causal" if op == "attention" else op, dict(cases((op,)))[op]) for op in kpt.ops.OPS]
+    made = compile_programs(programs, list(GENERATIONS.values()), schedules=False)
+    assert len(made) == 5 * len(programs)
+    assert [f"{m.program.label} on {m.generation}: {m.error}" for m in made if m.error is not None] == []
+    assert all(m.code > 0 and m.estimated > 0 for m in made)
+
+
+def test_the_first_shape_of_a_kernel_in_float32():
+    programs = [program(op, dims, dtype="float32") for op, dims in cases(("linear_cross_entropy", "glu"))]
+    made = compile_programs(programs, [generation("v4"), generation("v7x")], schedules=False)
+    assert [m.error for m in made if m.error is not None] == []
+
+
+def test_schedules_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    rope = program("rope", (1, 1024, 8, 128), passes="forward", blocks={"positions": 128})
+    (first,) = compile_programs([rope], [generation("v5e")])
+    with mock.patch("subprocess.Popen", side_effect=AssertionError("compiled again")):
+        (again,) = compile_programs([rope], [generation("v5e")])
+    assert again == first and first.schedules[0].vmem > 0
+    (kept,) = (tmp_path / "tpu").glob("*.json")
+    kept.write_text("{")
+    with pytest.warns(UserWarning, match="set aside"):
+        assert compile_programs([rope], [generation("v5e")]) == [first]
+
+
+def test_tuning_finds_better_blocks_and_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    table = tmp_path / "table.json"
+    command = ["tpu", "tune", "--op", "cross_entropy", "--shape", "1024x4096", "--gen", "v5e", "--write", str(table), "--json"]
+    run = CliRunner().invoke(cli.app, command)
+    assert run.exit_code == 0, run.output
+    (found,) = json.loads(run.stdout)
+    assert found["cost"] <= found["default_cost"] and found["tried"] > 2 and found["finished"]
+    (row,) = json.loads(table.read_text())["rows"]
+    assert row["op"] == "cross_entropy" and row["blocks"] == found["best"] and row["origin"]["libtpu"]
+    assert tuned.rows(table)["cross_entropy", "tpu-v5e", row["bucket"]] == found["best"]
 
 
 def test_blocks_that_a_mask_hides_do_not_count():

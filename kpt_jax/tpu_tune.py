@@ -1,0 +1,196 @@
+"""Searches block sizes of the TPU kernels: by compiling and reading schedules, with no TPU, or by measuring on the one that is here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kpt
+from kpt.errors import KptError
+from kpt.tpu import Generation
+from kpt_jax.bench_ops import BENCHES
+from kpt_jax.tpu import Compiled, Program, compile_programs, measure
+from kpt_jax.tpu_programs import default_blocks, make, program, specs_of
+from pallas_kernels import tuned
+
+WORTH = 0.99
+"""Blocks replace others that take more than this share of their time."""
+Sizes = dict[str, int]
+Evaluate = Callable[[Sequence[Sizes]], Sequence[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """One search.
+
+    Attributes:
+      bench, dims, dtype, generation: what was searched for.
+      default, best: blocks.
+      default_cost, cost: cycles, or seconds where a TPU measured.
+      tried, failed: how many blocks were, and how many of them the kernel or the compiler refused.
+      finished: False where the budget ended the search.
+    """
+
+    bench: str
+    dims: tuple[int, ...]
+    dtype: str
+    generation: str
+    default: Sizes
+    default_cost: float
+    best: Sizes
+    cost: float
+    tried: int
+    failed: int
+    finished: bool
+
+
+def neighbours(sizes: Sizes) -> list[Sizes]:
+    """Each size doubled and halved."""
+    return [{**sizes, n: new} for n, size in sizes.items() for new in (size * 2, size // 2) if new >= 8]
+
+
+def search(start: Sizes, evaluate: Evaluate, *, more: Callable[[], bool] = lambda: True) -> tuple[Sizes, float, float, int, int, bool]:
+    """Walks to better neighbours until there is none.
+
+    Args:
+      evaluate: the cost of each, None where it cannot be.
+      more: whether there is time for another round.
+
+    Returns:
+      The best sizes, their cost, that of the start, how many were tried, how many failed, and whether the walk came to its end.
+
+    Raises:
+      KptError: the start itself cannot be.
+    """
+    costs: dict[tuple[int, ...], float | None] = {}
+
+    def key(sizes: Sizes) -> tuple[int, ...]:
+        return tuple(sizes.values())
+
+    best = start
+    (first,) = evaluate([start])
+    if first is None:
+        raise KptError(f"Blocks were to be tuned from {start}", "The kernel cannot be compiled with these", "See `kpt tpu compile`")
+    costs[key(start)] = first
+    while True:
+        new = [n for n in neighbours(best) if key(n) not in costs]
+        if not new or not more():
+            break
+        costs.update(zip(map(key, new), evaluate(new), strict=True))
+        found = min(new, key=lambda n: costs[key(n)] or float("inf"))
+        if (costs[key(found)] or float("inf")) >= WORTH * (costs[key(best)] or 0):
+            new = []
+            break
+        best = found
+    cost = costs[key(best)]
+    assert cost is not None
+    return best, cost, first, len(costs), sum(c is None for c in costs.values()), not new
+
+
+def tune(
+    bench: str,
+    dims: Sequence[int],
+    on: Generation,
+    *,
+    dtype: str = "bfloat16",
+    jobs: int | None = None,
+    more: Callable[[], bool] = lambda: True,
+    done: Callable[[Compiled], None] = lambda _: None,
+) -> Tuned:
+    """Searches the blocks of one benchmark's kernel, forward and backward together, for one generation.
+
+    On a TPU each candidate is measured instead of compiled for `on`.
+
+    Raises:
+      MissingDependencyError: libtpu is not installed.
+      KptError: the kernel cannot be compiled with its default blocks.
+    """
+    start = default_blocks(bench, dims, dtype, on)
+
+    def programs(candidates: Sequence[Sizes]) -> list[Program]:
+        return [program(bench, dims, dtype=dtype, blocks=c) for c in candidates]
+
+    def by_schedule(candidates: Sequence[Sizes]) -> list[float | None]:
+        made = compile_programs(programs(candidates), [on], jobs=jobs, done=done)
+        return [m.cycles if m.error is None else None for m in made]
+
+    here = jax.default_backend() == "tpu"
+    found = search(start, (lambda c: by_clock(programs(c))) if here else by_schedule, more=more)
+    best, cost, first, tried, failed, finished = found
+    return Tuned(bench, tuple(dims), dtype, on.name, start, first, best, cost, tried, failed, finished)
+
+
+def by_clock(programs: Sequence[Program], *, clock: Callable[[], float] = time.perf_counter) -> list[float | None]:
+    """Seconds of each program on the device that is here, with random arrays; None where it fails."""
+    found: list[float | None] = []
+    for p in programs:
+        try:
+            fn, args = make(**p.given)
+            found.append(measure(jax.jit(fn), [_random(a) for a in args], clock=clock))
+        except Exception:
+            found.append(None)
+    return found
+
+
+def _random(tree: Any) -> Any:
+    def fill(a: Any) -> Any:
+        if not isinstance(a, jax.ShapeDtypeStruct):
+            return a
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            return jax.random.normal(jax.random.key(0), a.shape, a.dtype)
+        return jnp.zeros(a.shape, a.dtype)
+
+    return jax.tree.map(fill, tree)
+
+
+def row(result: Tuned, on: Generation) -> dict[str, Any]:
+    """As the shipped table has it."""
+    bench = BENCHES[result.bench]
+    place = tuned.bucket(specs_of(result.bench, result.dims, result.dtype), bench.params)
+    return {
+        "op": bench.op, "generation": on.profile, "bucket": place, "blocks": result.best, "cycles": round(result.cost),
+        "default_cycles": round(result.default_cost), "dims": list(result.dims),
+    }  # fmt: skip
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]], command: str) -> None:
+    """Puts rows into a table, in place of those for the same bucket; at once or not at all."""
+    places = {(r["op"], r["generation"], r["bucket"]): dict(r) for r in _rows(path)}
+    versions = {n: metadata.version(n) for n in ("jax", "libtpu")}
+    origin = {"command": command, **versions, "kpt": kpt.__version__, "date": datetime.date.today().isoformat()}
+    places |= {(r["op"], r["generation"], r["bucket"]): {**r, "origin": origin} for r in rows}
+    table = {"version": tuned.VERSION, "rows": [places[k] for k in sorted(places)]}
+    with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, suffix=".part", delete=False, encoding="utf-8") as part:
+        try:
+            json.dump(table, part, indent=1)
+            part.write("\n")
+            part.close()
+            os.replace(part.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part.name)
+            raise
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["version"] != tuned.VERSION:
+            raise ValueError(f"version {table['version']}")
+        return list(table["rows"])
+    except (ValueError, KeyError, TypeError) as problem:
+        raise KptError(f"Tuned blocks were to be added to {path}", f"It is no table of them: {problem}", "Name another file") from None

@@ -1,0 +1,181 @@
+"""Rotary embedding for TPU, forward and back by one kernel: the other half of each pair comes by turning whole rows of lanes.
+
+Heads lie side by side in the lanes, as in memory, and every head is `x c + partner(x) s` with tables that carry the signs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+
+from kpt.ops.base import Specs
+from pallas_kernels import tensorcore, tuned
+from pallas_kernels.manual_axes import in_shard_map, vary_alike
+from pallas_kernels.tensorcore import LANES, SUBLANES, budget, launch, padded_bytes, require_fit, require_multiples
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Positions of a block, a multiple of 16; it has all heads of them."""
+
+    positions: int
+
+    def __post_init__(self) -> None:
+        require_multiples(self, SUBLANES)
+
+
+BLOCK_BYTES = 2 << 20
+"""Of an array in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    interleaved: bool
+    out_dtype: str
+    x_dtype: str
+    blocks: Blocks | None
+
+
+def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """Why these arrays cannot be taken, or None."""
+    if (why := tensorcore.refusal(specs, params)) is not None:
+        return why
+    _, _, heads, h = specs["x"].shape
+    if (LANES % h and h % LANES) or heads * h % max(h, LANES):
+        return f"turns whole rows of {LANES} lanes, and {heads} heads of {h} do not fill them"
+    if (need := _need(SUBLANES, heads * h, max(h, LANES))) > budget():
+        return f"holds {SUBLANES} positions in VMEM, and those of {heads} heads take {need} bytes of {budget()}"
+    return None
+
+
+def rope(
+    *,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    interleaved: bool = False,
+    out_dtype: str | None = None,
+    blocks: Blocks | None = None,
+) -> jax.Array:
+    """`x cos + rotate(x) sin` on the first `R` of the head dim (Su et al. 2021, arXiv:2104.09864); the rest passes through.
+
+    Args:
+      x: `[B, T, N, H]` bfloat16 or float32.
+      cos, sin: `[B or 1, T, R]`, `R` even, `R <= H`.
+      interleaved: rotate pairs `(x0, x1) -> (-x1, x0)` instead of halves `(a, b) -> (-b, a)`.
+      out_dtype: of the result; x's by default.
+      blocks: of positions, in both passes.
+
+    Raises:
+      KernelError: the blocks do not fit VMEM.
+    """
+    blocks = blocks or tuned.blocks("rope", Blocks, {}, x=x, cos=cos, sin=sin)
+    static = _Static(bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(x.dtype), blocks)
+    turn = _rope_in_shard_map if in_shard_map() else _rope
+    return turn(static, *vary_alike(x, cos, sin))
+
+
+def _need(positions: int, width: int, lanes: int) -> int:
+    """Bytes of VMEM: x and the result in two buffers, two tables, and the values of one row of heads."""
+    return 4 * padded_bytes((positions, width), jnp.float32) + 10 * padded_bytes((positions, lanes), jnp.float32)
+
+
+def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
+    return _rule(*specs["x"].shape[2:])
+
+
+def _rule(heads: int, h: int) -> Blocks:
+    fitting = min(BLOCK_BYTES // (4 * heads * h), budget() // _need(SUBLANES, heads * h, max(h, LANES)) * SUBLANES)
+    return Blocks(max(SUBLANES, fitting // SUBLANES * SUBLANES))
+
+
+def _apply(static: _Static, x: jax.Array, cos: jax.Array, turned: jax.Array, out_dtype: str) -> jax.Array:
+    """`x cos + partner(x) turned`, where `turned` holds sines with their signs."""
+    (batch, t, heads, h), r = x.shape, cos.shape[-1]
+    lanes = max(h, LANES)
+    chosen = static.blocks or _rule(heads, h)
+    require_fit(chosen, _need(chosen.positions, heads * h, lanes))
+    block = min(chosen.positions, t)
+    distance = 1 if static.interleaved else r // 2
+
+    def spread(table: jax.Array) -> jax.Array:
+        return jnp.tile(jnp.pad(table.astype(jnp.float32), ((0, 0), (0, 0), (0, h - r))), (1, 1, lanes // h))
+
+    def kernel(x_ref: Any, cos_ref: Any, sin_ref: Any, y_ref: Any) -> None:
+        place = jax.lax.broadcasted_iota(jnp.int32, (block, lanes), 1) % h
+        first = place % 2 == 0 if static.interleaved else place < distance
+        for start in range(0, heads * h, lanes):
+            here = x_ref[:, start : start + lanes].astype(jnp.float32)
+            turned = here
+            if r:
+                partner = jnp.where(first, pltpu.roll(here, lanes - distance, 1), pltpu.roll(here, distance, 1))
+                turned = here * cos_ref[...] + partner * sin_ref[...]
+            y_ref[:, start : start + lanes] = jnp.where(place < r, turned, here).astype(y_ref.dtype)
+
+    rows = pl.BlockSpec((None, block, heads * h), lambda b, i: (b, i, 0))
+    table = pl.BlockSpec((None, block, lanes), lambda b, i: (b if cos.shape[0] > 1 else 0, i, 0))
+    (y,) = launch(
+        kernel,
+        x.reshape(batch, t, heads * h),
+        spread(cos),
+        spread(turned),
+        out=[((batch, t, heads * h), out_dtype)],
+        in_specs=[rows, table, table],
+        out_specs=[rows],
+        grid=(batch, pl.cdiv(t, block)),
+        semantics=("parallel", "parallel"),
+        name="rope",
+    )
+    return y.reshape(x.shape)
+
+
+def _rotate(a: jax.Array, interleaved: bool) -> jax.Array:
+    """The quarter turn of every pair."""
+    if interleaved:
+        return jnp.stack([-a[..., 1::2], a[..., ::2]], -1).reshape(a.shape)
+    low, high = jnp.split(a, 2, -1)
+    return jnp.concatenate([-high, low], -1)
+
+
+def _turn(static, x, cos, sin):
+    sign = _rotate(jnp.ones_like(sin), static.interleaved)
+    return _apply(static, x, cos, sign * sin, static.out_dtype)
+
+
+def _fwd(static, x, cos, sin):
+    return _turn(static, x, cos, sin), (x, cos, sin)
+
+
+def _fwd_knowing(static, x, cos, sin):
+    """As `_fwd`, told which arguments have a gradient: x is kept only for those of the tables, constants in most models."""
+    kept = x.value if cos.perturbed or sin.perturbed else None
+    return _turn(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
+
+
+def _bwd(static, residuals, g):
+    x, cos, sin = residuals
+    g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+    dx = _apply(static, g, cos, -_rotate(sin, static.interleaved), static.x_dtype)
+    if x is None:
+        return dx, None, None
+    r = cos.shape[-1]
+    head, gh = (a[..., :r].astype(jnp.float32) for a in (x, g))
+
+    def over_heads(d: jax.Array, like: jax.Array) -> jax.Array:
+        d = jnp.sum(d, 2)
+        return (jnp.sum(d, 0, keepdims=True) if like.shape[0] == 1 else d).astype(like.dtype)
+
+    return dx, over_heads(gh * head, cos), over_heads(gh * _rotate(head, static.interleaved), sin)
+
+
+_rope = jax.custom_vjp(_turn, nondiff_argnums=(0,))
+_rope.defvjp(_fwd_knowing, _bwd, symbolic_zeros=True)
+# Inside an eager shard_map, jax (0.7 to 0.12) cannot tell a rule which arguments have a gradient.
+_rope_in_shard_map = jax.custom_vjp(_turn, nondiff_argnums=(0,))
+_rope_in_shard_map.defvjp(_fwd, _bwd)
