@@ -36,10 +36,8 @@ test-tpu: setup
 	@test -d $(libtpu)/libtpu || $(python) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps --target $(libtpu) libtpu
 	PYTHONPATH=$(libtpu) JAX_PLATFORMS=cpu $(pytest) -m tpu $(ARGS)
 
-# torch_xla ends at one version of torch: an environment of its own.
-test-xla:
-	@PYTHON='$(PYTHON)' bash .ci/setup .venv-xla tests/constraints/xla.txt xla,test
-	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu .venv-xla/bin/python -m pytest -n logical -m xla tests/torch $(ARGS)
+test-xla: setup
+	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(pytest) -m xla tests/torch $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
