@@ -84,7 +84,7 @@ def contenders(bench: Bench, specs: Specs, peers: bool) -> tuple[dict[str, Call]
     found, refused = {PLAIN: bench.plain}, {}
     hardware = profile("auto")
     dtype = specs[ops.op(bench.op).arrays[0]].dtype
-    for kernel in kpt.registry.kernels(bench.op):
+    for kernel in (k for k in kpt.registry.kernels(bench.op) if k.framework == "jax"):
         reason = refusal(kernel, bench.op, hardware, dtype, specs, bench.params, "aggressive", "jax")
         if reason is None:
             fn = kpt.registry.load(kernel)

@@ -34,8 +34,9 @@ def measured(name, shape, backward=False):
 
 def test_every_contender_is_a_row_with_figures_or_a_reason():
     rows = {r.contender: r for r in measured("rms_norm", (32, 1024), backward=True)}
-    assert {"plain", "rms_norm.xla", "rms_norm.pallas_gpu"} == set(rows)
+    assert {"plain", "rms_norm.xla", "rms_norm.pallas_gpu", "rms_norm.pallas_tpu"} == set(rows)
     assert rows["rms_norm.pallas_gpu"].problem.startswith("refused: runs on cuda")
+    assert rows["rms_norm.pallas_tpu"].problem.startswith("refused: runs on tpu")
     for r in (rows["plain"], rows["rms_norm.xla"]):
         assert r.problem is None and 0 < r.low <= r.time <= r.high and r.error < 1e-6
         assert r.unit == "B/s" and r.rate == pytest.approx((5 * 32 * 1024 + 1024) * 4 / r.time, rel=0.02)
