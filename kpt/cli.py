@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OK, NO, REFUSED, MISSING, CRASHED = range(5)
 EPILOG = """
-Exit codes: 0 done; 1 done, and the answer is no (the demo's curves do not coincide, no kernel can run here);
+Exit codes: 0 done; 1 done, and the answer is no (curves do not coincide, twins differ, no kernel can run here);
 2 the request cannot be met (wrong usage, unknown name, a function that cannot be planned); 3 an optional package
 is missing; 4 an unexpected error, in kpt or in your code (--debug shows where).
 """
@@ -175,6 +175,48 @@ def bench(
             _print_json(result)
 
 
+@app.command()
+def twin(
+    context: typer.Context,
+    pair: Annotated[str, typer.Argument(metavar="MODULE:TWIN", help="A kpt.twin.Twin: one model, written in JAX and in PyTorch.")],
+    steps: Annotated[int, typer.Option(min=0, help="Training steps whose losses are compared.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    through_kpt: Annotated[bool, typer.Option("--through-kpt", help="Step the JAX model as kpt_jax.optimize rewrites it.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Where a chart of both loss curves goes, as SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Step a model that is written twice, in JAX and PyTorch, and find where the two first differ.
+
+    Both get the same weights and data. Compared are the values that the model taps, layer by layer, each made from the same value
+    before it; the loss, all gradients and a step of AdamW; and the losses of training. Named is the first that differs by more than
+    rounding, with both values. How to write a Twin: tests/models/gpt.py, `python -c "help('kpt.twin')"`.
+    Exits with 1 if the two differ.
+
+    Example: kpt twin tests.models.llama:TWIN --steps 100 --plot losses.svg
+    """
+    with answering(context, as_json):
+        from kpt.twin import Twin, compare
+
+        found = _attribute(pair)
+        if not isinstance(found, Twin):
+            raise KptError(f"{pair!r} was given", f"It is of type {type(found).__name__}", "Name a kpt.twin.Twin")
+        sides = _front_end("kpt_jax.twin", "Side")(found, through_kpt), _front_end("kpt_torch.twin", "Side")(found)
+        with _progress() as progress:
+            task = progress.add_task("training both", total=2 * steps)
+            result = compare(found, *sides, steps=steps, seed=seed, done=lambda _: progress.advance(task))
+        if plot is not None:
+            from kpt.report import Line, line_chart, save
+
+            xs = range(steps)
+            a, b = result.sides
+            lines = [Line(a, xs, result.losses[0], "before"), Line(b, xs, result.losses[1], "after")]
+            title = f"Training losses of {result.twin}"
+            save(line_chart(lines, title=title, description=result.explain(), x_label="step", y_label="loss, nats"), plot, lines)
+        typer.echo(result.to_json() if as_json else result.explain())
+        if not result.passed:
+            raise typer.Exit(NO)
+
+
 Op = Annotated[list[str] | None, typer.Option("--op", help="An op, or a benchmark of `kpt bench`; may be given several times.")]
 Gen = Annotated[str, typer.Option(help="TPU generations, with commas: v4,v5e,v5p,v6e,v7x.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Compilations at a time. [default: one a core, with 3 GiB of free memory each]")]
@@ -274,10 +316,11 @@ def tpu_schedule(
                 f"The schedule of {function} was asked for", "It calls no Pallas kernel", "Name a function that does, or whose plan does"
             )
         if plot is not None:
+            from kpt.report import save
             from kpt.tpu import chart
 
             longest = max(schedules, key=lambda s: s.seconds)
-            plot.write_text(chart(longest), encoding="utf-8")
+            save(chart(longest), plot)
         if as_json:
             _print_json([s.to_json() for s in schedules])
             return
@@ -552,20 +595,21 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
 
 
 def _front_end(module: str, name: str) -> Callable[..., Any]:
-    """A function of the JAX front end.
+    """A function of a front end, "kpt_jax..." or "kpt_torch...".
 
     Raises:
-      MissingDependencyError: jax, flax or optax is not installed.
+      MissingDependencyError: jax, flax, optax or torch is not installed.
     """
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return function
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("jax", "jaxlib", "flax", "optax"):
+        if package not in ("jax", "jaxlib", "flax", "optax", "torch"):
             raise
+        name, extra = ("PyTorch", "torch") if module.startswith("kpt_torch") else ("JAX", "jax")
         raise MissingDependencyError(
-            "The JAX front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[jax]'"
+            f"The {name} front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[{extra}]'"
         ) from None
 
 

@@ -329,7 +329,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Rates of all contenders as bars, as fractions of the ceiling."""
-    from kpt.report import Bar, bar_chart
+    from kpt.report import Bar, bar_chart, save
 
     measured = [r for r in result["rows"] if not r.get("problem")]
     bars = [
@@ -338,7 +338,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for r in measured
     ]  # fmt: skip
     description = "; ".join(f"{b.label} {b.text}" for b in bars)
-    path.write_text(bar_chart(bars, title="Fraction of the measured ceiling", description=description), encoding="utf-8")
+    save(bar_chart(bars, title="Fraction of the measured ceiling", description=description), path)
 
 
 def main(names: Sequence[str], shapes: str | None, peers: bool, dtype: str | None, seconds: float, out: Path | None,

@@ -17,7 +17,6 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -153,16 +152,14 @@ def main() -> None:
         for n, (a, b) in dispatch.items():
             print(f"a call with {n} arrays: jax.jit {a * 1e6:.1f} us, optimized {b * 1e6:.1f} us")
     if options.plot:
-        from kpt.report import Line, line_chart
+        from kpt.report import Line, line_chart, save
 
         xs = [c.layers for c in costs]
-        Path(options.plot).write_text(line_chart(
-            [Line("XLA's compilation", xs, [c.compile_original for c in costs], "before"),
-             Line("kpt's planning", xs, [c.plan for c in costs], "after")],
-            title="Planning and compilation over the depth of a model",
-            description="; ".join(f"{c.layers} layers: planning {c.plan:.2f} s, compilation {c.compile_original:.2f} s"
-                                  for c in costs),
-            x_label="layers", y_label="seconds"), encoding="utf-8")  # fmt: skip
+        lines = [Line("XLA's compilation", xs, [c.compile_original for c in costs], "before"),
+                 Line("kpt's planning", xs, [c.plan for c in costs], "after")]  # fmt: skip
+        words = "; ".join(f"{c.layers} layers: planning {c.plan:.2f} s, compilation {c.compile_original:.2f} s" for c in costs)
+        title = "Planning and compilation over the depth of a model"
+        save(line_chart(lines, title=title, description=words, x_label="layers", y_label="seconds"), options.plot, lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Evidence for people: charts and reports, without a framework and without anything loaded from the network."""
 
 from kpt.report.html import Figure, Report, Table, render, write
-from kpt.report.svg import Bar, Line, bar_chart, line_chart
+from kpt.report.svg import Bar, Line, bar_chart, line_chart, save
 
-__all__ = ["Bar", "Figure", "Line", "Report", "Table", "bar_chart", "line_chart", "render", "write"]
+__all__ = ["Bar", "Figure", "Line", "Report", "Table", "bar_chart", "line_chart", "render", "save", "write"]

@@ -1,11 +1,14 @@
-"""Charts as SVG text. Colours come from the page's style sheet, so that they follow its light or dark theme."""
+"""Charts as SVG text. Colours come from a style sheet, the page's or that of the file, so that they follow a light or dark theme."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
@@ -112,6 +115,23 @@ def bar_chart(bars: Sequence[Bar], *, title: str, description: str) -> str:
             parts.append(f'<path class="whisker" d="{d}"/>')
         parts.append(f'<text class="value" x="{end + 10:.1f}" y="{top + 15}">{escape(b.text)}</text>')
     return _svg(parts, height, title, description)
+
+
+def save(chart: str, path: str | os.PathLike[str], lines: Sequence[Line] = ()) -> None:
+    """Writes a chart as a file of its own: with its style sheet, and below it the names of its `lines`."""
+    width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())  # type: ignore[union-attr]
+    step, y, names = width // max(len(lines), 1), height + 12, []
+    for i, line in enumerate(lines):
+        x = i * step + 8
+        names.append(f'<path class="{"dots" if line.dots else "line"} {line.style}" d="M{x} {y}h{0 if line.dots else 26}"/>')
+        names.append(f'<text class="label" x="{x + 36}" y="{y + 4}">{escape(line.label)}</text>')
+    style = Path(__file__).with_name("chart.css").read_text(encoding="utf-8")
+    box = f'viewBox="0 0 {width} {height}"'
+    chart = chart.replace(box, box.replace(f" {height}", f" {height + 24 * bool(lines)}"), 1)
+    head, rest = chart.split(">", 1)
+    background = '<rect width="100%" height="100%" fill="var(--page)"/>'
+    text = f"{head}>\n<style>\n{style}</style>\n{background}{rest.removesuffix('</svg>')}" + "\n".join([*names, "</svg>\n"])
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

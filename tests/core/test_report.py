@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, render, write
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, render, save, write
 from kpt.report.html import groups
 from kpt.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
 from kpt.strategy import Plan, Site
@@ -168,3 +168,11 @@ def test_a_report_says_all_it_was_given_escaped(words):
 def test_write_makes_the_folder_and_returns_the_path(tmp_path):
     path = write(report(), tmp_path / "deep" / "er" / "report.html")
     assert path.is_absolute() and path.read_text(encoding="utf-8") == render(report())
+
+
+def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path):
+    line = Line("a < b", [1, 2], [1.0, 2.0], "before")
+    save(line_chart([line], **WORDS), tmp_path / "chart.svg", [line])
+    svg = ET.parse(tmp_path / "chart.svg").getroot()
+    assert "prefers-color-scheme: dark" in svg.find(f"{NS}style").text
+    assert svg.get("viewBox") == "0 0 720 324" and [e.text for e in svg.iter(f"{NS}text")][-1] == "a < b"
