@@ -11,6 +11,11 @@ from pallas_kernels.activations import ACTIVATIONS, SLOPE_OF_OUTPUT, wide
 from pallas_kernels.manual_axes import vary_alike
 
 
+# XLA's CPU compiler of that time leaves some sums of two products as BF16 x BF16 = F32 on processors that have bfloat16
+# instructions, and then cannot run them ("Unsupported element type for DotThunk::Execute").
+_WIDENS_TOO_LATE = jax.__version_info__ < (0, 8)
+
+
 def linear_act(
     *, x: jax.Array, w: jax.Array, b: jax.Array | None = None, activation: str = "gelu_tanh", out_dtype: str | None = None
 ) -> jax.Array:
@@ -36,6 +41,8 @@ def contract(x: jax.Array, w: jax.Array, dims: tuple, dtype: jnp.dtype) -> jax.A
     """
     compute = jnp.promote_types(x.dtype, w.dtype)
     preferred = compute if dtype == compute else wide(compute)
+    if preferred != compute and _WIDENS_TOO_LATE and jax.default_backend() == "cpu":
+        x, w = x.astype(preferred), w.astype(preferred)
     return jax.lax.dot_general(x, w, (dims, ((), ())), preferred_element_type=preferred).astype(dtype)
 
 
