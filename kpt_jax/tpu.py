@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from kpt.errors import KptError, MissingDependencyError
+from kpt.errors import KernelError, KptError, MissingDependencyError
 from kpt.tpu import Generation, Schedule, schedule
 from kpt.tpu import cache as schedule_cache
 
@@ -70,11 +70,12 @@ class Compiled:
 
     Attributes:
       error: its message, where it made nothing.
+      refused: whether that is the kernel's own word (blocks that do not fit, say), and the compiler was not asked.
       schedules: of the Pallas kernels, in the order of their compilation.
       temporaries: bytes of HBM between the program's operations.
       code: bytes of instructions.
       accessed: bytes of HBM that XLA's cost analysis counts. For a Pallas kernel that is what its author estimates.
-      estimated: seconds, by that analysis.
+      estimated: seconds, by that analysis; None where it does not know some operation.
     """
 
     program: Program
@@ -84,7 +85,8 @@ class Compiled:
     temporaries: int = 0
     code: int = 0
     accessed: float = 0.0
-    estimated: float = 0.0
+    estimated: float | None = None
+    refused: bool = False
 
     @property
     def seconds(self) -> float:
@@ -331,10 +333,11 @@ def _compile_one(program: Program, on: Generation, device: Any, folder: Path | N
         told_of = prefetched(fn, args) if folder else []
     read = [_read(path, on, told_of) for path in sorted(folder.iterdir())] if folder else []
     cost, memory = made.cost_analysis() or {}, made.memory_analysis()
+    seconds = float(cost.get("optimal_seconds", -1))  # an operation without an estimate counts -1
     return Compiled(
         program, on.name, None, tuple(s for s in read if s is not None),
         int(getattr(memory, "temp_size_in_bytes", 0)), int(getattr(memory, "generated_code_size_in_bytes", 0)),
-        float(cost.get("bytes accessed", 0)), float(cost.get("optimal_seconds", 0)),
+        float(cost.get("bytes accessed", 0)), seconds if seconds > 0 else None,
     )  # fmt: skip
 
 
@@ -356,7 +359,8 @@ def _child() -> None:
         try:
             made = _compile_one(program, on, device, folder)
         except Exception as error:
-            made = Compiled(program, on.name, " ".join(str(error).split())[:2000] or type(error).__name__)
+            words = " ".join(str(error).split())[:2000] or type(error).__name__
+            made = Compiled(program, on.name, words, refused=isinstance(error, KernelError))
         print(_ANSWER + json.dumps(made.to_json()), flush=True)
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from pallas_kernels.activations import ACTIVATIONS, SLOPE_OF_OUTPUT, wide
 from pallas_kernels.manual_axes import vary_alike
 
-
 # XLA's CPU compiler of that time leaves some sums of two products as BF16 x BF16 = F32 on processors that have bfloat16
 # instructions, and then cannot run them ("Unsupported element type for DotThunk::Execute").
 _WIDENS_TOO_LATE = jax.__version_info__ < (0, 8)

@@ -69,13 +69,17 @@ def test_every_kernel_for_every_generation():
     made = compile_programs(programs, list(GENERATIONS.values()), schedules=False)
     assert len(made) == 5 * len(programs)
     assert [f"{m.program.label} on {m.generation}: {m.error}" for m in made if m.error is not None] == []
-    assert all(m.code > 0 and m.estimated > 0 for m in made)
+    assert all(m.code > 0 for m in made)
+    assert all(m.estimated is None or m.estimated > 0 for m in made)
 
 
 def test_the_first_shape_of_a_kernel_in_float32():
+    """All inputs of a token are in VMEM together: 4,096 float32 ones do not fit the 16 MiB of a v4, and the kernel says so itself."""
     programs = [program(op, dims, dtype="float32") for op, dims in cases(("linear_cross_entropy", "glu"))]
     made = compile_programs(programs, [generation("v4"), generation("v7x")], schedules=False)
-    assert [m.error for m in made if m.error is not None] == []
+    unmade = {(m.program.given["name"], m.generation): m for m in made if m.error is not None}
+    assert list(unmade) == [("linear_cross_entropy", "v4")]
+    assert unmade["linear_cross_entropy", "v4"].refused and "bytes of VMEM" in unmade["linear_cross_entropy", "v4"].error
 
 
 def test_schedules_are_kept(tmp_path, monkeypatch):
