@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import inspect
-import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +16,14 @@ import typer
 
 from kpt._version import __version__
 from kpt.config import config, start_logging
+from kpt.console import NO, AsJson, answering
+from kpt.console import flops as _flops
+from kpt.console import make_console as _console
+from kpt.console import print_json as _print_json
+from kpt.console import print_table as _print_table
+from kpt.console import rate as _rate
+from kpt.console import size as _bytes
+from kpt.console import words as _words
 from kpt.errors import ConfigError, KptError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
     from kpt.hardware import HardwareProfile
     from kpt.kernels import KernelSpec
 
-OK, NO, REFUSED, MISSING, CRASHED = range(5)
 EPILOG = """
 Exit codes: 0 done; 1 done, and the answer is no (curves do not coincide, twins differ, no kernel can run here);
 2 the request cannot be met (wrong usage, unknown name, a function that cannot be planned); 3 an optional package
@@ -67,7 +72,6 @@ app.add_typer(tpu_app, name="tpu")
 ArgsFrom = Annotated[
     str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
 def _version(wanted: bool) -> None:
@@ -562,40 +566,6 @@ def main() -> None:
     app()
 
 
-@contextlib.contextmanager
-def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
-    """Turns an error into one sentence (or JSON) and an exit code; with --debug, lets it through."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort, KeyboardInterrupt):
-        raise
-    except BrokenPipeError:
-        # The reader has seen enough (`kpt kernels list | head`). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(OK) from None
-    except Exception as error:
-        if context.obj:
-            raise
-        code = (
-            MISSING
-            if isinstance(error, MissingDependencyError)
-            else REFUSED
-            if isinstance(error, KptError)
-            else CRASHED
-        )
-        message = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
-        if as_json:
-            fields = {"error": type(error).__name__, "message": message}
-            if isinstance(error, KptError):
-                fields |= {"asked": error.asked, "possible": error.possible, "advice": error.advice}
-            _print_json(fields)
-        else:
-            _console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-            if code == CRASHED:
-                typer.echo("kpt --debug ... shows where this comes from.", err=True)
-        raise typer.Exit(code) from None
-
-
 def _front_end(module: str, name: str) -> Callable[..., Any]:
     """A function of a front end, "kpt_jax..." or "kpt_torch...".
 
@@ -734,53 +704,6 @@ def _print_profile(
     _print_table(columns[:2] if brief else columns, [r[:2] for r in rows] if brief else rows, console)
     for note in profile.notes:
         (console or _console()).print(f"- {note}", highlight=False, markup=False)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns), header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    (console or _console()).print(table)
-
-
-def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    # A pipe has no width; a reader's grep should not meet wrapped lines.
-    return console if console.is_terminal else Console(stderr=stderr, width=200)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "-"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value is None else str(value)
-
-
-def _flops(rate: float | None) -> str:
-    return "unknown" if rate is None else f"{rate / 1e12:,.4g} TFLOP/s"
-
-
-def _bytes(size: float | None) -> str:
-    if size is None:
-        return "unknown"
-    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if size >= u), (2**10, "KiB"))
-    return f"{size / unit:,.4g} {name}"
-
-
-def _rate(rate: float | None) -> str:
-    return "unknown" if rate is None else f"{rate / 1e9:,.4g} GB/s"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kpt import __version__
-from kpt.cli import CRASHED, MISSING, NO, OK, REFUSED, app
+from kpt.cli import app
+from kpt.console import CRASHED, MISSING, NO, OK, REFUSED
 
 
 def call(*arguments):

@@ -1,0 +1,108 @@
+"""What the commands share: how an answer is printed, how an error becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kpt.errors import KptError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, NO, REFUSED, MISSING, CRASHED = range(5)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+@contextlib.contextmanager
+def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
+    """Turns an error into one sentence (or JSON) and an exit code; with --debug, lets it through."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+        raise
+    except BrokenPipeError:
+        # The reader has seen enough (`kpt kernels list | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(OK) from None
+    except Exception as error:
+        if context.obj:
+            raise
+        code = (
+            MISSING
+            if isinstance(error, MissingDependencyError)
+            else REFUSED
+            if isinstance(error, KptError)
+            else CRASHED
+        )
+        message = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
+        if as_json:
+            fields = {"error": type(error).__name__, "message": message}
+            if isinstance(error, KptError):
+                fields |= {"asked": error.asked, "possible": error.possible, "advice": error.advice}
+            print_json(fields)
+        else:
+            make_console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+            if code == CRASHED:
+                typer.echo("kpt --debug ... shows where this comes from.", err=True)
+        raise typer.Exit(code) from None
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    """Rows under column names, or without a head where all names are empty."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    (console or make_console()).print(table)
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A rich console; into a pipe, wide."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    # A pipe has no width; a reader's grep should not meet wrapped lines.
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
+def print_json(value: Any) -> None:
+    """What `--json` prints; values that JSON has no word for become their text."""
+    typer.echo(json.dumps(value, indent=1, default=str))
+
+
+def words(value: Any) -> str:
+    """A field's value for people; "-" for nothing."""
+    if isinstance(value, dict):
+        return "; ".join(f"{k}: {words(v)}" for k, v in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def flops(value: float | None) -> str:
+    """FLOP/s in words; "unknown" for None."""
+    return "unknown" if value is None else f"{value / 1e12:,.4g} TFLOP/s"
+
+
+def size(value: float | None) -> str:
+    """Bytes in words; "unknown" for None."""
+    if value is None:
+        return "unknown"
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if value >= u), (2**10, "KiB"))
+    return f"{value / unit:,.4g} {name}"
+
+
+def rate(value: float | None) -> str:
+    """Bytes/s in words; "unknown" for None."""
+    return "unknown" if value is None else f"{value / 1e9:,.4g} GB/s"
