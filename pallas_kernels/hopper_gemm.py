@@ -26,7 +26,7 @@ from jax import lax
 
 from kpt.errors import KernelError
 from kpt.ops.base import Specs
-from pallas_kernels.manual_axes import unpartitioned, vary_alike
+from pallas_kernels.manual_axes import in_shard_map, unpartitioned, vary_alike
 
 CONSUMERS = 2
 """Warpgroups that multiply; one more copies."""
@@ -56,7 +56,6 @@ class Tiles:
     split: str = "m"
     along: str = "m"
     width: int = 8
-    pending: int = 1
 
     def __post_init__(self) -> None:
         wrong = [f"{name}={getattr(self, name)}" for name in ("m", "n", "k") if getattr(self, name) <= 0 or getattr(self, name) % 64]
@@ -72,7 +71,7 @@ class Tiles:
             raise KernelError(
                 f"Tiles were given with {'; '.join(wrong)}",
                 f"m, n and k are multiples of 64 that fit {SHARED_BYTES} bytes and 128 sums a thread",
-                "Leave tiles out to get those of the table",
+                "Leave tiles out to get the default",
             )
 
     @property
@@ -86,15 +85,12 @@ class Tiles:
         return 2 * self.stages * self.k * (self.m + self.n) + CONSUMERS * 2 * 2 * 64 * 64
 
 
-def default_tiles(m: int, n: int, factors: int = 1) -> Tiles:
-    """By size, and by the number of right factors that share a tile."""
-    if factors == 2 or m <= 64:
-        return Tiles(split="m")
-    return Tiles()
+FEWEST = 64
+"""Tiles of a result, below which XLA's product is faster: half of the multiprocessors would have nothing to do."""
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why these arrays cannot be taken, or None: for all ops whose arrays are a product's factors and biases."""
+    """Why these arrays cannot be taken, or None: for all ops whose arrays are a product's left factor, right factors and biases."""
     if (why := unpartitioned()) is not None:
         return why
     if any(0 in s.shape for s in specs.values()):
@@ -105,12 +101,21 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return f"multiplies arrays of one dtype, and these are {' and '.join(dtypes)}"
     if params.get("out_dtype") not in (None, *dtypes):
         return f"rounds its result to {dtypes[0]}"
-    for n, s in factors.items():
+    for name, s in factors.items():
         if s.shape[-1] % 64:
-            return f"cuts rows into 64 elements, and those of {n} have {s.shape[-1]}"
+            return f"cuts rows into 64 elements, and those of {name} have {s.shape[-1]}"
         if math.prod(s.shape[:-1]) % 8:
-            return f"copies 8 rows at a time, and {n} has {math.prod(s.shape[:-1])}"
+            return f"copies 8 rows at a time, and {name} has {math.prod(s.shape[:-1])}"
+    left, *right = factors.values()
+    m, n = math.prod(left.shape[:-1]), sum(s.shape[1] for s in right)
+    if not enough(m, n):
+        return f"is slower than XLA below {FEWEST} tiles of {Tiles.m} by {Tiles.n} sums, and here are {m} by {n} sums"
     return None
+
+
+def enough(m: int, n: int) -> bool:
+    """Whether `[m, n]` sums keep the chip busy."""
+    return pl.cdiv(m, Tiles.m) * pl.cdiv(n, Tiles.n) >= FEWEST
 
 
 Epilogue = Callable[..., Sequence[jax.Array]]
@@ -127,6 +132,7 @@ def products(
     b_axis: int = 0,
     tiles: Tiles | None = None,
     name: str = "gemm",
+    then: tuple[jax.Array, jax.Array] | None = None,
     onto: Any = None,
 ) -> tuple[jax.Array, ...]:
     """`epilogue(*[a b for b in bs], *rows)`, tile by tile.
@@ -137,6 +143,7 @@ def products(
       epilogue: elementwise; gets float32 sums, and each row broadcast to them.
       outputs: how many arrays the epilogue gives; each is rounded to a's dtype.
       rows: `[N]`, of biases.
+      then: a left and a right factor like the first ones, whose product is added to the sums before the epilogue.
       onto: a `jax.Ref` of the result's shape and dtype, which the one output is added to; nothing is returned then.
 
     Returns:
@@ -146,14 +153,18 @@ def products(
       KernelError: tiles that are not possible.
     """
     m, k, n = a.shape[1 - a_axis], a.shape[a_axis], bs[0].shape[1 - b_axis]
-    tiles = tiles or default_tiles(m, n, len(bs))
+    tiles = tiles or Tiles()
     factors = len(bs)
     tile_n = tiles.n // factors  # columns of the result
     own_m, own_n = tiles.own[0], tiles.own[1] // factors
     grid = (pl.cdiv(m, tiles.m), pl.cdiv(n, tile_n))
+    pairs = [(a, *bs)] if then is None else [(a, *bs), then]
     steps = pl.cdiv(k, tiles.k)
+    all_steps = steps * len(pairs)
     blocks = min(MULTIPROCESSORS, grid[0] * grid[1])
-    transforms = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
+    tiled: Any = plgpu.TilingTransform  # abstract, by its annotations alone
+    swizzled: Any = plgpu.SwizzleTransform
+    transforms = (tiled((8, SWIZZLE // 2)), swizzled(SWIZZLE))
     # Loads of a row are no copies of the engine, so it is as long as the tiles are.
     rows = [jnp.pad(row.astype(jnp.float32), (0, grid[1] * tile_n - n)) for row in rows]
 
@@ -161,10 +172,10 @@ def products(
         return plgpu.planar_snake(i, grid, "mn".index(tiles.along), tiles.width)
 
     def body(*refs: Any) -> None:
-        a_ref, *more = refs
-        b_refs, row_refs = more[:factors], more[factors : factors + len(rows)]
-        out_refs = more[factors + len(rows) : factors + len(rows) + outputs]
-        a_ring, b_rings, out_buffer, full, empty = more[factors + len(rows) + outputs :]
+        queue = iter(refs)
+        factor_refs = [[next(queue) for _ in pair] for pair in pairs]
+        row_refs, out_refs = [next(queue) for _ in rows], [next(queue) for _ in range(outputs)]
+        a_ring, b_rings, out_buffer, full, empty = queue
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == CONSUMERS)
@@ -177,19 +188,33 @@ def products(
                 at_m, at_n = pl.ds(i * tiles.m, tiles.m), pl.ds(j * tile_n, tile_n)
 
                 def feed(step: Any, _: None) -> None:
-                    count = tile.local_index * steps + step
+                    count = tile.local_index * all_steps + step
                     slot = lax.rem(count, jnp.int32(tiles.stages))
-                    at_k = pl.ds(step * tiles.k, tiles.k)
 
                     @pl.when(count >= tiles.stages)
-                    def _() -> None:
+                    def wait() -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
-                    plgpu.copy_gmem_to_smem(a_ref.at[(at_m, at_k) if a_axis else (at_k, at_m)], a_ring.at[slot], full.at[slot])
-                    for b_ref, b_ring in zip(b_refs, b_rings, strict=True):
-                        plgpu.copy_gmem_to_smem(b_ref.at[(at_n, at_k) if b_axis else (at_k, at_n)], b_ring.at[slot], full.at[slot])
+                    for turn, pair_refs in enumerate(factor_refs):
 
-                lax.fori_loop(0, steps, feed, None)
+                        @pl.when(step // steps == turn)
+                        def copy(turn: int = turn, pair_refs: Any = pair_refs) -> None:
+                            at_k = pl.ds((step - turn * steps) * tiles.k, tiles.k)
+                            left = pair_refs[0].at[(at_m, at_k) if a_axis else (at_k, at_m)]
+                            plgpu.copy_gmem_to_smem(left, a_ring.at[slot], full.at[slot])
+                            for b_ref, b_ring in zip(pair_refs[1:], b_rings, strict=True):
+                                right = b_ref.at[(at_n, at_k) if b_axis else (at_k, at_n)]
+                                plgpu.copy_gmem_to_smem(right, b_ring.at[slot], full.at[slot])
+
+                lax.fori_loop(0, all_steps, feed, None)
+
+            # The last phases are nothing to wait for, but jax's interpreter wants every phase seen.
+            fed = pl.cdiv(grid[0] * grid[1] - lax.axis_index("block"), blocks) * all_steps
+
+            def see(i: Any, _: None) -> None:
+                plgpu.barrier_wait(empty.at[lax.rem(i, jnp.int32(tiles.stages))])
+
+            lax.fori_loop(jnp.maximum(fed - tiles.stages, 0), fed, see, None)
 
         @pl.when(warpgroup < CONSUMERS)
         def _() -> None:
@@ -204,26 +229,16 @@ def products(
 
                 def multiply(*accs: Any) -> list[jax.Array]:
                     def step(s: Any, _: None) -> None:
-                        slot = lax.rem(tile.local_index * steps + s, jnp.int32(tiles.stages))
+                        slot = lax.rem(tile.local_index * all_steps + s, jnp.int32(tiles.stages))
                         plgpu.barrier_wait(full.at[slot])
                         left = a_ring.at[slot, mine_m] if a_axis else a_ring.at[slot, :, mine_m].transpose((1, 0))
                         for acc, b_ring in zip(accs, b_rings, strict=True):
                             right = b_ring.at[slot, mine_n].transpose((1, 0)) if b_axis else b_ring.at[slot, :, mine_n]
                             plgpu.wgmma(acc, left, right)
-                        plgpu.wgmma_wait(factors * tiles.pending)  # the step before this one is done
+                        plgpu.wgmma_wait(0)  # the other warpgroup multiplies meanwhile
+                        plgpu.barrier_arrive(empty.at[slot])
 
-                        if not tiles.pending:
-                            plgpu.barrier_arrive(empty.at[slot])
-                            return
-
-                        @pl.when(s > 0)
-                        def _() -> None:
-                            plgpu.barrier_arrive(empty.at[lax.rem(slot + tiles.stages - 1, jnp.int32(tiles.stages))])
-
-                    lax.fori_loop(0, steps, step, None)
-                    plgpu.wgmma_wait(0)
-                    if tiles.pending:
-                        plgpu.barrier_arrive(empty.at[lax.rem(tile.local_index * steps + steps - 1, jnp.int32(tiles.stages))])
+                    lax.fori_loop(0, all_steps, step, None)
                     return [acc[...] for acc in accs]
 
                 sums = pl.run_scoped(multiply, *[plgpu.ACC((own_m, own_n), jnp.float32)] * factors)
@@ -258,17 +273,17 @@ def products(
         "grid": (blocks,), "grid_names": ("block",), "num_threads": CONSUMERS + 1, "thread_name": "warpgroup", "kernel_name": name
     }  # fmt: skip
     params = plgpu.CompilerParams(approx_math=True)
+    inputs = [*itertools.chain(*pairs), *rows]
     if onto is not None:  # `plgpu.kernel` takes no references
 
         def scoped(*refs: Any) -> None:
             pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="warpgroup")
 
-        pl.kernel(scoped, out_type=(), mesh=plgpu.Mesh(**mesh), compiler_params=params)(a, *bs, *rows, onto)
+        pl.kernel(scoped, out_type=(), mesh=plgpu.Mesh(**mesh), compiler_params=params)(*inputs, onto)
         return ()
     out = [jax.ShapeDtypeStruct((m, n), a.dtype)] * outputs
     launch = plgpu.kernel(body, out_type=out, scratch_types=scratch, compiler_params=params, **mesh)
     # Inside `shard_map` a kernel's results are typed as if all devices held the same.
-    inputs = (a, *bs, *rows)
     return vary_alike(*launch(*inputs), *inputs)[:outputs]
 
 
@@ -283,6 +298,8 @@ def add_product(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
     The product is rounded before it is added, and the sum again.
     """
+    if in_shard_map():  # jax 0.11 gives kernels no references that differ from device to device
+        return total + product(a, b, a_axis=0, name="add_product")
     ref = jax.new_ref(total)
     products(a, [b], lambda acc: [acc], 1, a_axis=0, name="add_product", onto=ref)
     return jax.freeze(ref)

@@ -1,7 +1,7 @@
 """Gated linear unit for NVIDIA Hopper: both products share the tiles of x, and meet before anything is written.
 
-Where a gradient is wanted, the two projections are written beside their product and kept. The products of the backward pass are
-XLA's, which are at the ceiling.
+Where a gradient is wanted, the two projections are written beside their product and kept. x's gradient is one product of ours, in whose
+sums both parts meet; those of the weights are XLA's, which are at the ceiling.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activations import ACTIVATIONS, Array
-from pallas_kernels.hopper_gemm import Tiles, products
+from pallas_kernels.hopper_gemm import Tiles, enough, products
 from pallas_kernels.hopper_gemm import refusal as refusal
 from pallas_kernels.linear_act.gpu import IN_KERNEL
-from pallas_kernels.linear_act.xla import project_vjp
+from pallas_kernels.linear_act.xla import contract, weight_vjp
 from pallas_kernels.manual_axes import vary_alike
 
 
@@ -73,10 +73,12 @@ def _bwd(static, residuals, g):
     gf, gate_f, up_f = (a.astype(jnp.float32) for a in (g, gate, up))
     d_gate = (gf * up_f * slope(gate_f)).astype(gate.dtype)
     d_up = (gf * act(gate_f)).astype(gate.dtype)
-    # The second product goes on in the sums of the first.
-    dx_gate, dw_gate, db_gate = project_vjp(x, w_gate, b_gate, d_gate)
-    dx_up, dw_up, db_up = project_vjp(x, w_up, b_up, d_up)
-    return dx_gate + dx_up, dw_gate, dw_up, db_gate, db_up
+    if enough(*x.shape):
+        (dx,) = products(d_gate, [w_gate], lambda acc: [acc], 1, b_axis=1, then=(d_up, w_up), name="glu_dx")
+    else:
+        dx = contract(d_gate, w_gate, ((1,), (1,)), x.dtype) + contract(d_up, w_up, ((1,), (1,)), x.dtype)
+    (dw_gate, db_gate), (dw_up, db_up) = (weight_vjp(x, b, d) for b, d in ((b_gate, d_gate), (b_up, d_up)))
+    return dx, dw_gate, dw_up, db_gate, db_up
 
 
 _glu.defvjp(_fwd, _bwd)

@@ -78,9 +78,9 @@ def linear_cross_entropy(
       OpError: shapes do not fit, or `invalid` is unknown.
     """
     check_arrays(x, w, labels, b, weights, invalid)
-    tokens = (labels.reshape(-1), None if weights is None else weights.reshape(-1))
-    x_rows, w, b, *tokens = vary_alike(x.reshape(-1, x.shape[-1]), w, b, *tokens)
-    return _loss((label_smoothing, logits_soft_cap, invalid), x_rows, w, b, *tokens).reshape(labels.shape)
+    by_token = (None if a is None else a.reshape(-1) for a in (labels, weights))
+    arrays = vary_alike(x.reshape(-1, x.shape[-1]), w, b, *by_token)
+    return _loss((label_smoothing, logits_soft_cap, invalid), *arrays).reshape(labels.shape)
 
 
 def chunks(tokens: int, classes: int) -> list[slice]:
@@ -137,9 +137,7 @@ def _bwd(static, residuals, g):
         def chunk(sums: Any, x: Any, labels: Any, m: Any, total: Any, each: Any) -> Any:
             return _add(sums, x, _gradient(static, _logits(x, w, b), labels, m, total), b, each), ()
 
-        dw, db = lax.cond(
-            alike, lambda: sums, lambda: _over_chunks(w, chunk, (None, None), x, labels, m, total, each)[0]
-        )
+        dw, db = lax.cond(alike, lambda: sums, lambda: _over_chunks(w, chunk, (None, None), x, labels, m, total, each)[0])
         scale = jnp.where(alike, scale * c, other)
     dx = (by_token[:, None] * dx).astype(x.dtype)
     db = None if b is None else (scale * db).astype(b.dtype)
@@ -193,7 +191,7 @@ def _over_chunks(w: jax.Array, chunk: Callable[..., Any], carry: Any, x: jax.Arr
 
     A barrier keeps the compiler from making a chunk's logits before those of the chunk before it are gone.
     """
-    outs = []
+    outs: list[Any] = []
     for part in chunks(len(x), w.shape[1]):
         parts = (x[part], *(a[part] for a in arrays))
         if outs:
