@@ -1,8 +1,9 @@
 """Linear layer and cross entropy for NVIDIA Hopper: the logits of some tokens at a time, in the dtype of x.
 
 Products are XLA's, which are at the ceiling, but for one: XLA would add dw of a chunk to dw of those before in a pass of its own, and
-with both in memory. A chunk of tokens is as large as fits `CHUNK_BYTES` of logits: the fewer chunks, the fewer passes over dw. Between its products a chunk is read once for the
-statistics of its rows (`pallas_kernels.cross_entropy.gpu`), and once more to be replaced by its gradient in place.
+with both in memory. A chunk of tokens is as large as fits `CHUNK_BYTES` of logits: the fewer chunks, the fewer passes over dw. Between
+its products a chunk is read once for the statistics of its rows (`pallas_kernels.cross_entropy.gpu`), and once more to be replaced by
+its gradient in place.
 
 When differentiated, the forward makes the gradients of the sum of the losses, and the backward scales them, as in
 `pallas_kernels.linear_cross_entropy.xla`; so too what happens where tokens differ in their cotangents. Logits that fit one chunk are
