@@ -2,7 +2,7 @@
 
 A thread block stays on its multiprocessor and makes one tile of the result after another. One warpgroup feeds a ring of buffers in
 shared memory through the copy engine and never waits for a tile to end; two warpgroups multiply, each its part of a tile, and write
-the epilogue's results through two small buffers while the ring fills for the next tile. Tiles follow each other along a snake, so
+the epilogue's results through small buffers while the ring fills for the next tile. Tiles follow each other along a snake, so
 that those that are made at one time share rows and columns in the L2.
 
 Sizes that tiles do not divide need no mask: the copy engine reads zeros outside an array, and writes nothing there. Rows of 64
@@ -30,6 +30,8 @@ from pallas_kernels.manual_axes import in_shard_map, unpartitioned, vary_alike
 
 CONSUMERS = 2
 """Warpgroups that multiply; one more copies."""
+BUFFERS = 2
+"""Of each warpgroup for `[64, 64]` results on their way out."""
 SHARED_BYTES = 227 * 1024
 SWIZZLE = 128
 """Bytes of a row of a tile in shared memory that banks are spread over; the widest there is."""
@@ -81,8 +83,8 @@ class Tiles:
 
     @property
     def shared_bytes(self) -> int:
-        """Of the ring and of the two output buffers of each warpgroup."""
-        return 2 * self.stages * self.k * (self.m + self.n) + CONSUMERS * 2 * 2 * 64 * 64
+        """Of the ring and of the output buffers."""
+        return 2 * self.stages * self.k * (self.m + self.n) + 2 * CONSUMERS * BUFFERS * 64 * 64
 
 
 FEWEST = 64
@@ -242,6 +244,7 @@ def products(
                     return [acc[...] for acc in accs]
 
                 sums = pl.run_scoped(multiply, *[plgpu.ACC((own_m, own_n), jnp.float32)] * factors)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the last tile left the buffers long ago
                 pieces = itertools.product(range(0, own_m, 64), range(0, own_n, 64))
                 for turn, (r, c) in enumerate(pieces):
                     at_n = pl.ds(j * tile_n + first_n + c, 64)
@@ -250,8 +253,8 @@ def products(
                     wide = [lax.broadcast_in_dim(row, (64, 64), (1,)) for row in wide]
                     made = epilogue(*(s[r : r + 64, c : c + 64] for s in sums), *wide)
                     for number, (out_ref, result) in enumerate(zip(out_refs, made, strict=True)):
-                        buffer = out_buffer.at[warpgroup, (turn * outputs + number) % 2]
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        buffer = out_buffer.at[warpgroup, (turn * outputs + number) % BUFFERS]
+                        plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
                         buffer[...] = result.astype(out_ref.dtype)
                         plgpu.commit_smem()
                         there = out_ref.at[pl.ds(i * tiles.m + first_m + r, 64), at_n]
@@ -265,7 +268,7 @@ def products(
     scratch = (
         ring(*((tiles.m, tiles.k) if a_axis else (tiles.k, tiles.m))),
         [ring(*((tile_n, tiles.k) if b_axis else (tiles.k, tile_n)))] * factors,
-        plgpu.SMEM((CONSUMERS, 2, 64, 64), a.dtype, transforms=transforms),
+        plgpu.SMEM((CONSUMERS, BUFFERS, 64, 64), a.dtype, transforms=transforms),
         plgpu.Barrier(num_arrivals=1 + factors, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
     )

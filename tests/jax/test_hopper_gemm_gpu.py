@@ -46,15 +46,32 @@ FIXED = {
 } | {f"linear_act {a}": ("linear_act", linear(m=136, k=128, n=1088), {"activation": a}) for a in ACTIVATIONS}
 
 
-@pytest.mark.parametrize("chunks", ["whole", "chunks"])
 @pytest.mark.parametrize("case", FIXED)
-def test_agrees_with_float64(case, chunks, request):
+def test_agrees_with_float64(case):
     name, specs, params = FIXED[case]
-    if chunks == "chunks":
-        if name != "linear_cross_entropy" or "odd" in case:
-            pytest.skip("is not cut")
-        request.getfixturevalue("small_chunks")
     certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+
+
+@pytest.mark.parametrize("case", ["linear_cross_entropy", "linear_cross_entropy float16, all"])
+def test_chunks_agree_with_float64(case, small_chunks):
+    test_agrees_with_float64(case)
+
+
+@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+def test_equal_inputs_give_equal_bits(case, small_chunks):
+    name, specs, params = FIXED[case]
+    arrays = op(name).sample(np.random.default_rng(0), specs, **params)
+    fixed = {n: a for n, a in arrays.items() if n == "labels"}
+
+    @jax.jit
+    def step(moving):
+        out, pull = jax.vjp(lambda d: kpt.registry.load(f"{name}.pallas_gpu")(**d, **fixed, **params), moving)
+        return out, pull(out)
+
+    moving = {n: a for n, a in arrays.items() if n not in fixed}
+    first = jax.device_get(step(moving))
+    for _ in range(5):
+        jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(step(moving)))
 
 
 @pytest.mark.parametrize("name", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
@@ -73,20 +90,3 @@ def test_random_calls(name, seed, small_chunks):
             "linear_cross_entropy": head(dtype, m, k, n + 1024, **({"b": (n + 1024,)} if bias else {})),
         }[name]
         certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(int(rng.integers(1 << 30)),))
-
-
-@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
-def test_equal_inputs_give_equal_bits(case, small_chunks):
-    name, specs, params = FIXED[case]
-    arrays = op(name).sample(np.random.default_rng(0), specs, **params)
-    fixed = {n: a for n, a in arrays.items() if n == "labels"}
-
-    @jax.jit
-    def step(moving):
-        out, pull = jax.vjp(lambda d: kpt.registry.load(f"{name}.pallas_gpu")(**d, **fixed, **params), moving)
-        return out, pull(out)
-
-    moving = {n: a for n, a in arrays.items() if n not in fixed}
-    first = jax.device_get(step(moving))
-    for _ in range(5):
-        jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(step(moving)))
