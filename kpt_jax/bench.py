@@ -150,6 +150,8 @@ def inputs(bench: Bench, specs: Specs) -> list[tuple[dict[str, Any], list[Any]]]
             else:
                 scale = spec.shape[0] ** -0.5 if name.startswith("w") and len(spec.shape) == 2 else 1.0
                 arrays[name] = normal(next(keys), spec, scale)
+        if bench.averaged:
+            return arrays, [jnp.full(spec.shape, 1 / math.prod(spec.shape), spec.dtype) for spec in outputs]
         return arrays, [normal(next(keys), spec) for spec in outputs]
 
     return [made(seed) for seed in range(count)]

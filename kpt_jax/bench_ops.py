@@ -35,6 +35,7 @@ class Bench:
       small: `small(*dims)`, a shape that a float64 reference can be had for.
       plain: the code that people write, by the op's arrays.
       peers: other libraries' functions, by name: module to import, and `make(module) -> function of the op's arrays`.
+      averaged: whether the results are losses that are averaged, so that all have one cotangent.
       backward: what the backward pass costs, `(times the forward's FLOPs, bytes)` of the specs.
     """
 
@@ -47,6 +48,7 @@ class Bench:
     plain: Call
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peers: Mapping[str, tuple[str, Callable[[Any], Call]]] = dataclasses.field(default_factory=dict)
+    averaged: bool = False
     backward: Callable[[Specs, Specs], tuple[float, float]] = lambda given, made: (2.0, nbytes(given) + nbytes(made) + nbytes(given))
 
     def outputs(self, specs: Specs) -> dict[str, Spec]:
@@ -231,6 +233,7 @@ BENCHES: dict[str, Bench] = {
         cpu_shapes=((512, 256, 32000),),
         small=lambda m, k, n: (min(m, 64), min(k, 256), min(n, 2048)),
         plain=plain_linear_cross_entropy,
+        averaged=True,
         peers={
             "tokamax chunked_xla": (
                 "tokamax",

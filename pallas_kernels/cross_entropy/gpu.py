@@ -72,8 +72,8 @@ def _cross_entropy(static, logits, labels):
     return _fwd(static, logits, labels)[0]
 
 
-def _fwd(static, logits, labels):
-    label_smoothing, cap, invalid = static
+def row_statistics(logits, labels, label_smoothing: float, cap: float | None, invalid: str):
+    """Loss, row maximum (0 where that is not finite) and row sum of `exp(z - maximum)`, each `[...]`, from one pass."""
     classes = logits.shape[-1]
     found = _statistics(logits.reshape(-1, classes), cap, bool(label_smoothing))
     m, total, mean = (None if a is None else a.reshape(labels.shape) for a in found)
@@ -81,7 +81,11 @@ def _fwd(static, logits, labels):
     picked = jnp.take_along_axis(logits, jnp.clip(labels, 0, classes - 1)[..., None], -1)[..., 0].astype(jnp.float32)
     picked = picked if cap is None else cap * jnp.tanh(picked / cap)
     picked = picked if invalid == "clip" else jnp.where(inside, picked, 0)
-    loss = loss_of_row(m, total, picked, mean, labels, classes, label_smoothing, invalid)
+    return loss_of_row(m, total, picked, mean, labels, classes, label_smoothing, invalid), m, total
+
+
+def _fwd(static, logits, labels):
+    loss, m, total = row_statistics(logits, labels, *static)
     return loss, (logits, labels, m, total)
 
 

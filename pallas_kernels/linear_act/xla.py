@@ -54,11 +54,15 @@ def project(x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
 
 def project_vjp(x: jax.Array, w: jax.Array, b: jax.Array | None, dz: jax.Array, dx_dtype: jnp.dtype | None = None) -> tuple:
     """Gradients of `x w + b` for `dz` in the compute dtype, each in the dtype of its array, that of x in `dx_dtype` if given."""
-    rows = tuple(range(x.ndim - 1))
     dx = contract(dz, w, ((x.ndim - 1,), (1,)), dx_dtype or x.dtype)
-    dw = contract(x, dz, (rows, rows), w.dtype)
+    return dx, *weight_vjp(x, b, dz, w.dtype)
+
+
+def weight_vjp(x: jax.Array, b: jax.Array | None, dz: jax.Array, dtype: jnp.dtype | None = None) -> tuple:
+    """Those of w, in `dtype` (x's by default), and b alone."""
+    rows = tuple(range(x.ndim - 1))
     db = None if b is None else jnp.sum(dz.astype(wide(dz.dtype)), rows).astype(b.dtype)
-    return dx, dw, db
+    return contract(x, dz, (rows, rows), dtype or x.dtype), db
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

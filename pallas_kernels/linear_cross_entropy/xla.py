@@ -65,17 +65,22 @@ def linear_cross_entropy(
     Raises:
       OpError: shapes do not fit, or `invalid` is unknown.
     """
+    check_arrays(x, w, labels, b, weights, invalid)
+    x, w, b, labels, weights = vary_alike(x, w, b, labels, weights)
+    static = _Static((label_smoothing, logits_soft_cap, invalid), *_cut(x.shape[:-1], w.shape[1]))
+    if x.ndim == 1:
+        return _loss(static, x[None], w, b, labels[None], None if weights is None else weights[None])[0]
+    return _loss(static, x, w, b, labels, weights)
+
+
+def check_arrays(x: jax.Array, w: jax.Array, labels: jax.Array, b: jax.Array | None, weights: jax.Array | None, invalid: str) -> None:
+    """Raises `OpError` unless the shapes fit and `invalid` is known."""
     asked = f"linear_cross_entropy of x{list(x.shape)} w{list(w.shape)}" + ("" if b is None else f" b{list(b.shape)}")
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
         raise OpError(asked, "x is [..., K], w is [K, V], b is [V]", "check the axes")
     check(asked, x.shape[:-1], labels, invalid)
     if weights is not None and weights.shape != labels.shape:
         raise OpError(f"{asked} weights{list(weights.shape)}", "weights are [...], one a token", "check the axes")
-    x, w, b, labels, weights = vary_alike(x, w, b, labels, weights)
-    static = _Static((label_smoothing, logits_soft_cap, invalid), *_cut(x.shape[:-1], w.shape[1]))
-    if x.ndim == 1:
-        return _loss(static, x[None], w, b, labels[None], None if weights is None else weights[None])[0]
-    return _loss(static, x, w, b, labels, weights)
 
 
 def _cut(tokens: tuple[int, ...], classes: int) -> tuple[int, int]:
@@ -111,7 +116,7 @@ def _fwd(static: _Static, x, w, b, labels, weights):
         loss, m, total = row_loss(logits, labels, *static.loss)
         d = row_grad(logits, labels, m, 1 / total, jnp.ones_like(m), *static.loss)
         # Left out by a factor 0, not by a choice: 0 times NaN is NaN, as in plain code.
-        weight = _times(_counted(labels, w).astype(d.dtype), *weights)
+        weight = _times(counted_tokens(labels, w).astype(d.dtype), *weights)
         return _add_row_sums(sums, x, d, weight), (loss, m, total, _times_w(d, w))
 
     sums, (loss, m, total, dx) = _over_chunks(static, chunk, _zero_sums(x, w, b), x, labels, *([] if weights is None else [weights]))
@@ -130,7 +135,7 @@ def _bwd(static: _Static, residuals, g):
             return _add_row_sums(sums, x, row_grad(_logits(x, w, b), labels, m, scale, g, *static.loss)), ()
 
         dx, sums = made
-        counted = _counted(labels, w)
+        counted = counted_tokens(labels, w)
         free = jnp.zeros(labels.shape, bool) if weights is None else weights == 0  # whatever their cotangent is
         counted = counted & ~free
         c = jnp.max(jnp.where(counted, g, -jnp.inf), initial=-jnp.inf)
@@ -153,7 +158,7 @@ def _times(each, weights=None):
     return each if weights is None else each * weights.astype(each.dtype)
 
 
-def _counted(labels, w):
+def counted_tokens(labels, w):
     """Tokens whose gradients the forward sums."""
     return (labels >= 0) & (labels < w.shape[1])
 

@@ -1,0 +1,84 @@
+"""Gated linear unit for NVIDIA Hopper: both products share the tiles of x, and meet before anything is written.
+
+Where a gradient is wanted, the two projections are written beside their product and kept. x's gradient is one product of ours, in whose
+sums both parts meet; those of the weights are XLA's, which are at the ceiling.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import ACTIVATIONS, Array
+from pallas_kernels.hopper_gemm import Tiles, enough, products
+from pallas_kernels.hopper_gemm import refusal as refusal
+from pallas_kernels.linear_act.gpu import IN_KERNEL
+from pallas_kernels.linear_act.xla import contract, weight_vjp
+from pallas_kernels.manual_axes import vary_alike
+
+
+def glu(
+    *,
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    b_gate: Array | None = None,
+    b_up: Array | None = None,
+    activation: str = "silu",
+    out_dtype: str | None = None,
+    tiles: Tiles | None = None,
+) -> Array:
+    """`act(x w_gate + b_gate) * (x w_up + b_up)` (Shazeer 2020, arXiv:2002.05202), of float32 sums.
+
+    Args:
+      x: `[..., K]` bfloat16 or float16. w_gate, w_up: `[K, N]`, of the same dtype. b_gate, b_up: `[N]` or None.
+      activation: a name of `pallas_kernels.activations.ACTIVATIONS`.
+      out_dtype: x's, or None for it.
+      tiles: of the forward products.
+
+    Raises:
+      KernelError: the tiles are not possible.
+    """
+    y = _glu((activation, tiles), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up))
+    return y.reshape(*x.shape[:-1], w_gate.shape[1])
+
+
+def _forward(static, keep, x, w_gate, w_up, b_gate, b_up):
+    activation, tiles = static
+
+    def epilogue(gate: Array, up: Array, *biases: Array) -> list[Array]:
+        queue = iter(biases)
+        gate, up = (z if b is None else z + next(queue) for z, b in ((gate, b_gate), (up, b_up)))
+        return [IN_KERNEL[activation](gate) * up, gate, up][: 1 + 2 * keep]
+
+    rows = [b for b in (b_gate, b_up) if b is not None]
+    return products(x, [w_gate, w_up], epilogue, 1 + 2 * keep, rows, tiles=tiles, name="glu")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _glu(static, x, w_gate, w_up, b_gate, b_up):
+    return _forward(static, False, x, w_gate, w_up, b_gate, b_up)[0]
+
+
+def _fwd(static, *arrays):
+    y, gate, up = _forward(static, True, *arrays)
+    return y, (*arrays, gate, up)
+
+
+def _bwd(static, residuals, g):
+    x, w_gate, w_up, b_gate, b_up, gate, up = residuals
+    act, slope = ACTIVATIONS[static[0]]
+    gf, gate_f, up_f = (a.astype(jnp.float32) for a in (g, gate, up))
+    d_gate = (gf * up_f * slope(gate_f)).astype(gate.dtype)
+    d_up = (gf * act(gate_f)).astype(gate.dtype)
+    if enough(*x.shape):
+        (dx,) = products(d_gate, [w_gate], lambda acc: [acc], 1, b_axis=1, then=(d_up, w_up), name="glu_dx")
+    else:
+        dx = contract(d_gate, w_gate, ((1,), (1,)), x.dtype) + contract(d_up, w_up, ((1,), (1,)), x.dtype)
+    (dw_gate, db_gate), (dw_up, db_up) = (weight_vjp(x, b, d) for b, d in ((b_gate, d_gate), (b_up, d_up)))
+    return dx, dw_gate, dw_up, db_gate, db_up
+
+
+_glu.defvjp(_fwd, _bwd)

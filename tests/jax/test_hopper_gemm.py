@@ -1,0 +1,252 @@
+"""The kernels for Hopper that multiply, without one: interpreted against float64, lowered for CUDA, and what they refuse."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import kpt
+from kpt.errors import KernelError
+from kpt.hardware import hardware_profile
+from kpt.kernels.spec import refusal, unmet
+from kpt.ops import Spec, op
+from kpt.ops.activations import ACTIVATIONS
+from kpt.strategy import choose
+from tests.jax.certified import certify, mesh_of_one, specs_of
+
+H100, A100 = hardware_profile("h100-sxm"), hardware_profile("a100-sxm-80gb")
+TOO_OLD = unmet("jax>=0.11.2")
+pytestmark = pytest.mark.skipif(TOO_OLD is not None, reason=TOO_OLD or "")
+
+
+def linear(dtype="bfloat16", m=200, k=192, n=320, bias=True, lead=()):
+    return specs_of(dtype, x=(*lead, m, k), w=(k, n), **({"b": (n,)} if bias else {}))
+
+
+def gated(dtype="bfloat16", m=136, k=128, n=192, **biases):
+    return specs_of(dtype, x=(m, k), w_gate=(k, n), w_up=(k, n), **biases)
+
+
+def product(dtype="bfloat16", m=136, k=192, n=320):
+    return specs_of(dtype, a=(m, k), b=(k, n))
+
+
+def head(dtype="bfloat16", tokens=300, k=64, classes=1030, **more):
+    return specs_of(dtype, x=(tokens, k), w=(k, classes), labels=((tokens,), "int32"), **more)
+
+
+BIASES = {"b_gate": (192,), "b_up": (192,)}
+CASES = {f"linear_act {a}": ("linear_act", linear(m=72, k=64, n=192), {"activation": a}) for a in ACTIVATIONS} | {
+    "linear_act, batch, no bias": ("linear_act", linear("float16", 24, 128, 64, False, (2,)), {}),
+    "linear_act, several tiles": ("linear_act", linear(m=264, k=320, n=576), {}),
+    "glu": ("glu", gated(), {}),
+    "glu, biases": ("glu", gated("float16", **BIASES), {"activation": "gelu"}),
+    "glu, one bias": ("glu", gated(b_up=((192,), "float32")), {"activation": "gelu_tanh"}),
+    "matmul": ("matmul", product(), {}),
+    "matmul float16": ("matmul", product("float16", 64, 64, 64), {}),
+    "linear_cross_entropy": ("linear_cross_entropy", head(), {}),
+    "linear_cross_entropy, all": (
+        "linear_cross_entropy",
+        head("float16", 100, b=(1030,), weights=((100,), "float32")),
+        {"label_smoothing": 0.1, "logits_soft_cap": 5.0, "invalid": "drop"},
+    ),
+    "linear_cross_entropy, chunks": ("linear_cross_entropy", head(tokens=304, classes=1088), {}),
+    "linear_cross_entropy, chunks, all": (
+        "linear_cross_entropy",
+        head(tokens=304, classes=1088, b=(1088,), weights=((304,), "float32")),
+        {"label_smoothing": 0.1, "logits_soft_cap": 5.0, "invalid": "clip"},
+    ),
+}
+
+
+@pytest.fixture
+def interpreted():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    jax.clear_caches()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Chunks of 128 tokens. The interpreter has no copies that add, so that the sum over chunks is jax's here."""
+    import pallas_kernels.linear_cross_entropy.gpu as gpu
+
+    monkeypatch.setattr(gpu, "CHUNK_BYTES", 2 * 128 * 1088)
+    monkeypatch.setattr(gpu, "add_product", lambda total, a, b: total + (a.T @ b).astype(total.dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_float64(case, interpreted, request, monkeypatch):
+    if "chunks" in case:
+        request.getfixturevalue("in_chunks")
+    if case == "glu, biases":  # x's gradient by the kernel that adds two products
+        monkeypatch.setattr("pallas_kernels.hopper_gemm.FEWEST", 1)
+    name, specs, params = CASES[case]
+    certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+
+
+@pytest.mark.parametrize("tokens_differ", [False, True])
+def test_one_cotangent_or_one_a_token(tokens_differ, interpreted, in_chunks):
+    """Under a mean the gradients made in the forward pass are scaled; where tokens differ, they are made anew."""
+    fn = kpt.registry.load("linear_cross_entropy.pallas_gpu")
+    arrays = op("linear_cross_entropy").sample(np.random.default_rng(0), head(tokens=304, classes=1088))
+    g = np.full(304, 1 / 304, np.float32) * (1 + np.arange(304) % 3 if tokens_differ else 1)
+    want = op("linear_cross_entropy").reference_vjp((g,), **arrays)
+    got = jax.jit(jax.grad(lambda d: jnp.sum(fn(**d, labels=arrays["labels"]) * g)))({n: arrays[n] for n in "xw"})
+    for n in "xw":
+        error = np.linalg.norm(np.asarray(got[n], np.float64) - want[n]) / np.linalg.norm(want[n])
+        assert error < kpt.validation.tolerance("bfloat16", 1088, gradient=True).rtol_l2
+
+
+@pytest.mark.parametrize("transposed", ["neither", "left", "right", "both"])
+@pytest.mark.parametrize("tiles", [{}, {"split": "n"}, {"m": 256, "n": 128}, {"along": "n", "width": 2, "stages": 2}])
+def test_products_of_transposed_factors(transposed, tiles, interpreted):
+    from pallas_kernels import hopper_gemm
+
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((264, 192), (192, 320)))
+    want = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    a_axis, b_axis = int(transposed in ("neither", "right")), int(transposed in ("right", "both"))
+    got = hopper_gemm.product(a if a_axis else a.T, b.T if b_axis else b, a_axis=a_axis, b_axis=b_axis, tiles=hopper_gemm.Tiles(**tiles))
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want) < kpt.validation.tolerance("bfloat16", 192).rtol_l2
+
+
+@pytest.mark.parametrize(
+    ("tiles", "why"),
+    [
+        ({"m": 100}, "m=100"),
+        ({"k": 0}, "k=0"),
+        ({"split": "k"}, "split='k'"),
+        ({"m": 64, "n": 512}, "warpgroups share"),
+        ({"m": 256}, "more than 128 sums"),
+        ({"stages": 5}, "bytes of shared memory"),
+    ],
+)
+def test_impossible_tiles(tiles, why):
+    from pallas_kernels.hopper_gemm import Tiles
+
+    with pytest.raises(KernelError, match=why):
+        Tiles(**tiles)
+
+
+LARGE = {
+    "linear_act": (linear(m=8192, k=4096, n=16384), 2),
+    "linear_act no bias": (linear("float16", 1000, 768, 3072, False), 2),
+    "glu": (gated(m=8192, k=4096, n=14336), 2),
+    "matmul": (product(m=4096, k=4096, n=4096), 3),
+    "linear_cross_entropy": (head(tokens=8192, k=4096, classes=128256), 4),
+    "linear_cross_entropy one chunk": (head("float16", 4096, 2048, 50257, b=(50257,)), 1),
+}
+
+
+def gradients_of(name, **params):
+    fn = kpt.registry.load(f"{name}.pallas_gpu")
+
+    def gradients(arrays):
+        moving = {n: a for n, a in arrays.items() if n != "labels"}
+        return jax.value_and_grad(lambda d: fn(**arrays | d, **params).astype("float32").sum())(moving)
+
+    return gradients
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_lowers_for_cuda_in_both_passes(case):
+    specs, kernels = LARGE[case]
+    arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
+    text = jax.jit(gradients_of(case.split()[0])).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == kernels
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_lowers_for_cuda(activation):
+    arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in linear(m=1024, k=64, n=2048).items()}
+    lowered = jax.jit(gradients_of("linear_act", activation=activation)).trace(arrays).lower(lowering_platforms=("cuda",))
+    assert "@mosaic_gpu_v2" in lowered.as_text()
+
+
+@pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
+@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+def test_lowers_under_transformations(case, transform, monkeypatch):
+    if case == "linear_cross_entropy":
+        monkeypatch.setattr("pallas_kernels.linear_cross_entropy.gpu.CHUNK_BYTES", 2 * 128 * 1088)
+    specs = {"linear_act": linear(), "glu": gated(), "matmul": product(), "linear_cross_entropy": head(tokens=304, classes=1088)}[case]
+    gradients, first = gradients_of(case), op(case).arrays[0]
+    cut = (first, "labels")
+    lead = (2,) if transform in ("vmap", "scan") else ()
+    arrays = {n: jax.ShapeDtypeStruct((*lead, *s.shape) if n in cut else s.shape, s.dtype) for n, s in specs.items()}
+    if transform == "vmap":
+        f = jax.vmap(lambda arrays: gradients(arrays)[1], ({n: 0 if n in cut else None for n in specs},))
+    elif transform == "scan":
+
+        def f(arrays):
+            return jax.lax.scan(lambda _, some: (None, gradients(arrays | some)[1]), None, {n: arrays[n] for n in cut if n in arrays})[1]
+
+    elif transform == "remat":
+        f = jax.checkpoint(lambda arrays: gradients(arrays)[1])
+    else:
+        places = {n: P("data") if n in cut else P() for n in specs}
+        grads = {n: p for n, p in places.items() if n != "labels"}
+        f = jax.shard_map(lambda arrays: gradients(arrays)[1], mesh=mesh_of_one(), in_specs=(places,), out_specs=grads)
+    lowered = jax.jit(f).trace(arrays).lower(lowering_platforms=("cuda",))
+    assert "@mosaic_gpu_v2" in lowered.as_text()
+    assert lowered.out_info[first].shape == arrays[first].shape
+
+
+BIG = {"m": 4096, "k": 512, "n": 4096}
+REFUSED = [
+    ("linear_act.pallas_gpu", linear(**BIG), {}, A100, "is built for sm90"),
+    ("linear_act.pallas_gpu", linear("float32", **BIG), {}, H100, "computes in bfloat16, float16"),
+    ("linear_act.pallas_gpu", linear(**BIG) | {"w": Spec((512, 4096), "float16")}, {}, H100, "arrays of one dtype"),
+    ("linear_act.pallas_gpu", linear(**BIG), {"out_dtype": "float32"}, H100, "rounds its result to bfloat16"),
+    ("linear_act.pallas_gpu", linear(m=4096, k=500, n=4096), {}, H100, "those of x have 500"),
+    ("linear_act.pallas_gpu", linear(m=4096, k=512, n=4000), {}, H100, "those of w have 4000"),
+    ("linear_act.pallas_gpu", linear(m=4097, k=512, n=4096), {}, H100, "x has 4097"),
+    ("linear_act.pallas_gpu", linear(m=64, k=4096, n=4096), {}, H100, "below 64 tiles"),
+    ("glu.pallas_gpu", gated(m=0, k=512, n=4096), {}, H100, "empty"),
+    ("matmul.pallas_gpu", product(m=4100, k=512, n=4096), {}, H100, "a has 4100"),
+    ("linear_cross_entropy.pallas_gpu", head(classes=1000), {}, H100, "too few"),
+    ("linear_cross_entropy.pallas_gpu", head(tokens=40000, classes=50257), {}, H100, "those of w have 50257"),
+    ("linear_cross_entropy.pallas_gpu", head() | {"w": Spec((64, 1030), "float32")}, {}, H100, "one dtype"),
+    ("linear_cross_entropy.pallas_gpu", head(tokens=0), {}, H100, "empty"),
+]  # fmt: skip
+
+
+def refused(kernel, specs, params, hardware):
+    spec = kpt.registry.get(kernel)
+    return refusal(spec, spec.op, hardware, next(iter(specs.values())).dtype, specs, params, "balanced", "jax")
+
+
+@pytest.mark.parametrize(("kernel", "specs", "params", "hardware", "why"), REFUSED)
+def test_refused(kernel, specs, params, hardware, why):
+    assert why in refused(kernel, specs, params, hardware)
+
+
+@pytest.mark.parametrize(
+    ("name", "specs"),
+    [("linear_act", linear(**BIG)), ("glu", gated(**BIG)), ("matmul", product(**BIG)), ("linear_cross_entropy", head())],
+)
+def test_refused_where_xla_may_partition(name, specs, monkeypatch):
+    assert refused(f"{name}.pallas_gpu", specs, {}, H100) is None
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert "shard_map" in refused(f"{name}.pallas_gpu", specs, {}, H100)
+
+
+@pytest.mark.parametrize(
+    ("name", "specs", "hardware", "kernel"),
+    [
+        ("linear_act", LARGE["linear_act"][0], H100, "linear_act.pallas_gpu"),
+        ("glu", LARGE["glu"][0], H100, "glu.pallas_gpu"),
+        ("linear_cross_entropy", LARGE["linear_cross_entropy"][0], H100, "linear_cross_entropy.pallas_gpu"),
+        ("matmul", LARGE["matmul"][0], H100, None),
+        ("linear_act", LARGE["linear_act"][0], A100, None),
+    ],
+)
+def test_the_planner_takes_it_where_it_wins(name, specs, hardware, kernel):
+    chosen, _, _ = choose(name, specs, {}, hardware=hardware, level="balanced")
+    assert (chosen and chosen.name) == kernel

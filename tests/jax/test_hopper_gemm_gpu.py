@@ -1,0 +1,92 @@
+"""The kernels for Hopper that multiply, on one: against float64 at fixed and at random shapes, forward and in every gradient; equal bits."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import kpt
+from kpt.ops import op
+from kpt.ops.activations import ACTIVATIONS
+from tests.jax.certified import certify
+from tests.jax.test_hopper_gemm import gated, head, linear, product
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_hopper():
+    gpu = jax.devices()[0]
+    if getattr(gpu, "compute_capability", None) != "9.0":
+        pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.linear_cross_entropy.gpu.CHUNK_BYTES", 2**20)
+
+
+ALL = {"label_smoothing": 0.1, "logits_soft_cap": 5.0, "invalid": "drop"}
+FIXED = {
+    "linear_act": ("linear_act", linear(m=1000, k=1088, n=2112), {}),
+    "linear_act float16, batch, no bias": ("linear_act", linear("float16", 264, 512, 4096, False, (2,)), {"activation": "silu"}),
+    "glu": ("glu", gated(m=1000, k=1088, n=2112), {}),
+    "glu float16, biases": ("glu", gated("float16", 520, 512, 4032, b_gate=(4032,), b_up=(4032,)), {"activation": "gelu"}),
+    "glu, dx in one product": ("glu", gated(m=2048, k=1088, n=576), {}),
+    "matmul": ("matmul", product(m=1000, k=1088, n=2112), {}),
+    "matmul float16": ("matmul", product("float16", 2048, 2048, 512), {}),
+    "linear_cross_entropy": ("linear_cross_entropy", head(tokens=1000, k=512, classes=4992), {}),
+    "linear_cross_entropy float16, all": (
+        "linear_cross_entropy",
+        head("float16", 520, 512, 5056, b=(5056,), weights=((520,), "float32")),
+        ALL,
+    ),
+    "linear_cross_entropy odd": ("linear_cross_entropy", head(tokens=77, k=100, classes=5003, b=((5003,), "float32")), ALL),
+} | {f"linear_act {a}": ("linear_act", linear(m=136, k=128, n=1088), {"activation": a}) for a in ACTIVATIONS}
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_agrees_with_float64(case):
+    name, specs, params = FIXED[case]
+    certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+
+
+@pytest.mark.parametrize("case", ["linear_cross_entropy", "linear_cross_entropy float16, all"])
+def test_chunks_agree_with_float64(case, small_chunks):
+    test_agrees_with_float64(case)
+
+
+@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+def test_equal_inputs_give_equal_bits(case, small_chunks):
+    name, specs, params = FIXED[case]
+    arrays = op(name).sample(np.random.default_rng(0), specs, **params)
+    fixed = {n: a for n, a in arrays.items() if n == "labels"}
+
+    @jax.jit
+    def step(moving):
+        out, pull = jax.vjp(lambda d: kpt.registry.load(f"{name}.pallas_gpu")(**d, **fixed, **params), moving)
+        return out, pull(out)
+
+    moving = {n: a for n, a in arrays.items() if n not in fixed}
+    first = jax.device_get(step(moving))
+    for _ in range(5):
+        jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(step(moving)))
+
+
+@pytest.mark.parametrize("name", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+@pytest.mark.parametrize("seed", range(20))
+def test_random_calls(name, seed, small_chunks):
+    """Ten a seed, 200 an op: any multiple of 8 rows and of 64 columns."""
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        m, k, n = 8 * int(rng.integers(1, 200)), 64 * int(rng.integers(1, 20)), 64 * int(rng.integers(1, 40))
+        dtype, bias = str(rng.choice(["bfloat16", "float16"])), bool(rng.integers(2))
+        params = {} if name in ("matmul", "linear_cross_entropy") else {"activation": str(rng.choice(list(ACTIVATIONS)))}
+        specs = {
+            "linear_act": linear(dtype, m, k, n, bias),
+            "glu": gated(dtype, m, k, n, **({"b_gate": (n,), "b_up": (n,)} if bias else {})),
+            "matmul": product(dtype, m, k, n),
+            "linear_cross_entropy": head(dtype, m, k, n + 1024, **({"b": (n + 1024,)} if bias else {})),
+        }[name]
+        certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(int(rng.integers(1 << 30)),))
