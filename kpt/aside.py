@@ -26,7 +26,8 @@ def set_aside(path: Path, problem: object, companions: Sequence[str] = (), stack
         number += 1
         target = path.with_name(f"{path.name}.bad{number}")
     warnings.warn(f"{path} is set aside as {target.name}: {problem}", stacklevel=stacklevel + 1)
-    for ending in ("", *companions):
+    # The file itself last: one who is stopped in between leaves it to be set aside again, and no companion beside a new file.
+    for ending in (*companions, ""):
         with contextlib.suppress(OSError):
             path.with_name(path.name + ending).replace(target.with_name(target.name + ending))
     return target

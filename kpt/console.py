@@ -34,13 +34,7 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
     except Exception as error:
         if context.obj:
             raise
-        code = (
-            MISSING
-            if isinstance(error, MissingDependencyError)
-            else REFUSED
-            if isinstance(error, KptError)
-            else CRASHED
-        )
+        code = MISSING if isinstance(error, MissingDependencyError) else REFUSED if isinstance(error, KptError) else CRASHED
         message = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
         if as_json:
             fields = {"error": type(error).__name__, "message": message}

@@ -171,8 +171,8 @@ def _answer(
         for kind, finding in (("time", c.time), ("memory", c.memory)):
             if finding is not None and (kind == "time" or finding.verdict not in ("unchanged", "not enough data")):
                 runs = f"{finding.baseline} / {finding.recent}"
-                rows.append((c.name, kind, finding.verdict, change(finding), runs, finding.reason))
-    print_table(("series", "of", "verdict", "change", "runs", "because"), rows)
+                rows.append((c.name, c.after[-1].measured, kind, finding.verdict, change(finding), runs, finding.reason))
+    print_table(("series", "measured", "of", "verdict", "change", "runs", "because"), rows)
     for c in found:
         if c.changed is not None:
             at = f"{c.changed.recorded[:16].replace('T', ' ')}, commit {c.changed.commit or 'unknown'}"

@@ -99,5 +99,3 @@ def _figure(before: Sequence[Run], after: Sequence[Run], baseline: int, limits: 
     chart = line_chart(lines, title=f"Time of {last.name}, {last.measured}", description=" ".join(parts), x_label="run",
                        y_label=f"time of a call ({unit})")  # fmt: skip
     return Figure(f"{last.name}, {last.measured}", chart, caption, Table(columns, rows, frozenset({2, 3, 4, 5})), legend)
-
-

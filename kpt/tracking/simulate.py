@@ -101,6 +101,15 @@ def rate(design: str, noise: Noise, slower: float, count: int = HISTORIES, seed:
     return sum(gate(h.tolist()) in SEVERITIES for h in made) / count
 
 
+def successive(noise: Noise, count: int, seed: int = 0, first: int = 25, runs: int = 60) -> dict[str, float]:
+    """Fraction of unchanged histories in which any of the judgements after run `first`, ..., `runs` finds each severity or a worse."""
+    worst = [
+        max((SEVERITIES.index(v) + 1 for k in range(first, runs + 1) if (v := judge_recent(h[:k])[0].verdict) in SEVERITIES), default=0)
+        for h in histories(noise, count, runs, 0.0, 0, np.random.default_rng(seed)).tolist()
+    ]
+    return {s: sum(w > i for w in worst) / count for i, s in enumerate(SEVERITIES)}
+
+
 def simulate(count: int = HISTORIES, seed: int = 0) -> dict[str, Any]:
     """Every design at every noise, unchanged and slower."""
     rows = [
@@ -112,6 +121,7 @@ def simulate(count: int = HISTORIES, seed: int = 0) -> dict[str, Any]:
     return {
         "kind": "kpt.regression-simulation", "histories": count, "samples": SAMPLES, "seed": seed,
         "thresholds": dataclasses.asdict(Thresholds()), "noises": {n: dataclasses.asdict(v) for n, v in NOISES.items()}, "rows": rows,
+        "successive": {n: successive(noise, count // 5, seed) for n, noise in NOISES.items()},
     }  # fmt: skip
 
 
@@ -129,6 +139,9 @@ def main() -> None:
         for noise in NOISES:
             same, five, ten = (found[design, noise, s] for s in (0.0, 0.05, 0.1))
             print(f"{design:44}{noise:10}{same:>10.1%}{five:>11.1%}{ten:>12.1%}")
+    print(f"any of 36 successive judgements of one unchanged history ({given.histories // 5} histories)")
+    for noise, by in result["successive"].items():
+        print(f"{'':44}{noise:10}{'  '.join(f'{severity} or worse {share:.1%}' for severity, share in by.items())}")
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

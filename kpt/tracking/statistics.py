@@ -161,8 +161,8 @@ def _noise(x: Any, y: Any, runs: Runs) -> tuple[float, float]:
     spread = MAD * float(np.median(np.abs(left))) * math.sqrt(len(left) / max(1, len(left) - len(sides)))
     within = [MEDIAN * _spread(r) / math.sqrt(len(r)) for r in runs if len(r) >= 4]
     noise = max(spread, statistics.median(within) if within else 0.0)
-    top = sum(float(s[1:] @ s[:-1]) for s in (np.clip(s, -2.5 * noise, 2.5 * noise) for s in sides))
-    bottom = sum(float(s @ s) for s in (np.clip(s, -2.5 * noise, 2.5 * noise) for s in sides))
+    clipped = [np.clip(s, -2.5 * noise, 2.5 * noise) for s in sides]
+    top, bottom = sum(float(s[1:] @ s[:-1]) for s in clipped), sum(float(s @ s) for s in clipped)
     n = len(left)
     # A correlation about an estimated centre comes out too low by about (1 + 4 r) / n (Kendall 1954), and from a few runs comes out
     # as anything: it is drawn towards what machines show.

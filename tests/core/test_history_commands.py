@@ -83,7 +83,7 @@ def test_compare_judges_each_series(slower):
     assert said.exit_code == OK
     told = json.loads(call("compare", "v1", "v2", "--json").stdout)
     assert {s["name"]: s["time"]["verdict"] for s in told["series"]} == {"loss <1>": "moderate", "rms_norm 8x16 float32: plain": "unchanged"}
-    assert re.search(r"loss <1> +time +moderate +\+\d\.\d% \[\+\d\.\d%, \+\d+\.\d%\] +20 / 5", said.stdout), said.stdout
+    assert re.search(r"loss <1> +forward +time +moderate +\+\d\.\d% \[\+\d\.\d%, \+\d+\.\d%\] +20 / 5", said.stdout), said.stdout
 
 
 def test_compare_of_two_runs_gives_an_interval_and_no_verdict(slower):
@@ -180,13 +180,18 @@ def test_the_commands_of_the_page_are_as_it_says(slower, cache):
 
 
 def test_the_figures_of_the_page_are_those_of_the_simulation():
-    told = json.loads((DOCS.parent / "benchmarks/regression-simulation.json").read_text())["rows"]
+    made = json.loads((DOCS.parent / "benchmarks/regression-simulation.json").read_text())
+    told, again = made["rows"], made["successive"]
     rows = re.findall(r"^\| (.+?) \| (\w+) \| ([\d.]+)% \| ([\d.]+)% \| ([\d.]+)% \|$", DOCS.read_text(), re.MULTILINE)
     shown = {(design, noise): figures for design, noise, *figures in rows}
     expected = {}
     for r in told:
         expected.setdefault((r["design"], r["noise"]), []).append(f"{r['found']:.1%}"[:-1])
     assert shown == expected
+    minor, moderate = ([f"{again[n][severity]:.1%}" for n in ("typical", "quiet", "noisy")] for severity in ("minor", "moderate"))
+    text = " ".join(DOCS.read_text().split())
+    assert "{} met a minor false alarm at typical noise ({} at quiet, {} at noisy)".format(*minor) in text
+    assert "{} a moderate one ({}, {})".format(*moderate) in text
 
 
 def test_help_of_the_commands_loads_no_arrays():

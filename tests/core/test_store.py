@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -225,33 +226,29 @@ def test_a_full_disk_is_a_warning(path, monkeypatch):
     assert rows(Store(path, SCHEMA)) == [(1, 2)]
 
 
-def in_a_child(body):
-    """Runs `body` in a fork, whose limits and user are its own."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            body()
-            code = 0
-        except BaseException:
-            import traceback
+def in_a_process(body, path):
+    """Runs a function of this module in a process of its own, whose limits and user are its own."""
+    code = f"from pathlib import Path; from tests.core import test_store; test_store.{body.__name__}(Path({str(path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
 
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+def with_small_files(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    goes_on_in_memory(Store(path, SCHEMA), [(1, 2)])
 
 
 def test_a_write_that_the_system_refuses_is_a_warning(path):
     """The system's own refusal, by a limit on the size of files."""
     add(Store(path, SCHEMA), 1, 2)
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-        goes_on_in_memory(Store(path, SCHEMA), [(1, 2)])
-
-    in_a_child(limited)
+    in_a_process(with_small_files, path)
     assert rows(Store(path, SCHEMA)) == [(1, 2)]
+
+
+def as_nobody(path):
+    if os.getuid() == 0:  # whom no permission stops
+        os.setuid(65534)
+    goes_on_in_memory(Store(path, SCHEMA), [(1, 2)])
 
 
 def test_a_read_only_directory_is_a_warning_and_what_it_holds_is_read():
@@ -261,13 +258,7 @@ def test_a_read_only_directory_is_a_warning_and_what_it_holds_is_read():
         for f in folder.iterdir():
             f.chmod(0o444)
         folder.chmod(0o555)
-
-        def as_nobody():
-            if os.getuid() == 0:  # whom no permission stops
-                os.setuid(65534)
-            goes_on_in_memory(Store(folder / "t.sqlite", SCHEMA), [(1, 2)])
-
-        in_a_child(as_nobody)
+        in_a_process(as_nobody, folder / "t.sqlite")
         folder.chmod(0o755)
         assert rows(Store(folder / "t.sqlite", SCHEMA)) == [(1, 2)]
 
@@ -288,9 +279,49 @@ def test_a_file_that_stays_locked_is_a_warning(path, monkeypatch):
     holder.close()
 
 
-def test_a_store_may_be_used_on_both_sides_of_a_fork(path):
+def on_both_sides_of_a_fork(path):
     kept = Store(path, SCHEMA)
     add(kept, 1, 1)
-    in_a_child(lambda: add(kept, 2, 2))
+    child = os.fork()
+    if child == 0:
+        add(kept, 2, 2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
     add(kept, 3, 3)
-    assert rows(kept) == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_store_may_be_used_on_both_sides_of_a_fork(path):
+    in_a_process(on_both_sides_of_a_fork, path)
+    assert rows(Store(path, SCHEMA)) == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_store_may_be_used_by_threads(path):
+    kept = Store(path, SCHEMA)
+    threads = [threading.Thread(target=lambda i=i: [add(kept, i, n) for n in range(5)]) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert rows(kept) == [(i, n) for i in range(4) for n in range(5)]
+
+
+def test_one_who_is_killed_while_setting_a_file_aside_leaves_the_next_to_do_it(path, monkeypatch):
+    """Its log goes first, so that none is ever beside a new file."""
+    filled(path)
+    holder = sqlite3.connect(path)
+    holder.execute("INSERT INTO t VALUES (9, 9, '')")
+    holder.commit()  # in the log, which lives as long as this connection
+    assert path.with_name("t.sqlite-wal").exists()
+    moved = []
+
+    def replace(self, target):
+        moved.append(self.name)
+        if self == path:
+            raise KeyboardInterrupt
+        return os.rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="set aside"):
+        set_aside(path, "bad", store.COMPANIONS)
+    assert moved[-1] == "t.sqlite" and path.exists() and not path.with_name("t.sqlite-wal").exists()
+    holder.close()
