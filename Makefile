@@ -34,7 +34,7 @@ test-gpu: setup
 libtpu := .venv-libtpu
 test-tpu: setup
 	@test -d $(libtpu)/libtpu || $(python) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps --target $(libtpu) libtpu
-	PYTHONPATH=$(libtpu) JAX_PLATFORMS=cpu $(pytest) -m tpu $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(libtpu) JAX_PLATFORMS=cpu $(pytest) -m tpu $(ARGS)
 
 test-xla: setup
 	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(pytest) -m xla tests/torch $(ARGS)

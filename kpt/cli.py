@@ -130,26 +130,8 @@ def plan(
     Modules are found as by `python -m`, in the current directory first.
     """
     with answering(context, as_json):
-        target = _attribute(function)
-        arguments: Any = ()
-        if args_from is not None:
-            arguments = _attribute(args_from)()
-            arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-            if (problem := _does_not_take(target, arguments)) is not None:
-                raise KptError(
-                    f"A plan for {function} was asked for, with what {args_from} returned",
-                    f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
-                    "Return all of them as one tuple, in the order of the function's parameters",
-                )
-        elif required := _required_parameters(target):
-            raise KptError(
-                f"A plan for {function} was asked for",
-                f"It takes {', '.join(required)}, and a plan is for arguments of certain shapes and dtypes",
-                "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
-            )
-        made = _front_end("kpt_jax", "plan")(
-            target, *arguments, level=level
-        )
+        target, arguments = _call(function, args_from, "A plan")
+        made = _front_end("kpt_jax", "plan")(target, *arguments, level=level)
         typer.echo(made.to_json() if as_json else made.explain())
 
 
@@ -306,9 +288,8 @@ def tpu_schedule(
         generations = _generations(gen)
         if (function is None) == (op is None):
             raise KptError("A schedule was asked for", "It is that of MODULE:FUNCTION or of --op", "Give one of the two")
-        if op is None:
-            for text in (function, args_from):
-                _check_name(text)
+        if function is not None:
+            _call(function, args_from, "The schedule")  # its errors are better than those of the process that compiles
             programs = [_front_end("kpt_jax.tpu", "users_program")(function, args_from)]
         else:
             cases, program = _front_end("kpt_jax.tpu_programs", "cases"), _front_end("kpt_jax.tpu_programs", "program")
@@ -415,11 +396,6 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(n) for n in text.split("x")) if text else None
     except ValueError:
         raise KptError(f"Shape {text!r} was given", "A shape is numbers with x between", "Write 4096x4096x4096") from None
-
-
-def _check_name(text: str | None) -> None:
-    if text is not None and not all(text.partition(":")):
-        raise KptError(f"{text!r} was named", "A function is named by its module and itself", "Write package.module:function")
 
 
 def _progress() -> Any:
@@ -618,6 +594,32 @@ def _attribute(reference: str) -> Any:
             )
         found = getattr(found, name)
     return found
+
+
+def _call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[Any, ...]]:
+    """A function by name, and its arguments from the one that returns them.
+
+    Raises:
+      KptError: there is no such name, or the function does not take these arguments.
+    """
+    target = _attribute(function)
+    if args_from is not None:
+        arguments = _attribute(args_from)()
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        if (problem := _does_not_take(target, arguments)) is not None:
+            raise KptError(
+                f"{what} of {function} was asked for, with what {args_from} returned",
+                f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
+                "Return all of them as one tuple, in the order of the function's parameters",
+            )
+        return target, arguments
+    if required := _required_parameters(target):
+        raise KptError(
+            f"{what} of {function} was asked for",
+            f"It takes {', '.join(required)}, and what it does depends on their shapes and dtypes",
+            "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
+        )
+    return target, ()
 
 
 def _does_not_take(function: Any, arguments: tuple[Any, ...]) -> str | None:

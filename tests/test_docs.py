@@ -30,13 +30,18 @@ def program(page: Path) -> str:
 
 
 RUNNABLE = [p for p in PAGES if program(p).strip()]
+COMPILES = {"tune_tpu_kernel_without_a_tpu.ipynb"}  # for TPUs, with libtpu
 
 
 def test_the_readme_has_code_that_runs():
     assert PAGES[0] in RUNNABLE
 
 
-@pytest.mark.parametrize("page", RUNNABLE, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.tpu] if p.name in COMPILES else []) for p in RUNNABLE],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_the_code_of_a_page_runs(page, tmp_path):
     code = (
         f"exec(compile(open({str(tmp_path / 'page.py')!r}).read(), {str(page)!r}, 'exec'), {{'__name__': '__main__'}})"

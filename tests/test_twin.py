@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kpt import cli
+from kpt import cli, console
 from kpt.errors import ValidationError
 from kpt.twin import AdamW, Twin, compare
 from kpt_jax.twin import Side as JaxSide
@@ -111,9 +111,9 @@ SCALED = differing("layers.1/up", lambda v: 1.01 * v)
 def test_command_line(tmp_path):
     chart = tmp_path / "losses.svg"
     same = CliRunner().invoke(cli.app, ["twin", "tests.models.gpt:TWIN", "--steps", "3", "--plot", str(chart), "--json"])
-    assert same.exit_code == cli.OK and len(json.loads(same.stdout)["losses"][1]) == 3
+    assert same.exit_code == console.OK and len(json.loads(same.stdout)["losses"][1]) == 3
     assert "jax" in chart.read_text() and "torch" in chart.read_text()
     other = CliRunner().invoke(cli.app, ["twin", "tests.test_twin:SCALED", "--steps", "0"])
-    assert other.exit_code == cli.NO and "forward of layers.1/up[" in other.stdout
+    assert other.exit_code == console.NO and "forward of layers.1/up[" in other.stdout
     wrong = CliRunner().invoke(cli.app, ["twin", "tests.test_twin:MODELS"])
-    assert wrong.exit_code == cli.REFUSED and "kpt.twin.Twin" in wrong.output
+    assert wrong.exit_code == console.REFUSED and "kpt.twin.Twin" in wrong.output

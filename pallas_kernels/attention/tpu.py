@@ -37,7 +37,7 @@ from pallas_kernels.tensorcore import LANES, budget, dot, launch, padded_bytes, 
 
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 LOWEST = HIDDEN / 2
-"""A maximum is HIDDEN where nothing was seen and LOWEST at least where something was: -inf alone makes NaN, as it should."""
+"""A maximum is HIDDEN where nothing was seen, and LOWEST where -inf alone was, which makes NaN."""
 MOST_INTEGERS = 3 << 16
 """Of the list of blocks, in 1 MiB of scalar memory."""
 MOST_PATTERNS = 6
@@ -170,7 +170,8 @@ def attention(
       blocks: of scores, in all passes.
 
     Returns:
-      `[B, T, N, Hv]`.
+      `[B, T, N, Hv]`. NaN for a query all of whose visible scores are -inf, also where the mask's fill is finite, and the plain
+      formula would give the mean of the hidden values.
 
     Raises:
       KernelError: the blocks do not fit VMEM.
@@ -253,7 +254,9 @@ def _fwd(static, q, k, v, q_ids, kv_ids, lengths):
         def _() -> None:
             total = jnp.sum(total_ref[...], 1, keepdims=True)
             m = m_ref[...]
-            blind = m == HIDDEN
+            # A maximum may have lost a NaN (on some machines it does); the sum has it.
+            blind = (m == HIDDEN) & (total == 0)
+            total = jnp.where(m == LOWEST, jnp.nan, total)
             out = acc_ref[...] / _wide(jnp.where(blind, 1.0, total), head_v)
             out_ref[...] = out.astype(out_ref.dtype)
             lse = jnp.where(blind, jnp.inf, jnp.maximum(m, LOWEST) * static.unit + jnp.log2(total))

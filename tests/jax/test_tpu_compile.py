@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_at
 from typer.testing import CliRunner
 
 import kpt
-from kpt import cli
+from kpt import cli, console
 from kpt.tpu import GENERATIONS, generation
 from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules
 from kpt_jax.tpu_programs import cases, program
@@ -135,4 +135,4 @@ def test_command_line(tmp_path):
     shown = CliRunner().invoke(cli.app, ["tpu", "schedule", "kpt_jax.bench_tpu:large", "--args-from", "kpt_jax.bench_tpu:n1024"])
     assert shown.exit_code == 0 and "bound" in shown.stdout and "DMA latency" in shown.stdout
     none = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:plain", "--args-from", f"{HERE}:array"])
-    assert none.exit_code == cli.REFUSED and "no Pallas kernel" in none.output
+    assert none.exit_code == console.REFUSED and "no Pallas kernel" in none.output
