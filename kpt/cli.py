@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kpt._version import __version__
+from kpt.commands import history, tune
 from kpt.config import config, start_logging
 from kpt.console import NO, AsJson, answering
 from kpt.console import flops as _flops
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from kpt.kernels import KernelSpec
 
 EPILOG = """
-Exit codes: 0 done; 1 done, and the answer is no (curves do not coincide, twins differ, no kernel can run here);
+Exit codes: 0 done; 1 done, and the answer is no (curves do not coincide, twins differ, a regression, no kernel can run here);
 2 the request cannot be met (wrong usage, unknown name, a function that cannot be planned); 3 an optional package
 is missing; 4 an unexpected error, in kpt or in your code (--debug shows where).
 """
@@ -68,6 +69,8 @@ tpu_app = typer.Typer(help="TPU kernels as their compiler schedules them, with n
 app.add_typer(hardware_app, name="hardware")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(tpu_app, name="tpu")
+app.add_typer(tune.app, name="tune")
+history.add_to(app)
 
 ArgsFrom = Annotated[
     str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's.")

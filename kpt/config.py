@@ -14,6 +14,7 @@ from kpt.errors import ConfigError, HardwareError
 
 PREFIX = "KPT_"
 CERTIFY = ("full", "random", "off")
+RECORD = ("on", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
@@ -38,6 +39,7 @@ class Config:
       certify_bytes: the most memory that the certificate of one site may take; None for 2 GiB on a CPU, and elsewhere
         an eighth of the device's memory.
       cache_dir: where measurements and histories are kept.
+      record: whether what `auto_optimize` and `kpt bench` measure is added to the history.
       log_level: of the logger "kpt".
     """
 
@@ -46,6 +48,7 @@ class Config:
     certify: str = "full"
     certify_bytes: int | None = None
     cache_dir: pathlib.Path = dataclasses.field(default_factory=_cache_dir)
+    record: str = "on"
     log_level: str = "warning"
 
 
@@ -101,6 +104,7 @@ _READ: Mapping[str, Callable[[str, str], Any]] = {
     "certify": lambda name, text: _one_of(name, text, CERTIFY),
     "certify_bytes": _bytes,
     "cache_dir": _directory,
+    "record": lambda name, text: _one_of(name, text, RECORD),
     "log_level": lambda name, text: _one_of(name, text, LOG_LEVELS),
 }
 

@@ -34,13 +34,7 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
     except Exception as error:
         if context.obj:
             raise
-        code = (
-            MISSING
-            if isinstance(error, MissingDependencyError)
-            else REFUSED
-            if isinstance(error, KptError)
-            else CRASHED
-        )
+        code = MISSING if isinstance(error, MissingDependencyError) else REFUSED if isinstance(error, KptError) else CRASHED
         message = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
         if as_json:
             fields = {"error": type(error).__name__, "message": message}
@@ -106,3 +100,9 @@ def size(value: float | None) -> str:
 def rate(value: float | None) -> str:
     """Bytes/s in words; "unknown" for None."""
     return "unknown" if value is None else f"{value / 1e9:,.4g} GB/s"
+
+
+def seconds(value: float) -> str:
+    """Seconds in words."""
+    unit, name = next(((u, n) for u, n in ((1.0, "s"), (1e-3, "ms")) if value >= u), (1e-6, "µs"))
+    return f"{value / unit:,.4g} {name}"

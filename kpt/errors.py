@@ -45,5 +45,9 @@ class ConfigError(KptError):
     """A setting has a value that is not allowed."""
 
 
+class StoreError(KptError):
+    """A file of measurements or of history cannot be used: a newer version of kpt wrote it, or it is not what was asked for."""
+
+
 class MissingDependencyError(KptError, ImportError):
     """An optional package is needed and not installed. `advice` carries the install line."""

@@ -11,6 +11,7 @@ import jax
 from kpt.auto import Report, Result
 from kpt.strategy import Plan
 from kpt.strategy.plan import ORIGINAL
+from kpt.tracking.hooks import record_report
 from kpt_jax.measure import Timing, gain, loss_and_gradients, measure
 from kpt_jax.modules import function_of
 from kpt_jax.optimize import Optimized, optimize
@@ -64,6 +65,7 @@ def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hard
     after: Timing = timings[best]
     report = Report(chosen.function, chosen.hardware, jax.devices()[0].device_kind, measured, before.seconds,
                     after.seconds, before.memory, after.memory, error, kept, noise, chosen)  # fmt: skip
+    record_report(report)
     return Result(usable if kept else fn_or_model, chosen, report)
 
 

@@ -27,6 +27,7 @@ from kpt.errors import KptError
 from kpt.kernels.spec import refusal
 from kpt.kernels.validate import validate
 from kpt.ops.base import Spec, Specs
+from kpt.tracking.hooks import record_bench
 from kpt_jax.bench_ops import BENCHES, Bench, Call, nbytes
 from kpt_jax.optimize import profile
 
@@ -52,6 +53,7 @@ class Row:
       memory: bytes of temporaries and outputs.
       error: worst certified relative error against float64, at reduced size.
       problem: why there are no figures.
+      seconds: the samples, for the history.
     """
 
     bench: str
@@ -69,6 +71,7 @@ class Row:
     memory: int | None = None
     error: float | None = None
     problem: str | None = None
+    seconds: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +256,7 @@ def measure(
                 of_ceiling=work / statistics.median(kernel) / ceiling,
                 memory=None if memory is None else int(memory.temp_size_in_bytes + memory.output_size_in_bytes),
                 error=errors[contender],
+                seconds=tuple(kernel),
             )
         )
     return sorted(rows, key=lambda r: (r.problem is not None, r.time))
@@ -301,13 +305,14 @@ def run(
                 found = measure(name, tuple(shape), dtype, backward, top, peers=peers, seconds=seconds)
                 report(found)
                 rows += found
+    record_bench(rows, profile("auto").name, jax.devices()[0].device_kind, {"jax": jax.__version__})
     return {
         "kind": "kpt.bench",
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "clock": "wall" if kernel_seconds(jnp.negative, (jnp.ones(8),)) is None else "kernels (CUPTI)",
         "ceilings": dataclasses.asdict(top),
-        "rows": [{k: v for k, v in dataclasses.asdict(r).items() if v == v} for r in rows],
+        "rows": [{k: v for k, v in dataclasses.asdict(r).items() if v == v and k != "seconds"} for r in rows],
     }
 
 

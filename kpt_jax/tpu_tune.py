@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import kpt
 from kpt.errors import KptError
 from kpt.tpu import Generation
+from kpt.tuning.bucket import bucket
 from kpt_jax.bench_ops import BENCHES
 from kpt_jax.tpu import Compiled, Program, compile_programs, measure
 from kpt_jax.tpu_programs import default_blocks, make, program, specs_of
@@ -158,7 +159,7 @@ def _random(tree: Any) -> Any:
 def row(result: Tuned, on: Generation) -> dict[str, Any]:
     """As the shipped table has it."""
     bench = BENCHES[result.bench]
-    place = tuned.bucket(specs_of(result.bench, result.dims, result.dtype), bench.params)
+    place = str(bucket(specs_of(result.bench, result.dims, result.dtype), bench.params))
     return {
         "op": bench.op, "generation": on.profile, "bucket": place, "blocks": result.best, "cycles": round(result.cost),
         "default_cycles": round(result.default_cost), "dims": list(result.dims),

@@ -10,22 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kpt.ops.base import Spec
-from kpt.ops.mask import Mask
+from kpt.tuning.bucket import bucket
 from pallas_kernels import tensorcore
 
 TABLE = Path(__file__).with_name("tuned_tpu.json")
 VERSION = 1
-
-
-def bucket(specs: Mapping[str, Spec], params: Mapping[str, Any]) -> str:
-    """What a row is for: the dtype of the first array, sizes rounded up to powers of two, and kinds of masks.
-
-    "bfloat16 a[4096,4096] b[4096,4096]"
-    """
-    dtype = next(iter(specs.values())).dtype
-    sizes = [f"{n}[{','.join(str(1 << max(0, size - 1).bit_length()) for size in s.shape)}]" for n, s in sorted(specs.items())]
-    mask = params.get("mask", Mask())
-    return " ".join([dtype, *sizes, *(type(term).__name__.lower() for term in mask.terms)])
 
 
 @functools.cache
@@ -44,7 +33,7 @@ def rows(path: Path = TABLE) -> Mapping[tuple[str, str, str], Mapping[str, int]]
 def blocks(op: str, kind: Any, params: Mapping[str, Any], **arrays: Any) -> Any:
     """The tuned blocks for a call, an instance of the dataclass `kind`, or None."""
     specs = {n: Spec(a.shape, str(a.dtype)) for n, a in arrays.items() if a is not None}
-    found = rows().get((op, tensorcore.generation().name, bucket(specs, params)))
+    found = rows().get((op, tensorcore.generation().name, str(bucket(specs, params))))
     try:
         return None if found is None else kind(**found)
     except Exception as problem:  # a row that this version of the kernel does not take

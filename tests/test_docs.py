@@ -48,7 +48,7 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     )
     (tmp_path / "page.py").write_text(program(page), encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg"}
+    environment = {**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg", "KPT_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -40,7 +40,7 @@ class Report:
     Attributes:
       title: the heading.
       verdict: the outcome in one sentence.
-      passed: whether the numbers agree; the verdict is marked accordingly, in words too.
+      passed: whether the numbers agree; the verdict is marked accordingly, in words too. None where that is no question.
       headline: (figure, what it is) for the few numbers a reader takes away: ("2.1×", "faster step").
       facts: (name, value): hardware, versions, sizes.
       figures: the evidence.
@@ -50,7 +50,7 @@ class Report:
 
     title: str
     verdict: str
-    passed: bool
+    passed: bool | None
     headline: Sequence[tuple[str, str]]
     facts: Sequence[tuple[str, str]]
     figures: Sequence[Figure]

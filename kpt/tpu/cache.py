@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from kpt.aside import set_aside
 from kpt.config import config
 
 VERSION = 1
@@ -35,9 +35,7 @@ def load(name: str) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        warnings.warn(f"{path} is set aside as {path.name}.bad: {problem}", stacklevel=2)
-        with contextlib.suppress(OSError):
-            path.replace(path.with_name(f"{path.name}.bad"))
+        set_aside(path, problem)
         return None
 
 

@@ -33,6 +33,7 @@ GOOD = [
     ("cache_dir", "/some/where", pathlib.Path("/some/where")),
     ("cache_dir", "here", pathlib.Path.cwd() / "here"),
     ("cache_dir", "~/kpt", pathlib.Path.home() / "kpt"),
+    ("record", "off", "off"),
     ("log_level", "DEBUG", "debug"),
 ]
 BAD = [
@@ -46,6 +47,7 @@ BAD = [
     ("certify_bytes", "9" * 5000, "GiB"),
     ("cache_dir", __file__, "a file"),
     ("cache_dir", "~nobody-of-that-name/kpt", "home"),
+    ("record", "never", "on, off"),
     ("log_level", "loud", "debug, info, warning, error, critical"),
 ]
 
@@ -115,7 +117,7 @@ def test_the_documentation_gives_the_right_variable_default_and_values(field):
     else:
         assert quoted in re.findall(r"`([^`]+)`", default)
         assert setting(field.name, {variable: quoted}) == getattr(Config(), field.name)
-    if field.name in ("level", "certify", "log_level"):
+    if field.name in ("level", "certify", "record", "log_level"):
         for value in re.findall(r"`([^`]+)`", allowed):
             assert setting(field.name, {variable: value}) == value
         with pytest.raises(ConfigError) as e:

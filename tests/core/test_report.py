@@ -146,6 +146,11 @@ def test_a_report_is_one_well_formed_page_that_loads_nothing(passed, word, plan)
     assert ("The plan" in text) == (plan is not None)
 
 
+def test_where_passing_is_no_question_nothing_is_said_of_it():
+    text = render(report(None))
+    assert "A verdict." in text and "Passed." not in text and "Failed." not in text
+
+
 @pytest.mark.parametrize(
     "words",
     [
