@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
 from kpt import kernels as kernel_room
+from kpt import ops
 from kpt.config import config
 from kpt.errors import KernelError
 from kpt.fusion.program import Match, NearMiss, Program
@@ -76,6 +78,8 @@ class Planner:
     Attributes:
       front: the framework.
       hardware: to choose kernels for.
+      foreign: sites of a plan of another framework, to follow instead: a site is one of them if op, shapes and parameters agree. What
+        is followed is taken off the list; what is left has no counterpart.
       here: what the program runs on, where that may be something else.
       wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
     """
@@ -87,6 +91,7 @@ class Planner:
     banned: frozenset[str] = frozenset()
     certify: str = "full"
     here: HardwareProfile | None = None
+    foreign: list[Site] | None = None
     sites: list[Site] = dataclasses.field(default_factory=list)
     skipped: list[Site] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -108,7 +113,7 @@ class Planner:
         leaves: Leaves,
         within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         seen: Callable[[NearMiss], bool] = lambda miss: False,
-        fits: Callable[[Program, Match], str | None] = lambda program, match: None,
+        fits: Callable[[Program, Match, KernelSpec], str | None] = lambda program, match, kernel: None,
     ) -> tuple[Program, list[tuple[Match, Kernel]]]:
         """The matches of one graph, bodies apart, that get a kernel: chosen, wanted and proved.
 
@@ -144,7 +149,7 @@ class Planner:
             kernel, fn, reason, others = chosen[id(match)]
             where = f"{path}/{match.op}{i}" if path else f"{match.op}{i}"
             site = _site(program, match, kernel, where, reason, others)
-            why = self._unwanted(site) or fits(program, match)
+            why = self._unwanted(site) or fits(program, match, kernel)
             if why is None and (elsewhere := self._elsewhere(kernel, site)) is not None:
                 self.sites.append(dataclasses.replace(site, reason=f"{site.reason} {elsewhere}"))
                 continue
@@ -173,6 +178,12 @@ class Planner:
     def _unwanted(self, site: Site) -> str | None:
         if f"{site.path}" in self.banned:
             return "The whole program disagreed with the original while this site was in; a bisection found it."
+        if self.foreign is not None:
+            twin = next((s for s in self.foreign if corresponds(s, site)), None)
+            if twin is None:
+                return "The plan that was given is another framework's, and names no site of these shapes and parameters that is left."
+            self.foreign.remove(twin)
+            return None
         if self.wanted is None:
             return None
         asked = self.wanted.get((site.path, site.op, site.fingerprint))
@@ -275,6 +286,22 @@ _CERTIFICATES: dict[Any, Certificate] = {}
 def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason: str, others: dict[str, str]) -> Site:
     return Site(match.op, kernel.name, kernel.version, path, match.source, reason, params=dict(match.params),
                 specs=specs_of(match), fingerprint=fingerprint(program, match), alternatives=others)  # fmt: skip
+
+
+def corresponds(a: Site, b: Site) -> bool:
+    """Whether two sites are the same call of the same op, whatever framework each is in: arrays, shapes, float dtypes, parameters."""
+
+    def known(s: Site) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {n: (x.shape, x.dtype if "float" in x.dtype else "") for n, x in s.specs.items()}
+
+    def equal(x: Any, y: Any) -> bool:
+        both = isinstance(x, float) and isinstance(y, float)
+        return math.isclose(x, y, rel_tol=1e-5) if both else x == y
+
+    defaults = ops.op(a.op).params
+    if a.op != b.op or known(a) != known(b):
+        return False
+    return all(equal(a.params.get(n, default), b.params.get(n, default)) for n, default in defaults.items())
 
 
 def same_miss(miss: NearMiss, skipped: Sequence[Site]) -> bool:
