@@ -1,18 +1,21 @@
 """A graph of ATen ops -> neutral graph.
 
-Every FX node becomes neutral nodes that say exactly what it computes, dtype promotion and autocast included, with the FX node as their
-payload; a semantic call (`linear`, `scaled_dot_product_attention`, `layer_norm`, `cross_entropy_loss`) is spelled out, so that the one set of patterns
-sees it. What is not understood is "opaque:<op>". Nothing here runs: a site's results take the place of FX nodes (`kpt_torch.apply`).
+Every FX node becomes neutral nodes that say exactly what it computes, dtype promotion and autocast included, with the FX node as
+their payload; a semantic call (`linear`, `scaled_dot_product_attention`, `layer_norm`, `cross_entropy_loss`) is spelled out, so that the
+one set of patterns sees it. What is not understood is "opaque:<op>". Nothing here runs: a site's results take the place of FX nodes
+(`kpt_torch.apply`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -75,8 +78,8 @@ class Sizes:
     def __call__(self, x: Any) -> int:
         if not isinstance(x, torch.SymInt):
             return int(x)
-        found = x.node.expr.xreplace(dict(self.at)) if self.at else None
-        if found is not None and found.is_number:
+        found = x.node.expr.xreplace({s: sympy.Integer(n) for s, n in self.at.items()}) if self.at else None
+        if found is not None and getattr(found, "is_number", True):
             return int(found)
         if x.node.hint is None:
             raise Unknown("a size that depends on data")
@@ -133,9 +136,7 @@ class Builder:
         if a.shape == shape:
             return a
         lead = len(shape) - a.ndim
-        kept = [d for d in range(a.ndim) if a.shape[d] == shape[lead + d]]
-        a = self.reshape(a, [a.shape[d] for d in kept])
-        return self.op("broadcast", a, shape=shape, dtype=a.dtype, shape_=shape, dims=tuple(lead + d for d in kept))
+        return self.op("broadcast", a, shape=shape, dtype=a.dtype, shape_=shape, dims=tuple(range(lead, len(shape))))
 
     def elementwise(self, op: str, *args: V, dtype: str | None = None) -> V:
         """On arguments of one dtype, spread over each other."""
@@ -167,6 +168,11 @@ class Builder:
 
     def identity(self, a: V) -> V:
         return self.op("identity", a, shape=a.shape, dtype=a.dtype)
+
+
+def _any(x: Any) -> Any:
+    """An argument of an FX node, whose type says little."""
+    return x
 
 
 def _numpy(dtype: str) -> Any:
@@ -242,13 +248,13 @@ class _State:
         """Whether `n` is a marker; takes note of it."""
         name = getattr(n.target, "__name__", "") if not isinstance(n.target, str) else n.target
         if name == "_enter_autocast":
-            device, dtype, on, _ = n.args
+            device, dtype, on, _ = map(_any, n.args)
             self.left[n] = dict(self.autocast)
             self.autocast.pop(str(device), None)
             if on:
-                self.autocast[str(device)] = dtype or torch.get_autocast_dtype(str(device))  # type: ignore[arg-type]
+                self.autocast[str(device)] = dtype or torch.get_autocast_dtype(str(device))
         elif name == "_exit_autocast":
-            self.autocast = self.left[n.args[0]]  # type: ignore[index]
+            self.autocast = self.left[_any(n.args[0])]
         elif name == "_set_grad_enabled":
             self.gradients = bool(n.args[0])
         else:
@@ -259,8 +265,8 @@ class _State:
 def _node(b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spoilt: set[int], made: dict) -> Any:
     val = n.meta.get("val")
     if n.target is operator.getitem:
-        whole = values.get(n.args[0])  # type: ignore[call-overload]
-        return b.identity(whole[n.args[1]]) if isinstance(whole, list) and isinstance(whole[n.args[1]], V) else None  # type: ignore[index]
+        whole, index = values.get(_any(n.args[0])), _any(n.args[1])
+        return b.identity(whole[index]) if isinstance(whole, list) and isinstance(whole[index], V) else None
     tensors = [t for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor)]
     if not tensors and not effectful(n):
         return None  # symbolic sizes
@@ -327,6 +333,8 @@ def _autocast(b: Builder, n: fx.Node, args: Any, kwargs: Any, state: _State) -> 
     tensors = [i for i, v in enumerate(flat) if isinstance(v, V)]
     if len(to) != len(tensors):
         raise Unknown("autocast")
+    if not any(to) and tensor.dtype == dtype:  # cast further inside: einsum, which makes products of views
+        to = tuple(dtype_name(dtype) if flat[i].dtype == "float32" else None for i in tensors)
     for i, name in zip(tensors, to, strict=True):
         if name is not None:
             flat[i] = b.convert(flat[i], name)
@@ -407,13 +415,16 @@ def _name(n: fx.Node) -> str:
     return getattr(n.target, "__name__", str(n.target)) if not isinstance(n.target, str) else n.target
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
 def _source(n: fx.Node) -> str:
     """The user's line: the innermost frame that stands in no library of torch's."""
     trace = n.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     for line in reversed(lines):
         parts = line.split('"')
-        if len(parts) == 3 and "/torch/" not in parts[1]:
+        if len(parts) == 3 and not parts[1].startswith(_TORCH):
             rest = parts[2].split(", ")
             where = rest[1].removeprefix("line ") if len(rest) > 1 else "?"
             function = rest[2].removeprefix("in ") if len(rest) > 2 else ""

@@ -64,7 +64,7 @@ def kernel(
         arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
         with _plain(arrays):
             results, saved = forward(arrays, params)
-        return [t.contiguous() for t in (*results, *saved)]  # what the fake implementation says
+        return _apart([t.contiguous() for t in (*results, *saved)], given[:-1])  # contiguous: what the fake implementation says
 
     def fake(*given: Any) -> list[torch.Tensor]:
         arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
@@ -102,7 +102,7 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
         arrays, params, results, kept, cotangents, wanted = split(given)
         with _plain(arrays):
             found = backward(arrays, params, results, kept, cotangents, wanted)
-        return [found[n].to(arrays[n].dtype).contiguous() for n in wanted]
+        return _apart([found[n].to(arrays[n].dtype).contiguous() for n in wanted], [*arrays.values(), *results, *kept, *cotangents])
 
     def fake(*given: Any) -> list[torch.Tensor]:
         arrays, _, _, _, _, wanted = split(given)
@@ -127,6 +127,17 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
         return (*(found.get(n) for n in names), None)
 
     definition.register_autograd(pull, setup_context=keep)
+
+
+def _apart(made: list[torch.Tensor], given: Sequence[Any]) -> list[torch.Tensor]:
+    """The results with memory of their own each, as custom ops promise."""
+    taken = {t.untyped_storage().data_ptr() for t in given if t is not None and t.numel()}
+    out = []
+    for t in made:
+        place = t.untyped_storage().data_ptr()
+        out.append(t.clone() if t.numel() and place in taken else t)
+        taken.add(place)
+    return out
 
 
 def _empty(spec: Spec, device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Dynamo's graph at the level of ATen, before autograd takes it apart.
 
-Dynamo gives the user's calls (functions, methods, modules); `make_fx(pre_dispatch=True)` gives each as the ATen op that the dispatcher
-meets first: `linear`, `scaled_dot_product_attention`, `layer_norm`, `cross_entropy_loss` are still single calls, and autograd differentiates
-the graph as it would have differentiated the program. Three things are put in order on the way:
+Dynamo gives the user's calls (functions, methods, modules); `make_fx(pre_dispatch=True)` gives each as the ATen op that the
+dispatcher meets first: `linear`, `scaled_dot_product_attention`, `layer_norm`, `cross_entropy_loss` are still single calls, and autograd
+differentiates the graph as it would have differentiated the program. Three things are put in order on the way:
 
 - `vmap` (which Hugging Face builds its masks by) is carried out: between its markers, ops mean something else than they say.
 - An in-place op on a tensor that the graph itself made, and that nothing else looks into, becomes its functional twin.
@@ -48,7 +48,11 @@ def _traced(gm: fx.GraphModule, example: Sequence[Any], pre_dispatch: bool) -> f
     run = _Lowering(gm)
     # The graph is traced beside whatever compiles it: its fake tensors are its own.
     with torch._guards.tracing(None), _mode_of(example), fx.traceback.preserve_node_meta():
-        return make_fx(run.run, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
+        try:
+            return make_fx(run.run, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
+        finally:
+            for region in reversed(run.entered):  # none, unless the trace failed inside of one
+                region.__exit__(None, None, None)
 
 
 def _mode_of(example: Sequence[Any]) -> Any:
@@ -59,6 +63,10 @@ def _mode_of(example: Sequence[Any]) -> Any:
 class _Lowering(fx.Interpreter):
     """Runs a graph so that make_fx records it; a higher-order op is recorded whole."""
 
+    def __init__(self, gm: fx.GraphModule):
+        super().__init__(gm)
+        self.entered: list[Any] = []  # autocast regions
+
     def run_node(self, n: fx.Node) -> Any:
         with fx.traceback.set_current_meta(n):
             return super().run_node(n)
@@ -66,6 +74,14 @@ class _Lowering(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, torch._ops.HigherOrderOperator) and _bodies((args, kwargs)):
             return _recorded(target, args, kwargs)
+        # Entered in truth, so that what stands inside is traced in the dtypes that it will have; the region records itself.
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self.entered.append(torch.autocast(*args, **kwargs))
+            self.entered[-1].__enter__()
+            return self.entered[-1]
+        if target is torch.amp.autocast_mode._exit_autocast:
+            self.entered.pop().__exit__(None, None, None)
+            return None
         return super().call_function(target, args, kwargs)
 
 
@@ -76,7 +92,7 @@ def _bodies(x: Any) -> list[fx.GraphModule]:
 def _recorded(target: Any, args: Any, kwargs: Any) -> Any:
     mode = get_proxy_mode()
     assert mode is not None
-    tracer = mode.tracer
+    tracer: Any = mode.tracer
     with disable_proxy_modes_tracing():
         body = next(iter(_bodies((args, kwargs))))
         out = body(*(a for a in args if a is not body))
@@ -106,9 +122,9 @@ def effectful(n: fx.Node) -> bool:
 def _draws_nothing(n: fx.Node) -> bool:
     """Dropout that is off."""
     if n.target is aten.dropout.default:
-        return n.args[1] == 0 or n.args[2] is False
+        return bool(n.args[1] == 0 or n.args[2] is False)
     if n.target is aten.scaled_dot_product_attention.default:
-        return (n.args[4] if len(n.args) > 4 else n.kwargs.get("dropout_p", 0.0)) == 0
+        return bool((n.args[4] if len(n.args) > 4 else n.kwargs.get("dropout_p", 0.0)) == 0)
     return False
 
 

@@ -86,7 +86,7 @@ def _pair(b: Any, x: Any, y: Any, to_float: bool = False) -> tuple[Any, Any]:
     dtype = _common(x, y)
     if to_float and not is_float(dtype):
         dtype = "float32"
-    return tuple(b.convert(a, dtype) if is_value(a) else _number(b, a, dtype) for a in (x, y))  # type: ignore[return-value]
+    return tuple(b.convert(a, dtype) if is_value(a) else _number(b, a, dtype) for a in (x, y))
 
 
 def _floating(b: Any, x: Any) -> Any:
@@ -213,7 +213,7 @@ for _name in ("eq", "ne", "ge", "gt", "le", "lt"):
     rule(f"{_name}.Tensor", f"{_name}.Scalar")(_compare)
 
 for _name, _op in (("logical_and", "and"), ("logical_or", "or"), ("bitwise_and", "and"), ("bitwise_or", "or"), ("__and__", "and"),
-                   ("__or__", "or"), ("bitwise_xor", "xor"), ("logical_xor", "xor")):  # fmt: skip
+                   ("__or__", "or"), ("__xor__", "xor"), ("bitwise_xor", "xor"), ("logical_xor", "xor")):  # fmt: skip
 
     def _logic(b: Any, x: Any, y: Any, op: str = _op) -> Any:
         if not is_value(y):
@@ -742,7 +742,8 @@ def _rms_norm(b: Any, x: Any, shape: Sequence[int], weight: Any = None, eps: Any
         raise Unknown("a weight of another dtype")
     w, d = _wide(b, x), x.ndim - 1
     eps = float(torch.finfo(torch_dtype(w.dtype)).eps) if eps is None else eps
-    mean = b.elementwise("div", b.reduce("sum", b.op("square", w, shape=w.shape, dtype=w.dtype), [d], True), b.full(float(shape[0]), w.dtype))
+    total = b.reduce("sum", b.op("square", w, shape=w.shape, dtype=w.dtype), [d], True)
+    mean = b.elementwise("div", total, b.full(float(shape[0]), w.dtype))
     y = b.elementwise("mul", w, b.elementwise("rsqrt", b.elementwise("add", mean, b.full(eps, w.dtype))))
     y = y if weight is None else b.elementwise("mul", y, b.convert(weight, w.dtype))
     return b.convert(y, x.dtype)
@@ -902,8 +903,9 @@ def _nll(b: Any, logp: Any, labels: Any, weight: Any, reduction: int, ignore_ind
     wide = _wide(b, loss)
     total = b.reduce("sum", wide, axes, False)
     if reduction == 1:
-        count = b.reduce("sum", b.convert(kept, wide.dtype), axes, False) if axes else b.convert(kept, wide.dtype)
-        total = b.elementwise("div", total, count)
+        # Counted in integers: as floats they would be the weights of the tokens, and an array of the site made outside of it.
+        count = b.reduce("sum", b.convert(kept, "int64"), axes, False)
+        total = b.elementwise("div", total, b.convert(count, wide.dtype))
     out = b.convert(total, loss.dtype)
     return b.identity(out)
 
@@ -924,7 +926,7 @@ def _attention(
     if enable_gqa and k.shape[-3] != q.shape[-3]:
         k, v = (_repeat_interleave(b, a, q.shape[-3] // a.shape[-3], -3) for a in (k, v))
     batch = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    q, k, v = (b.broadcast(b.convert(a, "float32" if dtype in ("bfloat16", "float16") else dtype), (*batch, *a.shape[-2:])) for a in (q, k, v))
+    q, k, v = (b.broadcast(_wide(b, a), (*batch, *a.shape[-2:])) for a in (q, k, v))
     s = b.dot(q, k, (q.ndim - 1, k.ndim - 1), len(batch))
     s = b.elementwise("mul", s, b.full(scale, s.dtype))
     keep = None
