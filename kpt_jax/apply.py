@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from kpt.fusion.program import Match, Program
+from kpt.fusion.site import isolated, leaf_values
 from kpt.graph.graph import Graph, Node, Region
 from kpt_jax import _compat
 from kpt_jax.bind import bind
@@ -165,35 +166,6 @@ def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
     out_memo: dict[int, Any] = {}
     # A result's own origins are what is being computed: look only below them.
     return [emit(e, x, with_outs, out_memo) for e in match.results.values()]
-
-
-def leaf_values(program: Program, match: Match) -> tuple[int, ...]:
-    """The program values that a site is computed from: by the kernel, and by its own code, which may read what cancels."""
-    return tuple(sorted(_kernel_reads(program, match) | cancelled_values(program, match)))
-
-
-def cancelled_values(program: Program, match: Match) -> set[int]:
-    """What a site's own code reads and the kernel does not: a number added to all logits, say. No result depends on it."""
-    reads, nodes = _kernel_reads(program, match), program.consumed(match)
-    named = reads | {v for leaf in reads for v in program.env[leaf].origins} | {v for n in nodes for v in n.outputs}
-    return {program.env[v].origins[0] for n in nodes for v in n.inputs if v not in named and v not in program.graph.consts}
-
-
-def _kernel_reads(program: Program, match: Match) -> set[int]:
-    return set().union(*(program.leaves(a) for a in (*match.arrays.values(), *match.results.values())))
-
-
-def isolated(program: Program, match: Match) -> Graph:
-    """The code of one site alone: from its leaves to its results."""
-    g = program.graph
-    leaves = leaf_values(program, match)
-    consts = {v: c for v, c in g.consts.items() if v not in leaves}
-    nodes = program.consumed(match)
-    made = {v for n in nodes for v in n.outputs}
-    # A leaf may go by several names (a copy, a call's argument); the code may read it under any of them.
-    names = {v: leaf for leaf in leaves for v in program.env[leaf].origins if v not in made and v != leaf}
-    copies = [Node("identity", (leaf,), (v,)) for v, leaf in names.items()]
-    return Graph(g.name, leaves, tuple(match.results), g.specs, consts, copies + nodes)
 
 
 def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -12,13 +11,11 @@ from kpt.auto import Report, Result
 from kpt.strategy import Plan
 from kpt.strategy.plan import ORIGINAL
 from kpt.tracking.hooks import record_report
-from kpt_jax.measure import Timing, gain, loss_and_gradients, measure
+from kpt.tuning import SIGMAS, gain, ratio
+from kpt_jax.measure import Timing, loss_and_gradients, measure
 from kpt_jax.modules import function_of
 from kpt_jax.optimize import Optimized, optimize
 from kpt_jax.whole import certify_whole, worst_difference
-
-SIGMAS = 3.0
-"""Standard errors by which a rewrite has to win: one in seven hundred wins by chance."""
 
 
 def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", **keywords: Any) -> Result:
@@ -50,7 +47,7 @@ def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hard
     best = max(gains, key=lambda n: gains[n][0], default=ORIGINAL)
     won, noise = gains.get(best, (0.0, 0.0))
     kept = won > SIGMAS * noise and won > 0
-    words = f"{measured}, median of {len(before.seconds)} rounds side by side: {_ratio(won)} ± {noise:.1%}"
+    words = f"{measured}, median of {len(before.seconds)} rounds side by side: {ratio(won)} ± {noise:.1%}"
     if kept:
         fast.ban(left_out[best])
         note = f"Measured {words} with {best}."
@@ -72,7 +69,3 @@ def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hard
 def _as_written(plan: Plan, reason: str) -> Plan:
     left = tuple(dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason) for s in plan.sites)
     return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
-
-
-def _ratio(log: float) -> str:
-    return f"{math.exp(log):.2f}x faster" if log >= 0 else f"{math.exp(-log):.2f}x slower"

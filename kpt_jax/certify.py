@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import os
 import re
 import sys
@@ -15,19 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kpt import ops
 from kpt.fusion.program import Match, Program
-from kpt.graph.expr import numpy_dtype
-from kpt.kernels.validate import cancelling_terms
-from kpt.ops.base import Spec
-from kpt.validation import Certificate, compare
-from kpt.validation.conditioning import COARSE, sensitivity
+from kpt.fusion.site import isolated
+from kpt.strategy import certify as core
+from kpt.strategy.certify import Leaves, Sides, moving_leaves
+from kpt.validation import Certificate
 from kpt_jax import _compat
-from kpt_jax.apply import Rewrite, cancelled_values, isolated, leaf_values, run
+from kpt_jax.apply import Rewrite, run
 from kpt_jax.bind import bind
 from kpt_jax.emit import emit
-
-_FEW = 4096  # elements of a site below which it is looked at more than once
 
 
 def rules(program: Program, match: Match) -> list[Any]:
@@ -68,15 +61,7 @@ def uncertifiable(program: Program, match: Match) -> str | None:
     for eqn in rules(program, match):
         if not all(any(home in source for home in _libraries()) for source in _compat.rule_sources(eqn)):
             return "a derivative rule of your own is part of it"
-    stored = [e.dtype for e in match.arrays.values()] + [program.graph.specs[v].dtype for v in match.results]
-    if not any(d.startswith(("float", "bfloat")) for d in stored):
-        return None
-    finest = _bits(narrowest(stored))
-    for n in program.consumed(match):
-        made = program.graph.specs[n.outputs[0]].dtype
-        if n.op == "convert" and made.startswith(("float", "bfloat")) and _bits(made) < finest:
-            return f"it rounds to {made} on the way, which the kernel would not"
-    return None
+    return core.rounds_on_the_way(program, match)
 
 
 def _libraries() -> list[str]:
@@ -85,69 +70,12 @@ def _libraries() -> list[str]:
     return [os.path.dirname(m.__file__) + os.sep for m in loaded if m is not None and m.__file__]
 
 
-def _bits(dtype: str) -> int:
-    return numpy_dtype(dtype).itemsize
-
-
-def original_bytes(program: Program, match: Match) -> int:
-    """Memory that the site's own code may take, forward and backward: an upper estimate, in bytes."""
-    specs = [program.graph.specs[v] for n in program.consumed(match) for v in n.outputs]
-    size = sum(math.prod(s.shape) * numpy_dtype(s.dtype).itemsize for s in specs if s.dtype not in ("key", "token"))
-    return 2 * size
-
-
-def sample(program: Program, match: Match, seed: int) -> dict[int, np.ndarray]:
-    """Random values for the leaves of a site, each in the domain of the array that it is part of."""
-    rng = np.random.default_rng(seed)
-    specs = {name: e.spec for name, e in match.arrays.items()}
-    role: dict[int, str] = {}
-    for name, e in match.arrays.items():
-        for v in program.leaves(e):
-            role.setdefault(v, name)
-    for v in leaf_values(program, match):
-        role.setdefault(v, "")
-    out = {}
-    for v, name in sorted(role.items()):
-        spec = program.graph.specs[v]
-        out[v] = _draw(rng, spec, name, specs)
-    return out
-
-
-def _draw(rng: np.random.Generator, spec: Spec, name: str, specs: Mapping[str, Spec]) -> np.ndarray:
-    dtype = numpy_dtype(spec.dtype)
-    if spec.dtype == "bool":
-        return rng.random(spec.shape) < 0.85
-    if dtype.kind in "iu":
-        if name == "labels":
-            high = specs["logits"].shape[-1] if "logits" in specs else specs["w"].shape[-1]
-        elif name == "kv_lengths":
-            return rng.integers(1, specs["k"].shape[1] + 1, spec.shape).astype(dtype)
-        elif name.endswith("segment_ids"):
-            return np.sort(rng.integers(0, 3, spec.shape), axis=-1).astype(dtype)
-        else:  # a 0/1 mask kept as numbers
-            return (rng.random(spec.shape) < 0.85).astype(dtype)
-        return rng.integers(0, max(high, 1), spec.shape).astype(dtype)
-    x = rng.standard_normal(spec.shape)
-    if name in ("w", "w_gate", "w_up", "b"):
-        x = x / math.sqrt(max(specs["x"].shape[-1], 1))
-    if name == "weight":
-        x = 1.0 + 0.1 * x
-    return np.asarray(x).astype(dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sides:
-    """Original and kernel of one site, compiled: (leaves, cotangents) -> (results, gradients)."""
-
-    original: Callable[..., Any]
-    kernel: Callable[..., Any]
-
-
-def _sides(program: Program, match: Match, kernel: Callable[..., Any], wrt: Sequence[int]) -> _Sides:
+def _sides(program: Program, match: Match, kernel: Callable[..., Any]) -> Sides:
     g = isolated(program, match)
-    base, fast = Rewrite(g), Rewrite(g, program, [(match, kernel)])
+    wrt = moving_leaves(program, match)
 
-    def with_gradients(rw: Rewrite) -> Callable[..., Any]:
+    def side(rw: Rewrite) -> Callable[..., Any]:
+        @jax.jit
         def both(leaves: dict[int, Any], cotangents: list[Any]) -> Any:
             def forward(diff: list[Any]) -> list[Any]:
                 given = {**leaves, **dict(zip(wrt, diff, strict=True))}
@@ -156,9 +84,20 @@ def _sides(program: Program, match: Match, kernel: Callable[..., Any], wrt: Sequ
             outs, vjp = jax.vjp(forward, [leaves[v] for v in wrt])
             return outs, vjp(list(cotangents))[0]
 
-        return jax.jit(both)
+        def on_arrays(leaves: Leaves, cotangents: Sequence[np.ndarray]) -> Any:
+            return jax.device_get(both(dict(leaves), [jnp.asarray(c) for c in cotangents]))
 
-    return _Sides(with_gradients(base), with_gradients(fast))
+        return on_arrays
+
+    def arrays(leaves: Leaves) -> dict[str, np.ndarray]:
+        memo: dict[int, Any] = {}
+
+        def known(e: Any) -> Any:
+            return leaves.get(e.origins[0], program.graph.consts.get(e.origins[0])) if e.origins else None
+
+        return {name: np.asarray(emit(e, program.exprs, known, memo)) for name, e in match.arrays.items()}
+
+    return Sides(side(Rewrite(g)), side(Rewrite(g, program, [(match, kernel)])), arrays)
 
 
 def certify_site(
@@ -168,122 +107,6 @@ def certify_site(
     seeds: Sequence[int] | None = None,
     example: Mapping[int, Any] | None = None,
 ) -> Certificate:
-    """Compares the kernel with the code it replaces, results and gradients, within the one tolerance.
-
-    Args:
-      seeds: of random inputs; by default one, and up to four where the site's arrays have few elements.
-      example: the user's own values of the site's leaves, if they are known.
-
-    Raises:
-      Whatever the kernel raises; the caller drops the site and says so.
-    """
-    moving = set(leaf_values(program, match)) - cancelled_values(program, match)  # what cancels has rounding errors for a gradient
-    floats = [v for v in sorted(moving) if program.graph.specs[v].dtype.startswith(("float", "bfloat"))]
-    names = {v: _name(program, match, v) for v in floats}
-    elements = sum(math.prod(program.graph.specs[v].shape) for v in (*floats, *match.results))
-    few = max(1, _FEW // max(elements, 1))  # what one draw shows of few numbers is little
-    draws = [(f"seed {s}", sample(program, match, s)) for s in (range(min(4, few)) if seeds is None else seeds)]
-    if example is not None:
-        draws.append(("the example inputs", {v: np.asarray(a) for v, a in example.items()}))
-    dtype = narrowest([e.dtype for e in match.arrays.values()] + [program.graph.specs[v].dtype for v in (*floats, *match.results)])
-    certificate: Certificate | None = None
-
-    def hold(actual: Any, original: Any, lengths: Any, moved: Any, where: str, terms: Any = None) -> Certificate:
-        gradients = [n for n in original if n.startswith("d")]
-        return compare(actual, original, dtype, lengths, gradients=gradients, sensitivity=moved, terms=terms, where=where)
-
+    """`kpt.strategy.certify.certify_site`, both sides compiled by jax."""
     with _compat.concrete():
-        sides = _sides(program, match, kernel, floats)
-        for where, leaves in draws:
-            rng = np.random.default_rng(len(where))
-            cts = [
-                jnp.asarray(rng.standard_normal(program.graph.specs[v].shape).astype(numpy_dtype(program.graph.specs[v].dtype)))
-                for v in match.results
-            ]
-
-            def named(side: Callable[..., Any], leaves: Mapping[int, Any], cts: list[Any] = cts) -> dict[str, np.ndarray]:
-                outs, grads = jax.device_get(side(leaves, cts))
-                return {f"result{i}": np.asarray(o) for i, o in enumerate(outs)} | {
-                    f"d{names[v]}": np.asarray(x) for v, x in zip(floats, grads, strict=True)
-                }
-
-            actual, original = named(sides.kernel, leaves), named(sides.original, leaves)
-            moved = sensitivity(functools.partial(named, sides.original), leaves, rng, original, COARSE)
-            lengths = {n: _reduction_length(match, a.size) for n, a in original.items()}
-            made = hold(actual, original, lengths, moved, where)
-            if not made.passed:  # for most sites nothing cancels, and the bounds need no more than that
-                terms = _cancelling(program, match, leaves, original, cts, names)
-                made = hold(actual, original, lengths, moved, where, terms)
-            certificate = made if certificate is None else certificate.merge(made)
-    assert certificate is not None
-    return certificate
-
-
-def _cancelling(
-    program: Program, match: Match, leaves: Mapping[int, Any], original: Mapping[str, np.ndarray], cotangents: Sequence[Any],
-    names: Mapping[int, str],
-) -> dict[str, Any]:  # fmt: skip
-    """Size of the terms that cancel inside of a site, by result and gradient: `cancelling_terms` of its op.
-
-    The op speaks of its own arrays and outputs, the site of what they are computed from and what is made of them. Where
-    the two are the same they count element by element, else with their root mean square.
-    """
-    memo: dict[int, Any] = {}
-
-    def known(e: Any) -> Any:
-        return leaves.get(e.origins[0], program.graph.consts.get(e.origins[0])) if e.origins else None
-
-    arrays = {}
-    for name, e in match.arrays.items():
-        a = np.asarray(emit(e, program.exprs, known, memo))
-        arrays[name] = a.astype(np.float64) if e.dtype.startswith(("float", "bfloat")) else a
-    results = tuple(f"result{i}" for i in range(len(match.results)))
-    exact = {n: np.asarray(original[n], np.float64) for n in results}
-    cts = tuple(np.asarray(c, np.float64) for c in cotangents)
-    differentiable = [n for n in ops.op(match.op).differentiable if n in arrays]
-    with np.errstate(all="ignore"):  # the arrays may hold NaN and infinities
-        found = cancelling_terms(match.op, arrays, dict(match.params), results, exact, cts, differentiable)
-
-    def size(t: Any, direct: bool) -> Any:
-        return t if direct or not np.ndim(t) else _rms(t)
-
-    outs = list(match.results.values())
-    by_output = {id(e): found[n] for n, e in reversed(list(zip(results, outs, strict=True)))}  # one output may have two names
-    terms = {n: size(by_output[id(e)], e.op == "out") for n, e in zip(results, outs, strict=True)}
-    for v, name in names.items():
-        owners = [(n, match.arrays[n]) for n in differentiable if v in program.leaves(match.arrays[n])]
-        terms[f"d{name}"] = sum((size(found[n], bool(e.origins) and e.origins[0] == v) for n, e in owners), 0.0)
-    return terms
-
-
-def _rms(t: Any) -> float:
-    finite = np.asarray(t)[np.isfinite(t)]
-    return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
-
-
-def _name(program: Program, match: Match, v: int) -> str:
-    owners = [n for n, e in match.arrays.items() if v in program.leaves(e)]
-    return ("+".join(owners) or f"factor{v}") + (f"#{v}" if sum(v2 != v for n in owners for v2 in program.leaves(match.arrays[n])) else "")
-
-
-def _reduction_length(match: Match, elements: int) -> int:
-    return reduction_length(match.op, {n: e.spec for n, e in match.arrays.items()}, match.params, elements)
-
-
-def reduction_length(op: str, specs: Mapping[str, Spec], params: Mapping[str, Any], elements: int | None = None) -> int:
-    """How many terms an op sums into each of `elements` (by default, those of its results): flops / (2 elements)."""
-    if elements is None:
-        elements = sum(math.prod(s.shape) for s in ops.op(op).infer(specs, **params))
-    return max(1, math.ceil(ops.op(op).cost(specs, **params).flops / (2 * max(elements, 1))))
-
-
-def narrowest(dtypes: Sequence[str]) -> str:
-    floats = [d for d in dtypes if d.startswith(("float", "bfloat"))]
-    return min(floats, key=lambda d: ("bfloat16", "float16", "float32", "float64").index(d)) if floats else "float32"
-
-
-def reduced_specs(match: Match, largest: int = 96) -> dict[str, Spec]:
-    """The site's arrays with long dimensions cut short, equal sizes staying equal, and what is left over from tiles left over."""
-    sizes = sorted({n for e in match.arrays.values() for n in e.shape if n > largest})
-    to = {n: largest + 32 * i + n % 32 for i, n in enumerate(sizes)}
-    return {name: Spec(tuple(to.get(n, n) for n in e.shape), e.dtype) for name, e in match.arrays.items()}
+        return core.certify_site(program, match, _sides(program, match, kernel), seeds, example)

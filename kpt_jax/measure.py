@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-SECONDS = 1.5
-"""Time to spend on running each program."""
-SAMPLE = 2e-3
-"""Shortest sample, in seconds: shorter calls are repeated within one, for clocks and wake-ups cost microseconds."""
+from kpt.tuning import SECONDS, rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +25,10 @@ class Timing:
 def measure(
     programs: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], seconds: float = SECONDS
 ) -> dict[str, Timing]:
-    """Times functions of the same arrays.
-
-    In each round every program runs once, in an order that rotates, so that whatever else the machine does meets all.
-    """
+    """Times functions of the same arrays, in turn (`kpt.tuning.rounds`)."""
     compiled = {n: jax.jit(f).lower(*inputs).compile() for n, f in programs.items()}
-    slowest = 0.0
-    for run in compiled.values():
-        jax.block_until_ready(run(*inputs))  # first touch of memory
-        slowest = max(slowest, _sample(run, inputs, 1))
-    repeats = max(1, math.ceil(SAMPLE / max(slowest, 1e-9)))
-    rounds = min(101, max(9, math.ceil(seconds / max(repeats * slowest, 1e-9))))
-    taken: dict[str, list[float]] = {n: [] for n in compiled}
-    names = list(compiled)
-    for i in range(rounds):
-        first = i % len(names)
-        for n in names[first:] + names[:first]:
-            taken[n].append(_sample(compiled[n], inputs, repeats))
-    return {n: Timing(tuple(taken[n]), _memory(compiled[n])) for n in names}
+    taken = rounds({n: functools.partial(_sample, run, inputs) for n, run in compiled.items()}, seconds)
+    return {n: Timing(taken[n], _memory(compiled[n])) for n in compiled}
 
 
 def _sample(run: Callable[..., Any], inputs: Sequence[Any], repeats: int) -> float:
@@ -63,18 +45,6 @@ def _memory(compiled: Any) -> int | None:
         return int(found.temp_size_in_bytes + found.output_size_in_bytes)
     except (AttributeError, NotImplementedError, TypeError):  # not every backend tells
         return None
-
-
-def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """`(log of the speedup, its standard error)` over rounds that ran side by side.
-
-    The median of the ratios' logarithms, for a busy machine leaves outliers, and for it the error of a median,
-    1.2533 sigma / sqrt(n), with sigma from the median absolute deviation, 1.4826 MAD.
-    """
-    logs = [math.log(b / a) for b, a in zip(before, after, strict=True)]
-    middle = statistics.median(logs)
-    mad = statistics.median(abs(x - middle) for x in logs)
-    return middle, 1.2533 * 1.4826 * mad / math.sqrt(len(logs))
 
 
 def loss_and_gradients(fn: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any] | None:

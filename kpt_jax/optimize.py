@@ -23,7 +23,7 @@ from kpt_jax import _compat, modules
 from kpt_jax.apply import Rewrite, run
 from kpt_jax.capture import capture, uncollected
 from kpt_jax.derivatives import derivatives_seen
-from kpt_jax.planner import Planner, active
+from kpt_jax.planner import FRONT, Planner, active
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct, *_compat.CONSTANTS)
 _SCALARS = (int, float, complex)
@@ -357,7 +357,7 @@ class Optimized:
         if self._given is not None:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         c = config()
-        return Planner(self._level, profile(self._hardware), wanted, self._banned, c.certify, _detected(_platform()))
+        return Planner(FRONT, self._level, profile(self._hardware), wanted, self._banned, c.certify, _detected(_platform()))
 
 
 def _again(fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str]) -> Optimized:

@@ -13,10 +13,10 @@ import numpy as np
 
 from kpt.errors import ValidationError
 from kpt.strategy import Plan, Site
+from kpt.strategy.certify import narrowest, reduction_length
 from kpt.validation import Certificate, compare
 from kpt.validation.conditioning import COARSE, sensitivity
 from kpt_jax import _compat
-from kpt_jax.certify import narrowest, reduction_length
 from kpt_jax.optimize import Optimized
 
 log = logging.getLogger("kpt")

@@ -75,6 +75,23 @@ def _tpu(
     )
 
 
+def _torch(op: str, provider: str, loader: str, level: str = "conservative", version: int = 1, **honours: Any) -> KernelSpec:
+    """PyTorch's own ops, put together: runs wherever PyTorch does."""
+    return KernelSpec(
+        name=f"{op}.{provider}",
+        op=op,
+        version=version,
+        provider=provider,
+        framework="torch",
+        platforms=EVERYWHERE,
+        dtypes=FLOATS,
+        level=level,
+        requires=("torch>=2.9",),
+        loader=f"kpt_torch.kernels.{loader}",
+        **honours,
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -141,4 +158,19 @@ KERNELS: tuple[KernelSpec, ...] = (
     _tpu("ragged_matmul", level="balanced"),
     _tpu("linear_act", level="balanced", params={"activation": ACTIVATIONS}),
     _tpu("glu", level="balanced", params={"activation": ACTIVATIONS}),
+    _torch(
+        "attention",
+        "sdpa",
+        "attention:attention",
+        masks=EVERY_MASK,
+        additive=True,
+        params={"logits_soft_cap": (None,)},
+        accepts="kpt_torch.kernels.attention:refusal",
+        deterministic=False,
+    ),
+    _torch("rms_norm", "torch", "rows:rms_norm"),
+    _torch("layer_norm", "torch", "rows:layer_norm"),
+    _torch("rope", "torch", "rows:rope", params={"interleaved": (False, True)}),
+    _torch("cross_entropy", "torch", "rows:cross_entropy", params={"invalid": INVALID_LABELS}),
+    _torch("linear_cross_entropy", "torch", "rows:linear_cross_entropy", params={"invalid": INVALID_LABELS}),
 )

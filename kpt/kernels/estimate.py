@@ -73,7 +73,8 @@ def estimate(
     work = kernel.cost(specs, params) if kernel.cost else cost(specs, **params)  # type: ignore[misc]
     platform = getattr(hardware, "platform", "")
     extra = 0.0
-    if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE and kernel.op not in _ONE_KERNEL.get(platform, ()):
+    compiled = _ONE_KERNEL.get(platform, frozenset()) if kernel.framework == "jax" else frozenset()  # torch runs them op by op
+    if kernel.provider == ORIGINAL and kernel.op in _INTERMEDIATE and kernel.op not in compiled:
         extra = _INTERMEDIATE[kernel.op](specs)
         if extra / 2 > (getattr(hardware, "memory_bytes", None) or math.inf):
             return math.inf

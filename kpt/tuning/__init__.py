@@ -1,7 +1,12 @@
-"""What kernels were measured to take, kept: `Measurements` is the store, `bucket` says which calls share a measurement."""
+"""How programs are timed against each other, and what kernels were measured to take, kept: `Measurements` is the store, `bucket` says
+which calls share a measurement."""
 
 from kpt.tuning.bucket import Bucket, bucket
 from kpt.tuning.exchange import Import, export_json, import_json
 from kpt.tuning.measurements import Key, Measurement, Measurements
+from kpt.tuning.rounds import SECONDS, SIGMAS, gain, ratio, rounds
 
-__all__ = ["Bucket", "Import", "Key", "Measurement", "Measurements", "bucket", "export_json", "import_json"]
+__all__ = [
+    "SECONDS", "SIGMAS", "Bucket", "Import", "Key", "Measurement", "Measurements", "bucket", "export_json", "gain", "import_json", "ratio",
+    "rounds",
+]  # fmt: skip

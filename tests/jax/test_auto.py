@@ -15,8 +15,9 @@ import kpt
 from kpt.auto import front_end
 from kpt.errors import KptError
 from kpt.kernels import KernelSpec, registry
+from kpt.tuning import gain
 from kpt_jax import auto
-from kpt_jax.measure import Timing, gain
+from kpt_jax.measure import Timing
 
 
 def normalised(x, w):

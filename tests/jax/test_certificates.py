@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 import kpt
+from kpt.strategy.planner import patterns
 from kpt_jax.capture import capture
 from kpt_jax.certify import certify_site
-from kpt_jax.planner import _Example, patterns
+from kpt_jax.planner import Example
 
 
 def loss(logits, labels):
@@ -39,7 +40,7 @@ def test_what_cancels_inside_is_allowed_for(off, passes):
         out = kernel(**arrays)
         return jax.tree.map(lambda x: x + off, out)
 
-    certificate = certify_site(program, match, rounded, seeds=(), example=_Example(program.graph, (logits, labels)).leaves(program, match))
+    certificate = certify_site(program, match, rounded, seeds=(), example=Example(program.graph, (logits, labels)).leaves(program, match))
     assert certificate.passed == passes, certificate.summary()
 
 

@@ -1,0 +1,324 @@
+"""From a captured program to the kernels that are put into it: match, choose, certify. Both front ends plan by this."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Protocol
+
+from kpt import kernels as kernel_room
+from kpt import ops
+from kpt.config import config
+from kpt.errors import KernelError
+from kpt.fusion.program import Match, NearMiss, Program
+from kpt.fusion.registry import FusionRegistry, default_fusion
+from kpt.fusion.site import fingerprint, original_bytes, reduced_specs, specs_of
+from kpt.graph.graph import Graph
+from kpt.hardware import HardwareProfile
+from kpt.kernels import KernelSpec
+from kpt.kernels.spec import ORIGINAL, refusal
+from kpt.ops.base import Spec
+from kpt.strategy.certify import digest
+from kpt.strategy.levels import choose
+from kpt.strategy.plan import Plan, Site
+from kpt.validation import Certificate
+
+log = logging.getLogger("kpt")
+Kernel = Callable[..., Any]
+
+
+@functools.cache
+def patterns() -> FusionRegistry:
+    return default_fusion()
+
+
+class FrontEnd(Protocol):
+    """What a framework does for the planner.
+
+    Attributes:
+      framework: "jax" or "torch", as `KernelSpec.framework` spells it.
+      packages: whose versions a plan records.
+    """
+
+    framework: str
+    packages: tuple[str, ...]
+
+    def backend(self) -> str:
+        """What proofs are made on: a proof made on a CPU is none for a GPU."""
+
+    def rules_text(self, program: Program, match: Match) -> str:
+        """What the derivative rules inside a site compute: code that is equal but for them is not equal."""
+
+    def uncertifiable(self, program: Program, match: Match) -> str | None:
+        """Why a site must not be taken on the word of the float64 reference, which knows the op and not the code it replaces."""
+
+    def certify(self, program: Program, match: Match, kernel: Kernel, example: Mapping[int, Any] | None) -> Certificate:
+        """The kernel beside the code it replaces."""
+
+    def against_reference(self, match: Match, specs: dict[str, Spec], kernel: Kernel) -> Certificate:
+        """The kernel against float64, on random arrays of these specs."""
+
+    def proving(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around a proof."""
+
+
+Leaves = Callable[[Program, Match], Mapping[int, Any] | None]
+"""The user's values of a site's leaves, for the first site of each shape of site; None where they are not known."""
+
+
+@dataclasses.dataclass(eq=False)
+class Planner:
+    """Gathers the sites of one program, nested parts included.
+
+    Attributes:
+      front: the framework.
+      hardware: to choose kernels for.
+      foreign: sites of a plan of another framework, to follow instead: a site is one of them if op, shapes and parameters agree. What
+        is followed is taken off the list; what is left has no counterpart.
+      here: what the program runs on, where that may be something else.
+      wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
+    """
+
+    front: FrontEnd
+    level: str
+    hardware: HardwareProfile
+    wanted: Mapping[tuple[str, str, str], Site] | None = None
+    banned: frozenset[str] = frozenset()
+    certify: str = "full"
+    here: HardwareProfile | None = None
+    foreign: list[Site] | None = None
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    skipped: list[Site] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def plan(self, function: str) -> Plan:
+        met = {(s.path, s.op, s.fingerprint) for s in (*self.sites, *self.skipped)}
+        for key, site in (self.wanted or {}).items():
+            if key not in met:
+                at = f" ({site.source})" if site.source else ""
+                self.notes.append(f"The plan that was given names {site.op} at {site.path}{at}, which this function does not have.")
+        log.info("%s: %d sites swapped, %d left as they are", function, len(self.sites), len(self.skipped))
+        return Plan(function, self.level, self.hardware.name, self.front.framework, versions(self.front.packages), tuple(self.sites),
+                    tuple(self.skipped), tuple(dict.fromkeys(self.notes)))  # fmt: skip
+
+    def sites_of(
+        self,
+        graph: Graph,
+        path: str,
+        leaves: Leaves,
+        within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        seen: Callable[[NearMiss], bool] = lambda miss: False,
+        fits: Callable[[Program, Match, KernelSpec], str | None] = lambda program, match, kernel: None,
+    ) -> tuple[Program, list[tuple[Match, Kernel]]]:
+        """The matches of one graph, bodies apart, that get a kernel: chosen, wanted and proved.
+
+        Args:
+          within: entered around the search.
+          seen: near misses that need no mention.
+          fits: further reasons of the front end to leave a site alone.
+        """
+        chosen: dict[int, tuple[KernelSpec, Kernel, str, dict[str, str]]] = {}
+        refusals: dict[int, dict[str, str]] = {}
+        choices: dict[Any, tuple[KernelSpec | None, str, dict[str, str]]] = {}
+
+        def accept(match: Match) -> str | None:
+            specs = specs_of(match)
+            call = match.op, tuple(specs.items()), repr(match.params)
+            if call not in choices:  # layers are alike
+                choices[call] = choose(match.op, specs, match.params, hardware=self.hardware, level=self.level,
+                                       framework=self.front.framework)  # fmt: skip
+            kernel, reason, others = choices[call]
+            if kernel is None:
+                refusals[next(iter(match.results))] = others
+                return reason
+            try:
+                chosen[id(match)] = kernel, kernel_room.registry.load(kernel), reason, others
+            except Exception as error:  # a broken kernel costs a site, never the user's run
+                return f"{kernel.name} cannot be loaded: {error}"
+            return None
+
+        with within():
+            program, matches, missed = patterns().find(graph, accept)
+        kept: list[tuple[Match, Kernel]] = []
+        for i, match in enumerate(sorted(matches, key=lambda m: max(m.results))):
+            kernel, fn, reason, others = chosen[id(match)]
+            where = f"{path}/{match.op}{i}" if path else f"{match.op}{i}"
+            site = _site(program, match, kernel, where, reason, others)
+            why = self._unwanted(site) or fits(program, match, kernel)
+            if why is None and (elsewhere := self._elsewhere(kernel, site)) is not None:
+                self.sites.append(dataclasses.replace(site, reason=f"{site.reason} {elsewhere}"))
+                continue
+            if why is None:
+                site, why = self._proved(program, match, kernel, fn, site, leaves)
+            if why is not None:
+                self._skip(match.op, where, match.source, why, site)
+                continue
+            kept.append((match, fn))
+            self.sites.append(site)
+        for miss in missed:
+            if not seen(miss):
+                self._skip(miss.op, path, miss.source, miss.reason, None, refusals.get(miss.value, {}))
+        return program, kept
+
+    def bodies_of(self, graph: Graph, path: str) -> Iterable[tuple[Any, list[tuple[str, Graph]]]]:
+        """The nodes of a graph that have bodies, and these with their paths: "scan0", "cond1.0", "cond1.1"."""
+        count: dict[str, int] = {}
+        for n in graph.nodes:
+            if not n.bodies:
+                continue
+            i = count[n.op] = count.get(n.op, -1) + 1
+            here = f"{path}/{n.op}{i}" if path else f"{n.op}{i}"
+            yield n, [(here if len(n.bodies) == 1 else f"{here}.{k}", b) for k, b in enumerate(n.bodies)]
+
+    def _unwanted(self, site: Site) -> str | None:
+        if f"{site.path}" in self.banned:
+            return "The whole program disagreed with the original while this site was in; a bisection found it."
+        if self.foreign is not None:
+            twin = next((s for s in self.foreign if corresponds(s, site)), None)
+            if twin is None:
+                return "The plan that was given is another framework's, and names no site of these shapes and parameters that is left."
+            self.foreign.remove(twin)
+            return None
+        if self.wanted is None:
+            return None
+        asked = self.wanted.get((site.path, site.op, site.fingerprint))
+        if asked is None:
+            return ("The plan that was given has no such site here: the code, a shape, a dtype or a parameter is another than when it "
+                    "was made. Make a new plan to include it.")  # fmt: skip
+        if asked.kernel != site.kernel:
+            return f"The plan asks for {asked.kernel}, which cannot be had here (this machine would take {site.kernel})."
+        if asked.version != site.version:
+            self.notes.append(f"{asked} was planned with version {asked.version}; version {site.version} runs here.")
+        return None
+
+    def _elsewhere(self, kernel: KernelSpec, site: Site) -> str | None:
+        """What to say of a kernel that was chosen for other hardware than this and cannot run here; its site runs as written."""
+        if self.here is None or self.here == self.hardware:
+            return None
+        why = self._refused(kernel, site.op, site.specs, site.params)
+        return None if why is None else f"Not certified and not run on this machine ({self.here.name}): {kernel.name} {why}."
+
+    def _refused(self, kernel: KernelSpec, op: str, specs: Mapping[str, Spec], params: Mapping[str, Any]) -> str | None:
+        dtype = next(iter(specs.values())).dtype
+        return refusal(kernel, op, self.here or self.hardware, dtype, specs, params, self.level, self.front.framework)
+
+    def _certify_bytes(self) -> int:
+        given = config().certify_bytes
+        if given is not None:
+            return given
+        device = self.here or self.hardware
+        return 2 << 30 if device.platform == "cpu" or not device.memory_bytes else int(device.memory_bytes) // 8
+
+    def _against_reference(self, match: Match, kernel: KernelSpec, fn: Kernel) -> Certificate:
+        """Where the user's own code is too large to run: the kernel against float64, long dimensions as short as it takes them.
+
+        Raises:
+          KernelError: it takes no short ones.
+        """
+        why: str | None = None
+        for largest in (96, 512, 1024):
+            specs = reduced_specs(match, largest)
+            why = self._refused(kernel, match.op, specs, match.params)
+            if why is None:
+                return self.front.against_reference(match, specs, fn)
+        raise KernelError(f"{kernel.name} was to be certified at reduced size", f"It {why}", "Raise KPT_CERTIFY_BYTES")
+
+    def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, others: Mapping[str, str] | None = None) -> None:
+        base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(others or {}))
+        self.skipped.append(dataclasses.replace(base, kernel=ORIGINAL, version=None, reason=reason))
+
+    def _proved(
+        self, program: Program, match: Match, kernel: KernelSpec, fn: Kernel, site: Site, leaves: Leaves
+    ) -> tuple[Site, str | None]:
+        if self.certify == "off":
+            return site, None
+        with self.front.proving():
+            return self._prove(program, match, kernel, fn, site, leaves)
+
+    def _prove(
+        self, program: Program, match: Match, kernel: KernelSpec, fn: Kernel, site: Site, leaves: Leaves
+    ) -> tuple[Site, str | None]:
+        needed = original_bytes(program, match)
+        compared = needed <= self._certify_bytes()
+        if not compared and (why := self.front.uncertifiable(program, match)) is not None:
+            return site, f"It is too large to be compared with its own code, and {why}; raise KPT_CERTIFY_BYTES to compare the two."
+        note = ""
+        try:
+            rules = self.front.rules_text(program, match)
+            key: tuple = (kernel.name, kernel.version, site.fingerprint, rules, compared, self.front.backend())
+            example = leaves(program, match) if self.certify == "full" else None
+            if example is not None:
+                key = (*key, digest(example))
+            certificate = _CERTIFICATES.get(key)
+            if certificate is None:
+                certificate = (
+                    self.front.certify(program, match, fn, example) if compared else self._against_reference(match, kernel, fn)
+                )
+                _CERTIFICATES[key] = certificate
+        except Exception as error:  # whatever a kernel does wrong, the user's own code goes on running
+            log.warning("%s failed while it was certified: %s", site, error)
+            return site, f"{kernel.name} failed while it was certified: {_one_line(error)}"
+        if not compared:
+            note = (f" Certified at reduced size against float64, because its own code may need {needed / 2**30:.1f} GiB;"
+                    " raise KPT_CERTIFY_BYTES to compare the two at full size.")  # fmt: skip
+        site = dataclasses.replace(
+            site,
+            reason=site.reason + note,
+            error=certificate.worst(gradient=False),
+            error_gradient=certificate.worst(gradient=True),
+            certificate=certificate.to_json(),
+        )
+        if certificate.passed:
+            return site, None
+        log.warning("%s disagrees with the code it replaces: %s", site, certificate.summary())
+        return site, f"{kernel.name} disagrees with the original: {certificate.summary()}."
+
+
+_CERTIFICATES: dict[Any, Certificate] = {}
+"""Proofs made in this process: equal code with the same kernel is proved once."""
+
+
+def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason: str, others: dict[str, str]) -> Site:
+    return Site(match.op, kernel.name, kernel.version, path, match.source, reason, params=dict(match.params),
+                specs=specs_of(match), fingerprint=fingerprint(program, match), alternatives=others)  # fmt: skip
+
+
+def corresponds(a: Site, b: Site) -> bool:
+    """Whether two sites are the same call of the same op, whatever framework each is in: arrays, shapes, float dtypes, parameters."""
+
+    def known(s: Site) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {n: (x.shape, x.dtype if "float" in x.dtype else "") for n, x in s.specs.items()}
+
+    def equal(x: Any, y: Any) -> bool:
+        both = isinstance(x, float) and isinstance(y, float)
+        return math.isclose(x, y, rel_tol=1e-5) if both else x == y
+
+    defaults = ops.op(a.op).params
+    if a.op != b.op or known(a) != known(b):
+        return False
+    return all(equal(a.params.get(n, default), b.params.get(n, default)) for n, default in defaults.items())
+
+
+def same_miss(miss: NearMiss, skipped: Sequence[Site]) -> bool:
+    """Whether a skipped site already says what a near miss does."""
+    return any((s.op, s.source, s.reason) == (miss.op, miss.source, miss.reason) for s in skipped)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+@functools.cache
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """The installed versions of these packages."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

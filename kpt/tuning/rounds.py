@@ -1,0 +1,54 @@
+"""Programs run in turn in one process, and what the figures are worth."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+SECONDS = 1.5
+"""Time to spend on running each program."""
+SAMPLE = 2e-3
+"""Shortest sample, in seconds: shorter calls are repeated within one, for clocks and wake-ups cost microseconds."""
+SIGMAS = 3.0
+"""Standard errors by which a rewrite has to win: one in seven hundred wins by chance."""
+
+
+def rounds(samples: Mapping[str, Callable[[int], float]], seconds: float = SECONDS) -> dict[str, tuple[float, ...]]:
+    """Seconds per call, one figure a round, of programs that are ready to run.
+
+    In each round every program runs once, in an order that rotates, so that whatever else the machine does meets all.
+
+    Args:
+      samples: by name, `sample(repeats)`: seconds a call, over as many calls.
+    """
+    slowest = 0.0
+    for sample in samples.values():
+        sample(1)  # first touch of memory
+        slowest = max(slowest, sample(1))
+    repeats = max(1, math.ceil(SAMPLE / max(slowest, 1e-9)))
+    count = min(101, max(9, math.ceil(seconds / max(repeats * slowest, 1e-9))))
+    taken: dict[str, list[float]] = {n: [] for n in samples}
+    names = list(samples)
+    for i in range(count):
+        first = i % len(names)
+        for n in names[first:] + names[:first]:
+            taken[n].append(samples[n](repeats))
+    return {n: tuple(t) for n, t in taken.items()}
+
+
+def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """`(log of the speedup, its standard error)` over rounds that ran side by side.
+
+    The median of the ratios' logarithms, for a busy machine leaves outliers, and for it the error of a median,
+    1.2533 sigma / sqrt(n), with sigma from the median absolute deviation, 1.4826 MAD.
+    """
+    logs = [math.log(b / a) for b, a in zip(before, after, strict=True)]
+    middle = statistics.median(logs)
+    mad = statistics.median(abs(x - middle) for x in logs)
+    return middle, 1.2533 * 1.4826 * mad / math.sqrt(len(logs))
+
+
+def ratio(log: float) -> str:
+    """A logarithm of a speedup in words."""
+    return f"{math.exp(log):.2f}x faster" if log >= 0 else f"{math.exp(-log):.2f}x slower"

@@ -1,0 +1,112 @@
+"""Attention by torch's own `scaled_dot_product_attention`, which picks flash, memory-efficient, cuDNN or plain kernels by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kpt.ops.base import Specs
+from kpt.ops.mask import Causal, Explicit, Lengths, Mask, Segments, Window
+from kpt_torch.library import torch_dtype
+
+
+def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """Empty dims are left to the code as written: the back ends do not agree on them."""
+    if any(0 in s.shape for s in specs.values()):
+        return "is not given empty arrays"
+    return None
+
+
+def attention(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    q_segment_ids: torch.Tensor | None = None,
+    kv_segment_ids: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
+    mask: Mask = Mask(),  # noqa: B008  (frozen)
+    scale: float | None = None,
+    logits_soft_cap: None = None,
+    out_dtype: str | None = None,
+) -> torch.Tensor:
+    """`softmax(fill(scale * q k^T + bias, mask)) v`; arrays and mask as `kpt.ops.attention` says, [B, T, N, H].
+
+    Causality from the first key on is the flag `is_causal`, which costs no mask. Other masks become one boolean array of the smallest
+    shape that says them. What a query that sees no key becomes is the fill's, not the back end's: its keys are all shown to it, and
+    its row is put in afterwards.
+
+    A hidden key whose scores are NaN shows, since masks are added: this is no kernel for padding that holds NaN.
+    """
+    seen, may_be_empty = _seen(mask, q, k, keep, q_segment_ids, kv_segment_ids, kv_lengths)
+    causal = mask.terms == (Causal(0),)
+    empty = None
+    if seen is not None and may_be_empty:
+        empty = ~seen.any(-1, keepdim=True)
+        seen = seen | empty
+    added = seen
+    if bias is not None:
+        added = bias.to(q.dtype)
+        if seen is not None:
+            added = torch.where(seen, added, torch.full((), float("-inf"), dtype=q.dtype, device=q.device))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=None if causal else added, is_causal=causal, scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    if empty is not None and not mask.additive:
+        out = torch.where(empty, _unseen(mask, v, out), out)
+    out = out.transpose(1, 2)
+    return out if out_dtype is None else out.to(torch_dtype(out_dtype))
+
+
+def _unseen(mask: Mask, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The row of a query that sees nothing: NaN, or the mean of the values."""
+    if mask.fill == float("-inf"):
+        return torch.full((), float("nan"), dtype=out.dtype, device=out.device)
+    mean = v.mean(1, keepdim=True, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32).to(out.dtype)
+    return mean.repeat_interleave(out.shape[1] // v.shape[2], 2).transpose(1, 2)
+
+
+def _seen(
+    mask: Mask, q: torch.Tensor, k: torch.Tensor, keep: Any, q_segment_ids: Any, kv_segment_ids: Any, kv_lengths: Any
+) -> tuple[torch.Tensor | None, bool]:
+    """(a boolean array that broadcasts to [B, N, T, S], or None for all; whether a query may see nothing)."""
+    queries, keys = q.shape[1], k.shape[1]
+    i = torch.arange(queries, device=q.device)[:, None]
+    j = torch.arange(keys, device=q.device)[None, :]
+    seen: torch.Tensor | None = None
+    may_be_empty = False
+
+    def also(term: torch.Tensor) -> None:
+        nonlocal seen
+        seen = term if seen is None else seen & term
+
+    for t in mask.terms:
+        if isinstance(t, Causal):
+            also(j <= i + t.offset)
+            may_be_empty |= t.offset < 0
+        elif isinstance(t, Window):
+            if t.left is not None:
+                also(j >= i + t.offset - t.left)
+            if t.right is not None:
+                also(j <= i + t.offset + t.right)
+            may_be_empty |= True
+        elif isinstance(t, Segments):
+            also((q_segment_ids[:, :, None] == kv_segment_ids[:, None, :])[:, None])
+            may_be_empty = True
+        elif isinstance(t, Lengths):
+            also((j[None] < kv_lengths[:, None, None])[:, None])
+            may_be_empty = True
+        elif isinstance(t, Explicit):
+            also(keep)
+            may_be_empty = True
+    if mask.terms == (Causal(0),):
+        return None, False
+    if seen is not None and seen.dim() == 2:
+        seen = seen[None, None]
+    return seen, may_be_empty

@@ -1,0 +1,182 @@
+"""Kernels as `torch.library` custom ops: the op, its backward pass as an op of its own, fake implementations, autograd.
+
+    rms_norm = library.kernel("rms_norm", "triton", forward, backward, kept=lambda specs, params: (Spec(rows, "float32"),))
+    y = rms_norm(x=x, weight=weight, eps=1e-5)          # what a KernelSpec's loader names
+
+A custom op takes tensors, optional tensors and strings; the parameters of an op, masks included, travel as JSON text, so that one
+compiled graph holds one set of them. Shapes of results come from the op's own shape rule (`kpt.ops`), so that a kernel says
+only what it keeps for its backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kpt import ops
+from kpt.ops.base import Op, Spec
+from kpt.strategy import wire
+
+Tensors = dict[str, torch.Tensor]
+Forward = Callable[[Tensors, dict[str, Any]], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
+Backward = Callable[..., Mapping[str, torch.Tensor]]
+Kept = Callable[[dict[str, Spec], dict[str, Any]], Sequence[Spec]]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The neutral name of a torch dtype: "bfloat16", "bool"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a neutral name."""
+    return getattr(torch, name)
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    return Spec(tuple(tensor.shape), dtype_name(tensor.dtype))
+
+
+def kernel(
+    op: str, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: ()
+) -> Callable[..., Any]:
+    """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
+
+    Args:
+      forward: `forward(arrays, params) -> (results, kept)`: `arrays` holds those that were given, `params` all of the op's, defaults
+        filled in. `kept` is what the backward pass reads besides arrays and results. No result may be a view of an array.
+      backward: `backward(arrays, params, results, kept, cotangents, wanted) -> {name: gradient}`: for at least the arrays named in
+        `wanted`, in their shape and dtype. A cotangent is zeros where nothing depends on the result. None: not differentiable.
+      kept: the specs of what `forward` keeps. Shapes may hold symbolic sizes.
+
+    Both run with autocast off and gradients off, on tensors as they come: strided, on any device.
+    """
+    meaning = ops.op(op)
+    names = (*meaning.arrays, *meaning.optional)
+    tensors = ", ".join([f"Tensor {n}" for n in meaning.arrays] + [f"Tensor? {n}" for n in meaning.optional])
+    name = f"kpt::{op}_{provider}"
+
+    def run(*given: Any) -> list[torch.Tensor]:
+        arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
+        with _plain(arrays):
+            results, saved = forward(arrays, params)
+        return _apart([t.contiguous() for t in (*results, *saved)], given[:-1])  # contiguous: what the fake implementation says
+
+    def fake(*given: Any) -> list[torch.Tensor]:
+        arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
+        specs = {n: spec_of(t) for n, t in arrays.items()}
+        device = next(iter(arrays.values())).device
+        return [_empty(s, device) for s in (*meaning.infer(specs, **params), *kept(specs, params))]
+
+    definition = torch.library.custom_op(name, run, mutates_args=(), schema=f"({tensors}, str params) -> Tensor[]")
+    definition.register_fake(fake)
+    if backward is not None:
+        _differentiable(definition, meaning, names, tensors, backward)
+
+    @functools.wraps(forward)
+    def call(**given: Any) -> Any:
+        arrays = {n: given.pop(n) for n in names if given.get(n) is not None}
+        params = _encoded({k: v for k, v in given.items() if k not in names})
+        made = definition(*(arrays.get(n) for n in names), params)
+        count = 2 if "residual" in arrays else 1
+        return made[0] if count == 1 else tuple(made[:count])
+
+    call.__name__ = call.__qualname__ = op
+    call.definition = definition  # type: ignore[attr-defined]  # for opcheck
+    return call
+
+
+def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward) -> None:
+    moving = [n for n in names if n in op.differentiable]
+
+    def split(given: Sequence[Any]) -> Any:
+        arrays, (made, cotangents, params, wanted) = _arrays(names, given[: len(names)]), given[len(names) :]
+        count = len(cotangents)
+        return arrays, _params(op.name, params), made[:count], made[count:], cotangents, tuple(wanted.split())
+
+    def run(*given: Any) -> list[torch.Tensor]:
+        arrays, params, results, kept, cotangents, wanted = split(given)
+        with _plain(arrays):
+            found = backward(arrays, params, results, kept, cotangents, wanted)
+        return _apart([found[n].to(arrays[n].dtype).contiguous() for n in wanted], [*arrays.values(), *results, *kept, *cotangents])
+
+    def fake(*given: Any) -> list[torch.Tensor]:
+        arrays, _, _, _, _, wanted = split(given)
+        return [torch.empty(arrays[n].shape, dtype=arrays[n].dtype, device=arrays[n].device) for n in wanted]
+
+    schema = f"({tensors}, Tensor[] made, Tensor[] cotangents, str params, str wanted) -> Tensor[]"
+    pulled = torch.library.custom_op(f"{definition._qualname}_backward", run, mutates_args=(), schema=schema)
+    pulled.register_fake(fake)
+
+    def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+        ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
+        ctx.count = 2 if "residual" in ctx.present else 1
+        ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *output)
+
+    def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        arrays = dict(zip(ctx.present, saved, strict=False))
+        made = list(saved[len(ctx.present) :])
+        given = [torch.zeros_like(m) if c is None else c for c, m in zip(cotangents[: ctx.count], made, strict=False)]
+        wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
+        found = dict(zip(wanted, pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted)), strict=True))
+        return (*(found.get(n) for n in names), None)
+
+    definition.register_autograd(pull, setup_context=keep)
+
+
+def _apart(made: list[torch.Tensor], given: Sequence[Any]) -> list[torch.Tensor]:
+    """The results with memory of their own each, as custom ops promise."""
+    taken = {t.untyped_storage().data_ptr() for t in given if t is not None and t.numel()}
+    out = []
+    for t in made:
+        place = t.untyped_storage().data_ptr()
+        out.append(t.clone() if t.numel() and place in taken else t)
+        taken.add(place)
+    return out
+
+
+def _empty(spec: Spec, device: torch.device) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
+
+
+def _arrays(names: Sequence[str], given: Sequence[Any]) -> Tensors:
+    return {n: t for n, t in zip(names, given, strict=True) if t is not None}
+
+
+def _encoded(params: Mapping[str, Any]) -> str:
+    return json.dumps(wire.encode(dict(params)), sort_keys=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def _decoded(op: str, text: str) -> tuple[tuple[str, Any], ...]:
+    return tuple({**ops.op(op).params, **wire.decode(json.loads(text))}.items())
+
+
+def _params(op: str, text: str) -> dict[str, Any]:
+    return dict(_decoded(op, text))
+
+
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+class _plain:
+    """Autocast off for the device of the arrays: a kernel is given the dtypes that it is to compute in."""
+
+    def __init__(self, arrays: Tensors):
+        device = next(iter(arrays.values())).device.type
+        self.off = torch.autocast(device, enabled=False) if _has_autocast(device) else None
+
+    def __enter__(self) -> None:
+        if self.off is not None:
+            self.off.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self.off is not None:
+            self.off.__exit__(*error)

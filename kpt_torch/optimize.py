@@ -1,0 +1,229 @@
+"""`optimize`: a module, or a function, used like the original, rewritten when Dynamo captures it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kpt.config import config, start_logging
+from kpt.errors import KptError, PlanError
+from kpt.hardware import HardwareProfile
+from kpt.strategy import Plan, level_named
+from kpt_torch.backend import Backend, profile
+
+
+def optimize(
+    module: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", plan: Plan | None = None
+) -> Any:
+    """Rewrites a PyTorch module, or a function of tensors, so that better kernels compute what they can.
+
+    The result is used exactly like the original: it is an instance of the module's class that shares its parameters, buffers,
+    submodules and hooks, with the same names and `state_dict`. Its first call for each kind of input is captured by Dynamo, matched
+    and certified; where Dynamo breaks the graph, each piece is rewritten on its own, and the plan's notes say so.
+
+    Args:
+      module: an `nn.Module`, or a function of tensors.
+      level: "conservative", "balanced" or "aggressive"; `KPT_LEVEL` or "balanced" by default.
+      hardware: "auto", a profile name ("h100-sxm") or a `HardwareProfile`.
+      plan: a plan to follow; only the sites it names are swapped.
+
+    Returns:
+      The module with `.plan(*inputs)` and `.explain(*inputs)`; a function with the same.
+
+    Raises:
+      KptError: at once, for an unknown level or hardware, or a `plan` that is none.
+    """
+    start_logging()
+    level = level_named(level or config().level).name
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"kpt_torch.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
+                        "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
+    if hardware != "auto":
+        hardware = profile(hardware, torch.device("cpu"))
+    if isinstance(module, torch.nn.Module):
+        if hasattr(module, "_kpt_original"):  # optimized already: planned anew, from what it was made of
+            original: Any = module._kpt_original
+            module = original()
+        return _module(module, level, hardware, plan)
+    if not callable(module):
+        raise KptError(f"kpt_torch.optimize was given an object of type {type(module).__name__}", "it takes an nn.Module or a function",
+                       "pass the module, or the function that computes")  # fmt: skip
+    return Optimized(module, level, hardware, plan)
+
+
+def plan(
+    module: Any, *inputs: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", plan: Plan | None = None, **keywords: Any
+) -> Plan:
+    """What `optimize` would do to `module` for these inputs: the Plan alone.
+
+    The module runs once, as it was written, for Dynamo captures a program by running it; buffers and random states are put back.
+    """
+    return optimize(module, level, hardware, plan).plan(*inputs, **keywords)
+
+
+def explain(module: Any, *inputs: Any, **keywords: Any) -> str:
+    """The plan for these inputs in words."""
+    return plan(module, *inputs, **keywords).explain()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `optimize` was called with."""
+
+    level: str
+    hardware: str | HardwareProfile
+    given: Plan | None
+    banned: frozenset[str] = frozenset()
+
+    def backend(self, name: str, inner: Any = None) -> Backend:
+        return Backend(self.level, self.hardware, self.given, inner, self.banned, name)
+
+
+def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:
+    """`fn` under a backend of its own."""
+    backend = settings.backend(name, inner)
+    return torch.compile(_fresh(fn), backend=backend), backend
+
+
+def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: Dynamo counts recompilations by code, and other users of `fn` are no business of ours."""
+    if not isinstance(fn, types.FunctionType):
+        return fn
+    made = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    made.__kwdefaults__ = fn.__kwdefaults__
+    made.__dict__.update({k: v for k, v in fn.__dict__.items() if k != "__wrapped__"})
+    return made
+
+
+def planned(
+    fn: Callable[..., Any], settings: Settings, name: str, args: Sequence[Any], kwargs: dict, tensors: Sequence[torch.Tensor]
+) -> Plan:
+    """Captures `fn` on these arguments and plans; what runs is the code as written."""
+    backend = settings.backend(name, inner=_as_written)
+    run = torch.compile(_fresh(fn), backend=backend, dynamic=False)  # the plan is for these sizes
+    kept = [t.detach().clone() for t in tensors]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            run(*args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for t, old in zip(tensors, kept, strict=True):
+                    t.copy_(old)
+    return whole(backend, settings, name)
+
+
+def _as_written(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    return gm.forward
+
+
+def whole(backend: Backend, settings: Settings, name: str) -> Plan:
+    """The plans of a program's graphs as one."""
+    plans = backend.plans
+    if not plans:
+        from kpt_torch.backend import detected
+
+        here = profile(settings.hardware, torch.device("cpu")) if settings.hardware != "auto" else detected(torch.device("cpu"))
+        return Plan(name, settings.level, here.name, "torch", notes=("Dynamo captured no graph: nothing in it computes with tensors.",))
+    first = plans[0]
+    notes = tuple(dict.fromkeys(n for p in plans for n in p.notes))
+    if backend.foreign is not None and settings.given is not None:
+        notes += tuple(f"The {settings.given.framework} plan names {s}, which has no counterpart here." for s in backend.foreign)
+    elif settings.given is not None:
+        met = {(s.path, s.op, s.fingerprint) for p in plans for s in (*p.sites, *p.skipped)}
+        notes = tuple(n for n in notes if not n.startswith("The plan that was given names"))
+        notes += tuple(
+            f"The plan that was given names {s.op} at {s.path}{f' ({s.source})' if s.source else ''}, which this program does not have."
+            for s in settings.given.sites
+            if (s.path, s.op, s.fingerprint) not in met
+        )
+    if len(plans) > 1:
+        notes += (f"Dynamo breaks the program into {len(plans)} graphs; each was rewritten on its own, and no site spans two.",)
+    return dataclasses.replace(first, sites=tuple(s for p in plans for s in p.sites), skipped=tuple(s for p in plans for s in p.skipped),
+                               notes=notes)  # fmt: skip
+
+
+class Optimized:
+    """A function with kernels in place of what they compute. Made by `optimize`; call it like the original."""
+
+    def __init__(self, fn: Callable[..., Any], level: str, hardware: str | HardwareProfile, plan: Plan | None):
+        self._fn, self._settings = fn, Settings(level, hardware, plan)
+        functools.update_wrapper(self, fn, updated=())
+        self._run, self._backend = compiled(fn, self._settings, self._name)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._fn, "__name__", "function")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return Optimized, (self._fn, self._settings.level, self._settings.hardware, self._settings.given)
+
+    def __deepcopy__(self, memo: dict) -> Optimized:
+        return Optimized(copy.deepcopy(self._fn, memo), self._settings.level, self._settings.hardware, self._settings.given)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these inputs."""
+        return planned(self._fn, self._settings, self._name, args, kwargs, ())
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """The plan for these inputs in words."""
+        return self.plan(*args, **kwargs).explain()
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The function as it was given."""
+        return self._fn(*args, **kwargs)
+
+
+# -- modules -------------------------------------------------------------------------------------------------------------------
+
+
+def _module(module: torch.nn.Module, level: str, hardware: Any, given: Plan | None, banned: frozenset[str] = frozenset()) -> Any:
+    """An instance of a subclass of the module's class that shares all that the module holds, with a rewritten forward."""
+    base: Any = type(module)
+    settings = Settings(level, hardware, given, banned)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = vars(self).get("_kpt_run")
+        if run is None:
+            run, backend = compiled(base.forward, settings, base.__name__)
+            object.__setattr__(self, "_kpt_run", run)
+            object.__setattr__(self, "_kpt_backend", backend)
+        return run(self, *args, **kwargs)
+
+    def again(self: Any, protocol: Any = None) -> Any:
+        """For pickle and copy: the class is made here, and cannot be found by name."""
+        return _module, (as_base(self), level, hardware, given, banned)
+
+    def deep(self: Any, memo: dict) -> Any:
+        return _module(copy.deepcopy(as_base(self), memo), level, hardware, given, banned)
+
+    def as_base(self: Any) -> Any:
+        twin = object.__new__(base)
+        vars(twin).update({k: v for k, v in vars(self).items() if not k.startswith("_kpt_")})
+        return twin
+
+    def plan_(self: Any, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these inputs."""
+        return planned(base.forward, settings, base.__name__, (as_base(self), *args), kwargs, list(self.buffers()))
+
+    def explain_(self: Any, *args: Any, **kwargs: Any) -> str:
+        """The plan for these inputs in words."""
+        return plan_(self, *args, **kwargs).explain()
+
+    members: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__, "__reduce_ex__": again,
+               "__deepcopy__": deep, "_kpt_original": as_base, "_kpt_settings": settings}  # fmt: skip
+    for name, method in (("plan", plan_), ("explain", explain_)):
+        if not hasattr(base, name):
+            members[name] = method
+    made = object.__new__(type(base)(base.__name__, (base,), members))
+    vars(made).update(vars(module))
+    return made

@@ -1,0 +1,98 @@
+"""Models from transformers, random weights, as their authors wrote them: the sites they must give, and the same numbers with them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("USE_TF", "0")
+os.environ.setdefault("USE_FLAX", "0")
+
+import pytest
+import torch
+
+import kpt_torch
+from kpt.validation import compare
+from kpt_torch.capture import to_numpy
+
+transformers = pytest.importorskip("transformers")
+
+V, T = 64, 12
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = dict(**SMALL, vocab_size=V, num_key_value_heads=2, max_position_embeddings=64)
+IDS = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(0))
+TEXT = {"input_ids": IDS, "labels": IDS}
+PADDED = TEXT | {"attention_mask": (torch.arange(T) < torch.tensor([[T], [7]])).long()}
+PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), "labels": torch.tensor([0, 1])}
+ROTARY = {"rms_norm": 5, "rope": 4}
+
+# name: (model, config, its settings, attention implementation, inputs, sites in eval, sites in train; per two layers)
+MODELS = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64), "sdpa", TEXT, {}, {}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", TEXT, ROTARY, ROTARY),
+    "llama eager": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "eager", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
+    "llama padded": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", PADDED, ROTARY, ROTARY),
+    "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | dict(sliding_window=5), "eager", TEXT, ROTARY | {"attention": 2},
+                ROTARY | {"attention": 2}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA, "sdpa", TEXT, ROTARY, ROTARY),
+    "bert": ("BertForMaskedLM", "BertConfig", SMALL | dict(vocab_size=V, max_position_embeddings=64), "eager", PADDED, {"attention": 2}, {}),
+    "opt": ("OPTForCausalLM", "OPTConfig", dict(vocab_size=V, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                                               max_position_embeddings=64, word_embed_proj_dim=32), "sdpa", TEXT, {}, {}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", dict(vocab_size=V, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                                                          decoder_start_token_id=0), "eager", TEXT, {"attention": 6, "rms_norm": 12}, None),
+    "vit": ("ViTForImageClassification", "ViTConfig", SMALL | dict(image_size=16, patch_size=4), "eager", PIXELS, {"attention": 2},
+            {"attention": 2}),
+}  # fmt: skip
+QUICK = ("gpt2", "llama eager", "bert", "vit")
+
+
+def make(name):
+    kind, config, settings, attention, inputs, evaluated, trained = MODELS[name]
+    settings = transformers.__dict__.get(config) or getattr(transformers, config)
+    torch.manual_seed(0)
+    made = settings(**MODELS[name][2])
+    made._attn_implementation = attention
+    return getattr(transformers, kind)(made), inputs, {False: evaluated, True: trained}
+
+
+def numbers(model, inputs):
+    model.zero_grad()
+    torch.manual_seed(1)
+    out = model(**inputs)
+    out.loss.backward()
+    made = {"loss": out.loss, "logits": out.logits} | {f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: to_numpy(t.clone()) for n, t in made.items()}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_model(name, train):
+    model, inputs, expected = make(name)
+    model.train(train)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    fast = kpt_torch.optimize(model)
+    want, got = numbers(model, inputs), numbers(fast, inputs)
+    for n in [n for n in want if n.endswith("key.bias")]:  # 0 but for rounding, as softmax does not see what is added to every key
+        assert max(abs(want.pop(n)).max(), abs(got.pop(n)).max()) < 1e-6
+    verdict = compare(got, want, "float32", 4096, gradients=[n for n in want if n.startswith("d")])
+    assert verdict.passed, verdict.summary()
+    assert list(fast.state_dict()) == list(state)
+    assert all(torch.equal(t, state[n]) for n, t in fast.state_dict().items())
+    plans = fast._kpt_backend.plans
+    found: dict[str, int] = {}
+    for site in (s for p in plans for s in p.sites):
+        found[site.op] = found.get(site.op, 0) + 1
+        assert site.error is not None
+    if expected[train] is not None:
+        assert found == expected[train], "\n".join(p.explain() for p in plans)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit"])
+def test_model_by_torch_compile(name):
+    from kpt_torch.backend import kpt
+
+    model, inputs, _ = make(name)
+    model.eval()
+    fast = torch.compile(model, backend=kpt, options={"inner": "aot_eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)

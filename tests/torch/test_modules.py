@@ -1,0 +1,365 @@
+"""An optimized module is used like the original: parameters, state, hooks, copies, autocast, checkpoints, transforms, torch.compile."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import kpt
+import kpt_torch
+from kpt import Plan
+from kpt.errors import ConfigError, KptError, PlanError
+from kpt_torch.backend import kpt as compile_backend
+
+
+class Block(nn.Module):
+    """A layer as people write it, with a norm, attention and dropout."""
+
+    def __init__(self, width: int = 32, heads: int = 4, recompute: bool = False, counts: bool = True):
+        super().__init__()
+        self.heads, self.recompute, self.counts = heads, recompute, counts
+        self.weight = nn.Parameter(torch.ones(width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width, bias=False)
+        self.out_twin = self.out  # shared
+        self.drop = nn.Dropout(0.2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def attend(self, x):
+        n = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype) * self.weight
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in self.qkv(n).chunk(3, -1))
+        s = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), float("-inf"))
+        return x + self.drop(self.out((s.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        return checkpoint(self.attend, x, use_reentrant=False) if self.recompute else self.attend(x)
+
+
+def block(**options):
+    torch.manual_seed(0)
+    return Block(**options)
+
+
+def inputs(t=16, b=2):
+    return torch.randn(b, t, 32, generator=torch.Generator().manual_seed(t))
+
+
+def close(a, b, **tolerance):
+    torch.testing.assert_close(a, b, **({"rtol": 1e-5, "atol": 1e-5} | tolerance))
+
+
+def gradients(module, x, seed=1):
+    module.zero_grad()
+    torch.manual_seed(seed)
+    out = module(x)
+    out.float().square().mean().backward()
+    return out, {n: p.grad.clone() for n, p in module.named_parameters()}
+
+
+def ops(plan):
+    return sorted(s.op for s in plan.sites)
+
+
+def test_it_is_the_same_module_to_whoever_looks():
+    module = block()
+    fast = kpt_torch.optimize(module)
+    assert isinstance(fast, Block) and type(fast).__name__ == "Block"
+    assert [n for n, _ in fast.named_modules()] == [n for n, _ in module.named_modules()]
+    assert list(fast.state_dict()) == list(module.state_dict())
+    assert all(a is b for a, b in zip(fast.parameters(), module.parameters(), strict=True))
+    assert fast.out_twin is fast.out
+    fast.load_state_dict(module.state_dict())
+
+
+def test_numbers_gradients_and_buffers():
+    module, fast = block(), kpt_torch.optimize(block())
+    assert ops(fast.plan(inputs())) == ["attention", "rms_norm"]
+    assert int(fast.calls) == 0, "planning is no call"
+    for mode in (True, False):
+        module.train(mode), fast.train(mode)
+        (want, dwant), (got, dgot) = gradients(module, inputs()), gradients(fast, inputs())
+        close(got, want)
+        close(dgot, dwant)
+    assert int(fast.calls) == int(module.calls) == 2
+
+
+def test_train_and_eval_are_told_apart():
+    fast = kpt_torch.optimize(block())
+    fast.eval()
+    assert torch.equal(fast(inputs()), fast(inputs()))
+    fast.train()
+    assert not torch.equal(fast(inputs()), fast(inputs()))
+
+
+def test_hooks_run():
+    module, seen = block().eval(), []
+    module.register_forward_hook(lambda m, args, out: seen.append("forward"))
+    module.register_forward_pre_hook(lambda m, args: seen.append("before"))
+    fast = kpt_torch.optimize(module)
+    fast.out.register_forward_hook(lambda m, args, out: out * 2)
+    close(fast(inputs()), module(inputs()))
+    assert seen == ["before", "forward"] * 2
+
+
+def test_copies_are_independent_and_optimized():
+    fast = kpt_torch.optimize(block()).eval()
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        close(twin(inputs()), fast(inputs()))
+        assert ops(twin.plan(inputs())) == ["attention", "rms_norm"]
+        assert twin.weight is not fast.weight and twin.out_twin is twin.out
+
+
+def test_no_grad_and_inference_mode():
+    module = block().eval()
+    fast = kpt_torch.optimize(module)
+    with torch.no_grad():
+        close(fast(inputs()), module(inputs()))
+    with torch.inference_mode():
+        close(fast(inputs()), module(inputs()))
+    assert fast(inputs()).requires_grad
+
+
+def test_autocast_is_what_it_was():
+    module = block().eval()
+    fast = kpt_torch.optimize(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = fast.plan(inputs())
+        site = next(s for s in plan.sites if s.op == "attention")
+        assert site.specs["q"].dtype == "bfloat16" and site.params["out_dtype"] == "bfloat16"
+        (want, dwant), (got, dgot) = gradients(module, inputs()), gradients(fast, inputs())
+    assert got.dtype == want.dtype
+    close(got, want, rtol=2e-2, atol=2e-2)
+    close(dgot, dwant, rtol=4e-2, atol=4e-2)
+    assert {g.dtype for g in dgot.values()} == {torch.float32}
+
+
+class CastInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = block().eval()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.block(x)
+        return x @ x.transpose(1, 2)
+
+
+def test_autocast_inside():
+    module = CastInside()
+    fast = kpt_torch.optimize(module)
+    assert ops(fast.plan(inputs())) == ["attention", "rms_norm"]
+    want, got = module(inputs()), fast(inputs())
+    assert got.dtype == want.dtype
+    close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_a_checkpointed_region_stays_one():
+    module = block(recompute=True)
+    fast = kpt_torch.optimize(module)
+    plan = fast.plan(inputs())
+    assert [s.path for s in plan.sites] == ["remat0/rms_norm0", "remat0/attention1"], plan.explain()
+    fast(inputs())  # compiled
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out = fast(inputs())
+    assert (2, 4, 16, 16) not in [tuple(s) for s in kept]
+    out.sum().backward()
+    (want, dwant), (got, dgot) = gradients(module, inputs()), gradients(fast, inputs())
+    close(got, want)
+    close(dgot, dwant)
+
+
+def test_functional_call_and_torch_func():
+    module = block(counts=False).eval()
+    fast = kpt_torch.optimize(module)
+    state = {n: p.detach() * 1.1 for n, p in module.named_parameters()}
+    close(torch.func.functional_call(fast, state, (inputs(),)), torch.func.functional_call(module, state, (inputs(),)))
+
+    def loss(m):
+        return lambda p: torch.func.functional_call(m, p, (inputs(),)).square().mean()
+
+    close(torch.func.grad(loss(fast))(state), torch.func.grad(loss(module))(state))
+
+
+@pytest.fixture
+def sizes_may_change():
+    """torch's default, which torch_xla turns off for the whole process when it is imported (tests/torch/test_xla_bridge.py)."""
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+        yield
+
+
+@pytest.mark.usefixtures("sizes_may_change")
+def test_other_sizes_are_not_compiled_one_by_one():
+    fast, module = kpt_torch.optimize(block().eval()), block().eval()
+    for t in (16, 21, 30, 47, 64):
+        close(fast(inputs(t)), module(inputs(t)))
+    plans = fast._kpt_backend.plans
+    assert len(plans) == 2, [p.explain() for p in plans]
+    assert ops(plans[1]) == ["attention", "rms_norm"]
+    assert next(s for s in plans[1].sites if s.op == "attention").params["mask"].kinds == {"causal"}
+
+
+@pytest.mark.usefixtures("sizes_may_change")
+def test_a_mask_that_depends_on_a_size_keeps_its_code_when_the_size_may_change():
+    def attend(q, k, v):
+        i = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        s = (q @ k.mT).masked_fill(torch.arange(k.shape[2])[None] > i, float("-inf"))
+        return s.softmax(-1) @ v
+
+    fast = kpt_torch.optimize(attend)
+    for t, s in ((4, 9), (5, 11), (6, 13)):
+        args = torch.randn(1, 2, t, 8), torch.randn(1, 2, s, 8), torch.randn(1, 2, s, 8)
+        close(fast(*args), attend(*args))
+    first, second = fast._backend.plans
+    assert ops(first) == ["attention"] and ops(second) == []
+    assert "other sizes" in second.skipped[0].reason
+
+
+def test_graph_breaks_are_tolerated_and_named():
+    inner = block().eval()
+
+    def program(x):
+        x = inner(x)
+        torch._dynamo.graph_break()
+        return inner(x)
+
+    fast = kpt_torch.optimize(program)
+    plan = fast.plan(inputs())
+    assert ops(plan) == ["attention", "attention", "rms_norm", "rms_norm"]
+    assert any("2 graphs" in n for n in plan.notes)
+    close(fast(inputs()), program(inputs()))
+
+
+# -- torch.compile ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_backend_is_an_entry_point():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["torch_dynamo_backends"] == {"kpt": "kpt_torch.backend:kpt"}
+
+
+def test_compiled_without_another_compiler():
+    module = block()
+    fast = torch.compile(module, backend=compile_backend, options={"inner": "eager"})
+    (want, dwant), (got, dgot) = gradients(module, inputs()), gradients(fast, inputs())
+    close(got, want)
+    close(dgot, {f"_orig_mod.{n}": g for n, g in dwant.items()})
+
+
+def test_compiled_through_autograd_ahead_of_time():
+    """Fake tensors, functionalization, partition: what Inductor asks of a graph and its custom ops, without a C++ compiler."""
+    module = block().eval()
+    fast = torch.compile(module, backend=compile_backend, options={"inner": "aot_eager"})
+    (want, dwant), (got, dgot) = gradients(module, inputs()), gradients(fast, inputs())
+    close(got, want)
+    close(dgot, {f"_orig_mod.{n}": g for n, g in dwant.items()})
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    module = block().eval()
+    fast = torch.compile(module, backend=compile_backend)
+    close(gradients(fast, inputs())[0], gradients(module, inputs())[0])
+
+
+def test_an_optimized_module_inside_of_a_compiled_one():
+    module = block().eval()
+    fast = kpt_torch.optimize(module)
+    outer = torch.compile(lambda x: fast(x) * 2, backend="aot_eager")
+    close(outer(inputs()), module(inputs()) * 2)
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(Exception, match="inne") as error:
+        torch.compile(lambda x: x + 1, backend=compile_backend, options={"inne": "eager"})(torch.ones(2))
+    assert isinstance(error.value.__cause__ or error.value, ConfigError) or "Options are" in str(error.value)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_travels_and_is_followed():
+    module = block().eval()
+    plan = Plan.from_json(kpt_torch.plan(module, inputs()).to_json())
+    assert ops(kpt_torch.plan(module, inputs(), plan=plan)) == ["attention", "rms_norm"]
+    less = Plan.from_json(plan.to_json())
+    less = Plan(**{**vars(less), "sites": less.sites[:1], "skipped": ()})
+    followed = kpt_torch.plan(module, inputs(), plan=less)
+    assert ops(followed) == ["rms_norm"]
+    assert any("no such site" in s.reason for s in followed.skipped)
+
+
+def test_a_plan_for_other_code_is_named():
+    plan = kpt_torch.plan(block().eval(), inputs())
+    other = kpt_torch.plan(nn.Linear(32, 32), inputs(), plan=plan)
+    assert other.sites == () and any("which this program does not have" in n for n in other.notes)
+
+
+def test_a_plan_made_for_jax_applies_as_far_as_sites_correspond():
+    jax = pytest.importorskip("jax")
+    import kpt_jax
+
+    def in_jax(q, k, v, x):
+        s = jax.numpy.einsum("bnth,bnsh->bnts", q, k) * 0.5
+        n = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+        return jax.numpy.einsum("bnts,bnsh->bnth", jax.nn.softmax(s, -1), v), n
+
+    def in_torch(q, k, v, x):
+        s = torch.einsum("bnth,bnsh->bnts", q, k) * 0.5
+        n = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5)  # another epsilon
+        return torch.einsum("bnts,bnsh->bnth", s.softmax(-1), v), n
+
+    arrays = [*np.ones((3, 1, 2, 16, 8), np.float32), np.ones((4, 8), np.float32)]
+    given = Plan.from_json(kpt_jax.plan(in_jax, *arrays).to_json())
+    assert ops(given) == ["attention", "rms_norm"]
+    plan = kpt_torch.plan(in_torch, *map(torch.from_numpy, arrays), plan=given)
+    assert ops(plan) == ["attention"]
+    assert any("rms_norm" in n and "no counterpart" in n for n in plan.notes)
+
+
+def test_what_is_no_module_or_plan_is_refused():
+    with pytest.raises(KptError, match="nn.Module or a function"):
+        kpt_torch.optimize(3)
+    with pytest.raises(PlanError):
+        kpt_torch.optimize(block(), plan="plan.json")
+    with pytest.raises(ConfigError):
+        kpt_torch.optimize(block(), level="bold")
+    with pytest.raises(KptError):
+        kpt_torch.optimize(block(), hardware="abacus")
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
+    import kpt_torch.kernels.attention as room
+    from kpt.strategy import planner
+
+    monkeypatch.setattr(planner, "_CERTIFICATES", {})
+    honest = room.attention
+    monkeypatch.setattr(room, "attention", lambda **given: honest(**given) * 1.01)
+    plan = kpt_torch.plan(block().eval(), inputs())
+    assert ops(plan) == ["rms_norm"]
+    assert any("disagrees with the original" in s.reason for s in plan.skipped)
+
+
+def test_auto_optimize_measures_and_keeps_what_wins():
+    def attend(q, k, v):
+        s = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        return s.softmax(-1) @ v
+
+    result = kpt.auto_optimize(attend, *torch.randn(3, 1, 8, 512, 32))
+    assert len(result.report.seconds_before) == len(result.report.seconds_after) >= 9
+    assert result.report.max_error is not None and result.report.max_error < 1e-5
+    assert (result.fn is attend) != result.report.kept
+    nothing = kpt.auto_optimize(F.relu, torch.randn(8))
+    assert nothing.fn is F.relu and "no site has a kernel" in nothing.plan.notes[-1]

@@ -1,0 +1,125 @@
+"""Code that looks like an op and is another function, or does more: it stays as it was written, and gives its own numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kpt_torch
+from tests.torch.spellings import INPUTS, H, T, weighed
+
+
+def given(*names):
+    return [INPUTS[n].clone().requires_grad_(INPUTS[n].is_floating_point()) for n in names]
+
+
+def causal(s):
+    return s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+
+
+def weights_returned(q, k, v):
+    p = (q @ k.mT / 3).softmax(-1)
+    return p @ v, p
+
+
+def dropout_on(q, k, v):
+    torch.manual_seed(3)
+    return F.dropout((q @ k.mT / 3).softmax(-1), 0.5, training=True) @ v
+
+
+def sdpa_dropout(q, k, v):
+    torch.manual_seed(3)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+
+def softmax_over_queries(q, k, v):
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def weak_mask(q, k, v):
+    return weighed(q, k, v, lambda s: s.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -10.0))
+
+
+def detached_scores(q, k, v):
+    return (q @ k.mT).detach().softmax(-1) @ v
+
+
+def written_into(q, k, v):
+    s = q @ k.mT
+    s[..., 0] = 0.0
+    return s.softmax(-1) @ v
+
+
+def a_view_written_into(q, k, v):
+    p = (q @ k.mT).softmax(-1).clone()
+    p[:, 0].mul_(2.0)
+    return p @ v
+
+
+def eps_outside(x, g):
+    return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6) * g
+
+
+def unbiased(x, g, b):
+    return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5) * g + b
+
+
+def statistic_without_gradient(x, g):
+    with torch.no_grad():
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x * r * g
+
+
+def class_weights(logits, labels):
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1), weight=torch.linspace(1, 2, logits.shape[-1]))
+
+
+def logits_returned(x, head, labels):
+    z = x @ head.T
+    return F.cross_entropy(z.view(-1, z.shape[-1]), labels.view(-1)), z
+
+
+def straight_through(q, k, v):
+    class Hard(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, s):
+            return s.softmax(-1)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    return Hard.apply(q @ k.mT / math.sqrt(H)) @ v
+
+
+CASES = [
+    (weights_returned, "q k v"), (dropout_on, "q k v"), (sdpa_dropout, "q k v"), (softmax_over_queries, "q k v"), (weak_mask, "q k v"),
+    (detached_scores, "q k v"), (written_into, "q k v"), (a_view_written_into, "q k v"), (eps_outside, "x g"), (unbiased, "x g b"),
+    (statistic_without_gradient, "x g"), (class_weights, "logits labels"), (logits_returned, "x head labels"), (straight_through, "q k v"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fn", "names"), CASES, ids=lambda c: getattr(c, "__name__", ""))
+def test_stays_as_written(fn, names):
+    args = given(*names.split())
+    fast = kpt_torch.optimize(fn)
+    plan = fast.plan(*args)
+    assert plan.sites == (), plan.explain()
+
+    def numbers(f):
+        outs = f(*args)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        moving = [a for a in args if a.requires_grad]
+        return [*outs, *torch.autograd.grad([o.sum() for o in outs], moving, allow_unused=True, materialize_grads=True)]
+
+    for got, want in zip(numbers(fast), numbers(fn), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_left_alone_says_why():
+    plan = kpt_torch.plan(weights_returned, *given("q", "k", "v"))
+    assert "also returned" in plan.skipped[0].reason
+    assert "test_near_misses.py" in plan.skipped[0].source

@@ -1,0 +1,97 @@
+"""The providers in plain torch: custom ops as torch.library wants them; chunks; what each refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import kpt
+from kpt.kernels.spec import refusal
+from kpt.ops import Causal, Lengths, Mask, Spec
+from kpt_torch.kernels import rows
+from kpt_torch.library import kernel
+
+N, D, V = 6, 8, 11
+LABELS = torch.tensor([0, 3, V + 5, -100, 7, 10], dtype=torch.int32)
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)), dtype=dtype).requires_grad_()
+
+
+CALLS = {
+    "rms_norm": (rows.rms_norm, [normal(2, 3, D), normal(D), None], {"eps": 1e-5}),
+    "rms_norm with residual": (rows.rms_norm, [normal(2, 3, D), normal(D), normal(2, 3, D)], {"eps": 1e-5, "weight_offset": 1.0}),
+    "layer_norm": (rows.layer_norm, [normal(N, D), normal(D), normal(D), None], {"out_dtype": "bfloat16"}),
+    "rope": (rows.rope, [normal(2, 5, 3, D), normal(1, 5, 6), normal(1, 5, 6)], {"interleaved": True}),
+    "cross_entropy": (rows.cross_entropy, [normal(N, V), LABELS], {"label_smoothing": 0.1, "invalid": "zero"}),
+    "linear_cross_entropy": (rows.linear_cross_entropy, [normal(N, D), normal(D, V), LABELS, normal(V), normal(N)],
+                             {"logits_soft_cap": 4.0, "invalid": "drop"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    fn, arrays, params = CALLS[name]
+    torch.library.opcheck(fn.definition, (*arrays, json.dumps(params)))
+
+
+def test_logits_are_never_whole(monkeypatch):
+    """Chunks of 64 rows give what one chunk gives, and no tensor as large as the logits is made."""
+    x, w, labels = normal(512, D), normal(D, 1000), torch.randint(0, 1000, (512,))
+    whole = rows.linear_cross_entropy(x=x, w=w, labels=labels)
+    grads = torch.autograd.grad(whole.sum(), [x, w])
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
+    largest = 0
+    real = rows._product
+
+    def product(a, b):
+        nonlocal largest
+        out = real(a, b)
+        largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(rows, "_product", product)
+    pieces = rows.linear_cross_entropy(x=x, w=w, labels=labels)
+    again = torch.autograd.grad(pieces.sum(), [x, w])
+    assert largest == 64 * 1000
+    for got, want in zip((pieces, *again), (whole, *grads), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), -1e30])
+def test_a_query_that_sees_nothing_is_what_the_mask_says(fill):
+    attention, op = kpt.registry.load("attention.sdpa"), kpt.ops.op("attention")
+    q, k, v = (torch.randn(2, 5, 2, 4) for _ in range(3))
+    params = {"mask": Mask((Causal(0), Lengths()), fill)}
+    lengths = torch.tensor([5, 0], dtype=torch.int32)
+    got = attention(q=q, k=k, v=v, kv_lengths=lengths, **params)
+    (want,) = op.reference(q=q.numpy(), k=k.numpy(), v=v.numpy(), kv_lengths=lengths.numpy(), **params)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_soft_cap_is_refused():
+    specs = dict.fromkeys(("q", "k", "v"), Spec((1, 8, 2, 16), "float32"))
+    spec = kpt.registry.get("attention.sdpa")
+    why = refusal(spec, "attention", kpt.hardware_profile("cpu"), "float32", specs, {"mask": Mask(), "logits_soft_cap": 30.0}, "balanced", "torch")
+    assert why is not None and "logits_soft_cap" in why
+
+
+def test_a_kernel_may_return_what_aliases():
+    """Results and gradients of a custom op have memory of their own, whatever a kernel gives back."""
+
+    def forward(arrays, params):
+        return [arrays["x"]], []
+
+    def backward(arrays, params, results, kept, cotangents, wanted):
+        return dict.fromkeys(("x", "weight"), cotangents[0])
+
+    copy = kernel("rms_norm", "test_alias", forward, backward)
+    x = torch.randn(8, 8, requires_grad=True)
+    y = copy(x=x)
+    assert y.data_ptr() != x.data_ptr()
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(8, 8))
