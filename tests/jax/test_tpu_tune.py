@@ -57,4 +57,4 @@ def test_without_the_compiler_a_command_says_what_to_install(monkeypatch):
     for command in (["compile", "--op", "rope"], ["schedule", "--op", "rope"], ["tune", "--op", "rope"]):
         run = CliRunner().invoke(cli.app, ["tpu", *command, "--gen", "v5e"])
         assert run.exit_code == console.MISSING, run.output
-        assert "pip install 'kpt-kernels[tpu]'" in run.output
+        assert "pip install 'kpt-kernels[tpu]'" in run.output and ("libtpu" in run.output or "jax>=0.11.2" in run.output)
