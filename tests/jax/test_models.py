@@ -5,10 +5,6 @@
 from __future__ import annotations
 
 import collections
-import os
-
-os.environ.setdefault("USE_TORCH", "0")
-os.environ.setdefault("USE_FLAX", "1")
 
 import jax
 import jax.numpy as jnp
