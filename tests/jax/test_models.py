@@ -1,7 +1,5 @@
 """Whole models that nobody here wrote: every site found, the same numbers and gradients."""
 
-
-
 from __future__ import annotations
 
 import collections
