@@ -181,8 +181,8 @@ def compile_programs(
     keys: dict[tuple[int, str], str] = {}
     for n, program in enumerate(programs):
         for on in generations:
-            if program.sources and schedules:
-                keys[n, on.name] = key = _key(program, on, version)
+            if program.sources:
+                keys[n, on.name] = key = _key(program, on, version, schedules)
                 if (kept := schedule_cache.load(key)) is not None:
                     keep((n, on.name), Compiled.from_json(kept))
                     continue
@@ -217,7 +217,7 @@ def _jobs() -> int:
     return max(1, min(cores, free // _MEMORY))
 
 
-def _key(program: Program, on: Generation, libtpu: str) -> str:
+def _key(program: Program, on: Generation, libtpu: str, schedules: bool) -> str:
     """Of all that decides what the compiler makes of a program of kpt's own."""
     sources = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
@@ -225,7 +225,8 @@ def _key(program: Program, on: Generation, libtpu: str) -> str:
         for path in sorted(root.glob(pattern)):
             sources.update(path.read_bytes())
     return schedule_cache.key(
-        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, jax=metadata.version("jax"), sources=sources.hexdigest()
+        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, jax=metadata.version("jax"), sources=sources.hexdigest(),
+        schedules=schedules,
     )
 
 
