@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +127,24 @@ class Result:
 
 
 def auto_optimize(
-    fn_or_model: Any, *example_inputs: Any, level: str | None = None, hardware: Any = "auto", **example_keywords: Any
-) -> Result:
+    fn_or_model: Any, *example_inputs: Any, level: str | None = None, hardware: Any = "auto", budget: str | float = "30s",
+    **example_keywords: Any,
+) -> Result:  # fmt: skip
     """Optimizes, proves and measures; keeps a rewrite only where it is faster by more than the noise.
+
+    First the kernels that could compute each kind of call in the program are timed against each other, in a process of their own: what
+    fails, hangs or crashes there is dropped and named. The times are kept, and later plans choose by them. Then the whole program is
+    proved, and timed against the original.
 
     Args:
       fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
       example_inputs, example_keywords: arguments of one typical call. For a linen module, its variables first.
       level: "conservative", "balanced" or "aggressive".
       hardware: "auto", a profile's name, or a `HardwareProfile`.
+      budget: for timing kernels: seconds, or "30s", "10m"; 0 to choose by what is known already. The whole program is measured besides.
 
     Raises:
+      ConfigError: the budget is no duration.
       MissingDependencyError: the front end's framework is not installed.
       KptError: the object is neither a function nor a model.
     """
@@ -147,7 +157,20 @@ def auto_optimize(
             f"auto_optimize was given {framework} code", f"{name} cannot be imported here: {e}",
             f"Install {framework}, or the part of kpt for it"
         ) from e  # fmt: skip
-    return module.auto_optimize(fn_or_model, *example_inputs, level=level, hardware=hardware, **example_keywords)
+    return module.auto_optimize(fn_or_model, *example_inputs, level=level, hardware=hardware, budget=budget, **example_keywords)
+
+
+@contextlib.contextmanager
+def showing(what: str) -> Iterator[Callable[..., None]]:
+    """Shows on a terminal which trials are done; elsewhere nothing."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda *_: None
+        return
+    from kpt.console import progress
+
+    with progress() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda trial, outcome: bar.update(task, advance=1, description=f"{what}: {trial}")
 
 
 def front_end(fn_or_model: Any, example_inputs: tuple) -> str:

@@ -8,7 +8,7 @@ import inspect
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +17,17 @@ import typer
 from kpt._version import __version__
 from kpt.commands import history, tune
 from kpt.config import config, start_logging
-from kpt.console import NO, AsJson, answering
+from kpt.console import DISTRIBUTION, NO, AsJson, answering
 from kpt.console import flops as _flops
+from kpt.console import front_end as _front_end
 from kpt.console import make_console as _console
 from kpt.console import print_json as _print_json
 from kpt.console import print_table as _print_table
+from kpt.console import progress as _progress
 from kpt.console import rate as _rate
 from kpt.console import size as _bytes
 from kpt.console import words as _words
-from kpt.errors import ConfigError, KptError, MissingDependencyError
+from kpt.errors import ConfigError, KptError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +40,6 @@ Exit codes: 0 done; 1 done, and the answer is no (curves do not coincide, twins 
 2 the request cannot be met (wrong usage, unknown name, a function that cannot be planned); 3 an optional package
 is missing; 4 an unexpected error, in kpt or in your code (--debug shows where).
 """
-DISTRIBUTION = "kpt-kernels"
 # What the numbers depend on, in the order in which `kpt doctor` lists it.
 PACKAGES = (
     "numpy",
@@ -398,13 +399,6 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
         raise KptError(f"Shape {text!r} was given", "A shape is numbers with x between", "Write 4096x4096x4096") from None
 
 
-def _progress() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=_console(stderr=True), transient=True)
-
-
 def _compiled(programs: Sequence[Any], generations: Sequence[Any], jobs: int | None) -> list[Any]:
     """Compiles with a progress bar."""
     compile_programs = _front_end("kpt_jax.tpu", "compile_programs")
@@ -543,25 +537,6 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
 def main() -> None:
     """The console script."""
     app()
-
-
-def _front_end(module: str, name: str) -> Callable[..., Any]:
-    """A function of a front end, "kpt_jax..." or "kpt_torch...".
-
-    Raises:
-      MissingDependencyError: jax, flax, optax or torch is not installed.
-    """
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        return function
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("jax", "jaxlib", "flax", "optax", "torch"):
-            raise
-        name, extra = ("PyTorch", "torch") if module.startswith("kpt_torch") else ("JAX", "jax")
-        raise MissingDependencyError(
-            f"The {name} front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[{extra}]'"
-        ) from None
 
 
 def _attribute(reference: str) -> Any:

@@ -11,27 +11,40 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from kpt.auto import Report, Result
+from kpt.auto import Report, Result, showing
+from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.plan import ORIGINAL
+from kpt.strategy.tune import Tuned, tune
 from kpt.tracking.hooks import record_report
 from kpt.tuning import SIGMAS, gain, ratio, rounds
+from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.trials import seconds_of
 from kpt.validation import Certificate, compare
-from kpt_torch.backend import device_of
+from kpt_torch.backend import device_of, profile
 from kpt_torch.capture import to_numpy
-from kpt_torch.optimize import optimize
+from kpt_torch.optimize import optimize, unproved, without
+from kpt_torch.planner import Front
+from kpt_torch.trials import wait
 
 
-def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", **keywords: Any) -> Result:
+def auto_optimize(
+    fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", budget: str | float = "30s", **keywords: Any
+) -> Result:
     """See `kpt.auto_optimize`. A module whose result is, or holds under `.loss`, one number is measured with its backward pass."""
+    seconds = seconds_of(budget)
     fast = optimize(fn_or_model, level, hardware)
-    plan = fast.plan(*inputs, **keywords)
     leaves = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, torch.Tensor)]
     weights = list(fn_or_model.parameters()) if isinstance(fn_or_model, torch.nn.Module) else []
     moving = [t for t in (*weights, *leaves) if t.requires_grad]
     device = device_of([*weights, *leaves])
     trained = bool(moving) and _loss(fn_or_model(*inputs, **keywords)) is not None
+    tuned: Tuned | None = None
+    if device.type in ("cpu", "cuda"):
+        tuned = _tuned(unproved(fast).plan(*inputs, **keywords), profile(hardware, device), device, trained, seconds)
+        fast = without(fast, tuned.dropped)
+    plan = fast.plan(*inputs, **keywords)
 
     def once(program: Callable[..., Any]) -> tuple[Any, list[torch.Tensor]]:
         out = program(*inputs, **keywords)
@@ -47,7 +60,7 @@ def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hard
     kept = best != ORIGINAL and won > SIGMAS * noise
     measured = "forward and backward" if trained else "forward"
     words = f"{measured}, median of {len(taken[ORIGINAL])} rounds side by side: {ratio(won)} ± {noise:.1%}"
-    notes = list(plan.notes)
+    notes = [*plan.notes, *(tuned.notes() if tuned is not None else ())]
     if verdict is not None:
         notes.append(f"The whole program on example inputs: {verdict.summary()}.")
     if kept:
@@ -62,6 +75,14 @@ def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hard
                     memory[best], max(found, default=None), kept, noise, chosen)  # fmt: skip
     record_report(report)
     return Result(fast if kept else fn_or_model, chosen, report)
+
+
+def _tuned(plan: Plan, hardware: HardwareProfile, device: torch.device, trained: bool, budget: float) -> Tuned:
+    """Times the kernels that could compute the sites of a plan; later plans choose the fastest."""
+    passes = BOTH if trained else FORWARD
+    with showing("timing kernels") as done:
+        return tune(plan.sites, hardware, framework="torch", level=plan.level, compilers=Front.compilers, passes=passes, budget=budget,
+                    device=device.type, module="kpt_torch.trials", done=done)  # fmt: skip
 
 
 def _verdict(want: Any, run: Callable[[], Any], plan: Plan, device: torch.device) -> Certificate:
@@ -92,19 +113,14 @@ def _loss(out: Any) -> torch.Tensor | None:
 
 def _sampler(once: Callable[..., Any], program: Any, device: torch.device) -> Callable[[int], float]:
     def sample(repeats: int) -> float:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         for _ in range(repeats):
             once(program)
-        _wait(device)
+        wait(device)
         return (time.perf_counter() - start) / repeats
 
     return sample
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _peak(once: Callable[..., Any], program: Any, device: torch.device) -> int | None:

@@ -18,6 +18,7 @@ import kpt
 import kpt_torch
 from kpt import Plan
 from kpt.errors import ConfigError, KptError, PlanError
+from kpt.kernels import KernelSpec, registry
 from kpt_torch.backend import kpt as compile_backend
 
 
@@ -363,3 +364,20 @@ def test_auto_optimize_measures_and_keeps_what_wins():
     assert (result.fn is attend) != result.report.kept
     nothing = kpt.auto_optimize(F.relu, torch.randn(8))
     assert nothing.fn is F.relu and "no site has a kernel" in nothing.plan.notes[-1]
+
+
+def test_candidates_are_timed_and_the_faster_one_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
+    registry.register(KernelSpec("rms_norm.slow", "rms_norm", 1, "test", "torch", ("cpu",), "tests.slow_kernels:torch_rms_norm", ("float32",),
+                                 efficiency=1.0))  # fmt: skip
+
+    def normalised(x, w):
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w).sum()
+
+    x, w = torch.randn(64, 32), torch.ones(32, requires_grad=True)
+    assert [s.kernel for s in kpt_torch.plan(normalised, x, w).sites] == ["rms_norm.slow"]
+    result = kpt.auto_optimize(normalised, x, w)
+    (site,) = kpt_torch.plan(normalised, x, w).sites
+    assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
+    assert any("Kernels of 1 kind of call were timed" in n for n in result.plan.notes)
