@@ -65,6 +65,25 @@ def test_every_bundle_is_counted():
     assert (run.read, run.written, run.transfers, run.unknown) == (5 * 64 * 32, 0, 5, 0)
 
 
+def test_delay_slots_are_issued_whether_the_branch_is_taken_or_not():
+    """Of six, the bundles that step 2 skips behind four are the last two."""
+    program = PROGRAM.replace("  0x14   :  {", "  0x14   :  {}\n  0x15   :  {}\n  0x16   :  {")
+    run = simulate(parse(program, utilization(23)), bytes_per_cycle=1e9, delay_slots=6)
+    assert run.issued.tolist() == [1, *[5] * 21, 1]
+
+
+def test_a_branch_to_what_the_dump_has_no_bundle_for_ends_the_kernel():
+    run = simulate(parse(PROGRAM.replace("$region3", "$region77"), utilization()), bytes_per_cycle=1e9)
+    assert run.issued.tolist() == [1, *[3] * 9, 2, 2, *[2] * 8, 0]
+
+
+@pytest.mark.parametrize("constant, steps", [(1, 1), (0, 5)])
+def test_a_predicate_that_is_a_constant(constant, steps):
+    program = PROGRAM.replace("%p2_p0 = scmp.ge.s32.totalorder %s8_s0, 5", f"%p3_p0 = scmp.ge.s32.totalorder %s8_s0, 5  ;;  %p4_p1 = pmov {constant}"
+                              "  ;;  %p2_p0 = por %p3_p0, %p4_p1")  # fmt: skip
+    assert simulate(parse(program, utilization()), bytes_per_cycle=1e9).issued[1] == steps
+
+
 def test_a_wait_lasts_until_its_transfer_is_done():
     swift = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=1e9)
     slow = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=64.0, latency=100.0)
@@ -99,7 +118,7 @@ def test_bytes_share_a_word_with_those_of_the_next_three_rows():
 
 @pytest.mark.parametrize("change, says", [
     (("%s8_s0, 5", "%s99_s9, 5"), "data decides when the loop"),
-    (("$region2", "$region77"), "a region that the dump lacks"),
+    (("target = $region2", "target = %s1_s1"), "a place that is not named"),
     (("   0x3 ", "   0x4 "), "numbered"),
 ])  # fmt: skip
 def test_what_cannot_be_run(change, says):
