@@ -241,7 +241,8 @@ def tpu_compile(
         unmade = [m for m in found if m.error is not None]
         refused = [m for m in unmade if m.refused]
         if as_json:
-            _print_json([m.to_json() for m in found])
+            # What happens bundle by bundle is `kpt tpu schedule`'s to tell.
+            _print_json([{**(told := m.to_json()), "schedules": [s | {"stretches": []} for s in told["schedules"]]} for m in found])
         else:
             rows = []
             for m in found:
@@ -337,7 +338,7 @@ def tpu_tune(
     jobs: Jobs = None,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which no further round of candidates begins; 0: no limit.")] = 0,
     write: Annotated[
-        Path | None, typer.Option(help="A table to put the results into; pallas_kernels/tuned_tpu.json is what kernels read.")
+        Path | None, typer.Option(help="A table to put better blocks into; pallas_kernels/tuned_tpu.json is what kernels read.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -369,7 +370,8 @@ def tpu_tune(
         if write is not None:
             make_row, write_rows = _front_end("kpt_jax.tpu_tune", "row"), _front_end("kpt_jax.tpu_tune", "write")
             command = " ".join(["kpt tpu tune", *(f"--op {n}" for n in op or ()), *([f"--shape {shape}"] if shape else []), f"--gen {gen}"])
-            write_rows(write, [make_row(t, on) for t, (_, _, on) in zip(found, todo, strict=True)], command)
+            better = [make_row(t, on) for t, (_, _, on) in zip(found, todo, strict=True) if t.best != t.default]
+            write_rows(write, better, command)
         if as_json:
             _print_json([dataclasses.asdict(t) for t in found])
             return
