@@ -26,7 +26,7 @@ def ready(trial: Trial, kernel: str) -> Sample:
 
 def _ready(trial: Trial, kernel: str) -> Sample:
     fn = functools.partial(resolve(trial.kernels[kernel]), **trial.params)
-    arrays = _arrays(trial)
+    arrays = arrays_of(trial)
     moving = {n: a for n, a in arrays.items() if n in ops.op(trial.op).differentiable and jnp.issubdtype(a.dtype, jnp.floating)}
     if trial.passes != BOTH or not moving:
         return functools.partial(_sample, jax.jit(lambda arrays: fn(**arrays)).lower(arrays).compile(), (arrays,))
@@ -45,7 +45,8 @@ _held: list[tuple[Trial, dict[str, jax.Array]]] = []
 """The arrays of the trial under way, which its candidates share."""
 
 
-def _arrays(trial: Trial) -> dict[str, jax.Array]:
+def arrays_of(trial: Trial) -> dict[str, jax.Array]:
+    """Random arrays for a call, in the domain of each; the same as long as it is the same trial."""
     if not _held or _held[0][0] is not trial:
         _held.clear()
         rng = np.random.default_rng(0)
