@@ -92,6 +92,36 @@ def _torch(op: str, provider: str, loader: str, level: str = "conservative", ver
     )
 
 
+# A Triton kernel by where it was timed: its name, architectures and dtypes. Turing has no bfloat16.
+TRITON = (
+    ("triton", ("sm90",), NARROW_FLOATS),
+    ("triton_untimed", ("sm80", "sm86", "sm89", "sm100", "gfx90a", "gfx942"), NARROW_FLOATS),
+    ("triton_turing", ("sm75",), ("float16", "float32")),
+)
+
+
+def _triton(op: str, efficiency: float, version: int = 1, **honours: Any) -> tuple[KernelSpec, ...]:
+    """A Triton kernel for GPUs. `efficiency` is the H100's; where it was compiled and never timed, no estimate chooses it."""
+    return tuple(
+        KernelSpec(
+            name=f"{op}.{name}",
+            op=op,
+            version=version,
+            provider="triton",
+            framework="torch",
+            platforms=tuple(sorted({"rocm" if a.startswith("gfx") else "cuda" for a in architectures})),
+            architectures=architectures,
+            dtypes=dtypes,
+            requires=("triton>=3.5", "torch>=2.9"),
+            loader=f"kpt_torch.triton_kernels.{op}:{op}",
+            accepts=f"kpt_torch.triton_kernels.{op}:refusal",
+            efficiency=efficiency if name == "triton" else 0.05,
+            **honours,
+        )
+        for name, architectures, dtypes in TRITON
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -173,4 +203,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     _torch("rope", "torch", "rows:rope", params={"interleaved": (False, True)}),
     _torch("cross_entropy", "torch", "rows:cross_entropy", params={"invalid": INVALID_LABELS}),
     _torch("linear_cross_entropy", "torch", "rows:linear_cross_entropy", params={"invalid": INVALID_LABELS}),
+    *_triton("rms_norm", 0.8),
+    *_triton("layer_norm", 0.8),
+    *_triton("rope", 0.85, params={"interleaved": (False, True)}),
+    *_triton("cross_entropy", 0.9, params={"invalid": INVALID_LABELS}),
 )

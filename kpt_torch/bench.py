@@ -1,0 +1,215 @@
+"""Triton kernels beside PyTorch's own code, eager and compiled: `python -m kpt_torch.bench [OP]... --json FILE`.
+
+Each contender is held to the op's float64 reference at a reduced size, then timed as a CUDA graph of one call, so that no launch is
+waited for: medians of 20 samples of at least 5 ms each, the contenders in a turning order in one process. Every shape is larger than
+the L2 cache. A rate counts each array once a pass, and stands beside what a copy reached in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import triton
+
+import kpt
+from kpt.errors import KernelError
+from kpt.kernels.validate import validate
+from kpt.ops import Spec
+from kpt_torch.library import torch_dtype
+from kpt_torch.planner import calls
+
+SAMPLES, SAMPLE_MS = 20, 5.0
+Arrays = dict[str, torch.Tensor]
+
+
+def _rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat((-b, a), -1) * sin[:, :, None]
+
+
+def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """As models write it, who make float32 logits for the loss."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+PLAIN: dict[str, Callable[..., torch.Tensor]] = {
+    "layer_norm": _layer_norm, "rms_norm": _rms_norm, "cross_entropy": _cross_entropy, "rope": _rope,
+}  # fmt: skip
+SHAPES = {
+    "layer_norm": ((16384, 4096), (32768, 8192)), "rms_norm": ((16384, 4096), (32768, 8192)),
+    "cross_entropy": ((8192, 128256),), "rope": ((4, 4096, 32, 128),),
+}  # fmt: skip
+
+
+def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
+    shape = tuple(shape)
+    if op == "cross_entropy":
+        return {"logits": Spec(shape, dtype), "labels": Spec(shape[:-1], "int64")}
+    if op == "rope":
+        table = Spec((1, shape[1], shape[3]), dtype)
+        return {"x": Spec(shape, dtype), "cos": table, "sin": table}
+    vectors = ("weight", "bias") if op == "layer_norm" else ("weight",)
+    return {"x": Spec(shape, dtype)} | {n: Spec(shape[-1:], dtype) for n in vectors}
+
+
+def _random(specs: dict[str, Spec]) -> Arrays:
+    made: Arrays = {}
+    for n, s in specs.items():
+        if s.dtype == "int64":
+            made[n] = torch.randint(0, specs["logits"].shape[-1], s.shape, device="cuda")
+        else:
+            made[n] = torch.randn(s.shape, device="cuda", dtype=torch_dtype(s.dtype)).requires_grad_(n not in ("cos", "sin"))
+    return made
+
+
+def _bytes(op: str, arrays: Arrays, out: Spec, both: bool) -> int:
+    """Bytes that must cross memory: inputs and the result; backward inputs but a rotated x, the cotangent and gradients."""
+    inputs = sum(t.nbytes for t in arrays.values())
+    result = math.prod(out.shape) * torch_dtype(out.dtype).itemsize
+    again = inputs - (arrays["x"].nbytes if op == "rope" else 0)
+    return inputs + result + (again + result + sum(t.nbytes for t in arrays.values() if t.requires_grad) if both else 0)
+
+
+def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) -> float:
+    """Largest certified error relative to float64, at fewer rows."""
+    small = (1, 64, *shape[2:]) if op == "rope" else (64, *shape[1:])
+    run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
+    got = validate(fn, kpt.ops.op(op), _specs(op, small, dtype), {}, run=run, run_vjp=run_vjp, seeds=[0])
+    if not got.passed:
+        raise KernelError(f"{op} was to be timed", got.summary(), "A kernel that is wrong is not timed")
+    return max(got.worst(gradient=False) or 0.0, got.worst(gradient=True) or 0.0)
+
+
+def _passes(fn: Callable[..., torch.Tensor], arrays: Arrays, moving: Sequence[torch.Tensor], cotangent: torch.Tensor | None) -> Any:
+    """Forward, and backward where a cotangent is given."""
+    if cotangent is None:
+        with torch.no_grad():
+            return fn(**arrays)
+    return torch.autograd.grad(fn(**arrays), moving, cotangent)
+
+
+def _graph(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def _sample(replay: Callable[[], Any], times: int) -> float:
+    """Milliseconds of a call, over `times` of them."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times
+
+
+def timed(replays: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Samples of each, in turning order."""
+    times = {n: max(1, int(SAMPLE_MS / max(_sample(r, 3), 1e-3))) for n, r in replays.items()}
+    names = list(replays)
+    found: dict[str, list[float]] = {n: [] for n in replays}
+    for i in range(SAMPLES):
+        for n in names[i % len(names) :] + names[: i % len(names)]:
+            found[n].append(_sample(replays[n], times[n]))
+    return found
+
+
+def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[str, Any]]:
+    """A row for each contender at one shape; `problem` in place of figures where one fails."""
+    specs = _specs(op, shape, dtype)
+    arrays = _random(specs)
+    (out,) = kpt.ops.op(op).infer(specs)
+    # One for all graphs, as long as they are: making a graph gives unused memory back, and what another still reads with it.
+    cotangent = torch.randn(out.shape, device="cuda", dtype=torch_dtype(out.dtype)) if both else None
+    plain, triton_kernel = PLAIN[op], kpt.registry.load(f"{op}.triton")
+    contenders = {f"{op}.triton": triton_kernel, "eager": plain, "torch.compile": torch.compile(plain)}
+    moving = [t for t in arrays.values() if t.requires_grad]
+    rows, replays = [], {}
+    for name, fn in contenders.items():
+        row: dict[str, Any] = {"op": op, "shape": list(shape), "dtype": dtype, "passes": "both" if both else "forward", "contender": name}
+        rows.append(row)
+        try:
+            if fn is triton_kernel:
+                row["error"] = _error(op, fn, dtype, shape)
+            replays[name] = _graph(functools.partial(_passes, fn, arrays, moving, cotangent)).replay
+        except Exception as e:  # one contender that fails is a row that says so
+            row["problem"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+    moved = _bytes(op, arrays, out, both)
+    for name, samples in timed(replays).items():
+        low, median, high = (float(q) for q in np.percentile(samples, [25, 50, 75]))
+        row = next(r for r in rows if r["contender"] == name)
+        row |= {"ms": median, "low": low, "high": high, "gb_per_s": moved / median / 1e6}
+    return rows
+
+
+def copy_rate() -> float:
+    """GB/s of a copy of a gigabyte, bytes read and written."""
+    a = torch.randn(2**28, device="cuda")
+    b = torch.empty_like(a)
+    samples = timed({"copy": _graph(lambda: b.copy_(a)).replay})["copy"]
+    return 2 * 4 * a.numel() / statistics.median(samples) / 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kpt_torch.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("op", nargs="*", choices=[*PLAIN, []], help="default: all")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rate = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, copy {rate:.0f} GB/s")
+    rows = []
+    for op in given.op or PLAIN:
+        for shape in SHAPES[op]:
+            for both in (False, True):
+                torch.compiler.reset()
+                for row in measure(op, shape, given.dtype, both):
+                    rows.append(row)
+                    figures = f"{row['ms']:8.4f} ms {row['gb_per_s']:6.0f} GB/s" if "ms" in row else row.get("problem", "")
+                    print(f"{op:14} {'x'.join(map(str, shape)):16} {row['passes']:8} {row['contender']:22} {figures}", flush=True)
+                torch.cuda.empty_cache()
+    if given.json:
+        about = {
+            "kind": "kpt_torch.bench",
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+            "clock": "CUDA events around graph replays",
+            "copy_gb_per_s": rate,
+        }
+        given.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
