@@ -27,6 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from kpt.errors import KernelError, KptError, MissingDependencyError
+from kpt.kernels.spec import unmet
 from kpt.tpu import Generation, Schedule, schedule
 from kpt.tpu import cache as schedule_cache
 
@@ -129,6 +130,21 @@ def compiled_schedules(function: str, args_from: str | None, on: Generation) -> 
     return list(made.schedules)
 
 
+def compiler_version() -> str:
+    """That of libtpu.
+
+    Raises:
+      MissingDependencyError: it is not installed, or jax is too old for the kernels.
+    """
+    asked, install = "A kernel was to be compiled for a TPU", "pip install 'kpt-kernels[tpu]' (Linux on x86-64; no TPU is needed)"
+    if (why := unmet("jax>=0.11.2")) is not None:
+        raise MissingDependencyError(asked, f"The kernel {why}", install)
+    try:
+        return metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise MissingDependencyError(asked, "libtpu, which holds the TPU compiler, is not installed", install) from None
+
+
 def compile_programs(
     programs: Sequence[Program],
     generations: Sequence[Generation],
@@ -150,15 +166,9 @@ def compile_programs(
       Program by program, each for all generations.
 
     Raises:
-      MissingDependencyError: libtpu is not installed.
+      MissingDependencyError: libtpu is not installed, or jax is too old.
     """
-    try:
-        version = metadata.version("libtpu")
-    except metadata.PackageNotFoundError:
-        raise MissingDependencyError(
-            "A kernel was to be compiled for a TPU", "libtpu, which holds the TPU compiler, is not installed",
-            "pip install 'kpt-kernels[tpu]' (Linux on x86-64; no TPU is needed)",
-        ) from None  # fmt: skip
+    version = compiler_version()
     found: dict[tuple[int, str], Compiled] = {}
     lock = threading.Lock()
 

@@ -22,7 +22,7 @@ from kpt.errors import KptError
 from kpt.tpu import Generation
 from kpt.tuning.bucket import bucket
 from kpt_jax.bench_ops import BENCHES
-from kpt_jax.tpu import Compiled, Program, compile_programs, measure
+from kpt_jax.tpu import Compiled, Program, compile_programs, compiler_version, measure
 from kpt_jax.tpu_programs import default_blocks, make, program, specs_of
 from pallas_kernels import tuned
 
@@ -118,6 +118,9 @@ def tune(
       MissingDependencyError: libtpu is not installed.
       KptError: the kernel cannot be compiled with its default blocks.
     """
+    here = jax.default_backend() == "tpu"
+    if not here:
+        compiler_version()
     start = default_blocks(bench, dims, dtype, on)
 
     def programs(candidates: Sequence[Sizes]) -> list[Program]:
@@ -127,7 +130,6 @@ def tune(
         made = compile_programs(programs(candidates), [on], jobs=jobs, done=done)
         return [m.cycles if m.error is None else None for m in made]
 
-    here = jax.default_backend() == "tpu"
     found = search(start, (lambda c: by_clock(programs(c))) if here else by_schedule, more=more)
     best, cost, first, tried, failed, finished = found
     return Tuned(bench, tuple(dims), dtype, on.name, start, first, best, cost, tried, failed, finished)

@@ -1,14 +1,8 @@
 """Whole models that nobody here wrote: every site found, the same numbers and gradients."""
 
-
-
 from __future__ import annotations
 
 import collections
-import os
-
-os.environ.setdefault("USE_TORCH", "0")
-os.environ.setdefault("USE_FLAX", "1")
 
 import jax
 import jax.numpy as jnp
