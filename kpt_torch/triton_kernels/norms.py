@@ -5,7 +5,11 @@ processor; each goes over many rows, keeps the gradients of weight and bias in r
 a last small kernel adds. Wider rows are gone over in blocks of columns; every pass but the first finds the row in the L2 cache, and
 the gradients of weight and bias are a kernel of their own, down the columns.
 
-Sums are float32. With a residual, what is normalised is `h` as it is returned, rounded to x's dtype.
+Sums are float32. The mean is subtracted in two parts, itself and what float32 could not hold of it, which is seen once it was
+subtracted: the rounding of the mean of nearly equal numbers would be divided by their deviation. The sum of squares is corrected
+for the second part in place of one more pass (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983, eq. 1.7).
+
+With a residual, what is normalised is `h` as it is returned, rounded to x's dtype.
 """
 
 from __future__ import annotations
@@ -87,8 +91,14 @@ def _scaled(n, weight, bias, col, inside, offset):
 
 
 @triton.jit
+def _rsqrt(square, left, eps):
+    """Of the variance, from the mean square about a point that the mean is `left` away from. A NaN in `left` is in the row as well."""
+    return 1.0 / tl.sqrt(tl.maximum(square - left * left, 0.0) + eps)
+
+
+@triton.jit
 def forward_whole(
-    x, residual, weight, bias, y, h, mean, rstd, rows, width, eps, offset,
+    x, residual, weight, bias, y, h, mean, left, rstd, rows, width, eps, offset,
     LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -100,9 +110,14 @@ def forward_whole(
         tl.store(h + at, z.to(h.dtype.element_ty), mask=there)
     if LAYER:
         m = tl.sum(z, 1) / width
-        tl.store(mean + row, m, mask=row < rows)
         z = tl.where(there, z - m[:, None], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(z * z, 1) / width + eps)
+        d = tl.sum(z, 1) / width
+        tl.store(mean + row, m, mask=row < rows)
+        tl.store(left + row, d, mask=row < rows)
+        r = _rsqrt(tl.sum(z * z, 1) / width, d, eps)
+        z -= d[:, None]
+    else:
+        r = _rsqrt(tl.sum(z * z, 1) / width, 0.0, eps)
     tl.store(rstd + row, r, mask=row < rows)
     n = _scaled(z * r[:, None], weight, bias, col, col < width, offset)
     tl.store(y + at, n.to(y.dtype.element_ty), mask=there)
@@ -110,12 +125,14 @@ def forward_whole(
 
 @triton.jit
 def forward_wide(
-    x, residual, weight, bias, y, h, mean, rstd, rows, width, eps, offset,
+    x, residual, weight, bias, y, h, mean, left, rstd, rows, width, eps, offset,
     LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     m = 0.0
+    d = 0.0
+    rest = tl.zeros([BLOCK], tl.float32)
     if LAYER:
         for start in range(0, width, BLOCK):
             col = start + tl.arange(0, BLOCK)
@@ -128,8 +145,12 @@ def forward_wide(
         z = _summed(x, residual, row * width + col, col < width)
         if LAYER:
             z = tl.where(col < width, z - m, 0.0)
+            rest += z
         total += z * z
-    r = 1.0 / tl.sqrt(tl.sum(total, 0) / width + eps)
+    if LAYER:
+        d = tl.sum(rest, 0) / width
+        tl.store(left + row, d)
+    r = _rsqrt(tl.sum(total, 0) / width, d, eps)
     tl.store(rstd + row, r)
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
@@ -138,7 +159,7 @@ def forward_wide(
         if h is not None:
             tl.store(h + at, z.to(h.dtype.element_ty), mask=col < width)
         if LAYER:
-            z = z - m
+            z = z - m - d
         n = _scaled(z * r, weight, bias, col, col < width, offset)
         tl.store(y + at, n.to(y.dtype.element_ty), mask=col < width)
 
@@ -155,7 +176,7 @@ def _stored(d, dh, dx, dresidual, at, there):
 
 @triton.jit
 def backward_whole(
-    h, weight, dy, dh, mean, rstd, dx, dresidual, dweight, dbias, rows, width, offset,
+    h, weight, dy, dh, mean, left, rstd, dx, dresidual, dweight, dbias, rows, width, offset,
     LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK)[None, :]
@@ -173,6 +194,7 @@ def backward_whole(
         r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         if LAYER:
             z -= tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+            z -= tl.load(left + row, mask=row < rows, other=0.0)[:, None]
         # 0 outside: a mean that is infinite, or NaN, is not to reach what is not there.
         n = tl.where(there, z * r, 0.0)
         if dweight is not None:
@@ -194,14 +216,16 @@ def backward_whole(
 
 @triton.jit
 def backward_wide(
-    h, weight, dy, dh, mean, rstd, dx, dresidual, rows, width, offset,
+    h, weight, dy, dh, mean, left, rstd, dx, dresidual, rows, width, offset,
     LAYER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r = tl.load(rstd + row)
     m = 0.0
+    d = 0.0
     if LAYER:
         m = tl.load(mean + row)
+        d = tl.load(left + row)
     along = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
@@ -209,7 +233,7 @@ def backward_wide(
         inside = col < width
         g = _scaled(tl.load(dy + row * width + col, mask=inside, other=0.0).to(tl.float32), weight, None, col, inside, offset)
         z = tl.load(h + row * width + col, mask=inside, other=0.0).to(tl.float32)
-        along += g * tl.where(inside, (z - m) * r, 0.0)
+        along += g * tl.where(inside, (z - m - d) * r, 0.0)
         total += g
     a = tl.sum(along, 0) / width
     t = tl.sum(total, 0) / width
@@ -219,15 +243,15 @@ def backward_wide(
         at = row * width + col
         g = _scaled(tl.load(dy + at, mask=inside, other=0.0).to(tl.float32), weight, None, col, inside, offset)
         z = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        d = g - (z - m) * r * a
+        dz = g - (z - m - d) * r * a
         if LAYER:
-            d -= t
-        _stored(d * r, dh, dx, dresidual, at, inside)
+            dz -= t
+        _stored(dz * r, dh, dx, dresidual, at, inside)
 
 
 @triton.jit
 def columns(
-    h, dy, mean, rstd, dweight, dbias, rows, width,
+    h, dy, mean, left, rstd, dweight, dbias, rows, width,
     LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the gradients of weight and bias, down the columns of every `num_programs(1)`-th tile."""
@@ -243,6 +267,7 @@ def columns(
             z = tl.load(h + at, mask=there, other=0.0).to(tl.float32)
             if LAYER:
                 z -= tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+                z -= tl.load(left + row, mask=row < rows, other=0.0)[:, None]
             dw += g * tl.where(there, z * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None], 0.0)
         if dbias is not None:
             db += g
@@ -281,23 +306,23 @@ def kernel(op: str, layer: bool) -> Any:
         y = torch.empty_like(x, dtype=x.dtype if params["out_dtype"] is None else torch_dtype(params["out_dtype"]))
         h = None if residual is None else torch.empty_like(x)
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-        mean = torch.empty_like(rstd) if layer else None
+        mean, left = (torch.empty_like(rstd) for _ in range(2)) if layer else (None, None)
         width, rows = x.shape[-1], rstd.numel()
         if x.numel():
             tile = forward_tile(width) if width <= WHOLE_FORWARD else WIDE
             run = forward_whole if width <= WHOLE_FORWARD else forward_wide
             with launch.on(x):
                 run[(triton.cdiv(rows, tile.rows),)](
-                    x, residual, weight, bias, y, h, mean, rstd, rows, width, params["eps"], params.get("weight_offset", 0.0),
+                    x, residual, weight, bias, y, h, mean, left, rstd, rows, width, params["eps"], params.get("weight_offset", 0.0),
                     LAYER=layer, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
                 )  # fmt: skip
-        return [y] if h is None else [y, h], [rstd] if mean is None else [mean, rstd]
+        return [y] if h is None else [y, h], [rstd] if mean is None else [mean, left, rstd]
 
     def backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
         h = (results[1] if "residual" in arrays else arrays["x"]).contiguous()
         weight = None if (t := arrays.get("weight")) is None else t.contiguous()
         dy, dh = cotangents[0].contiguous(), cotangents[1].contiguous() if "residual" in arrays else None
-        mean, rstd = kept if layer else (None, kept[0])
+        mean, left, rstd = kept if layer else (None, None, kept[0])
         found = {n: torch.empty(arrays[n].shape, dtype=arrays[n].dtype, device=h.device) for n in wanted}
         width, rows = h.shape[-1], rstd.numel()
         if not h.numel():
@@ -316,13 +341,13 @@ def kernel(op: str, layer: bool) -> Any:
                 count = min(triton.cdiv(rows, tile.rows), tile.programs * launch.processors(h))
                 parts = partial(count)
                 backward_whole[(count,)](
-                    h, weight, dy, dh, mean, rstd, *rowwise, *parts, rows, width, offset,
+                    h, weight, dy, dh, mean, left, rstd, *rowwise, *parts, rows, width, offset,
                     LAYER=layer, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
                 )  # fmt: skip
             else:
                 if any(t is not None for t in rowwise):
                     backward_wide[(rows,)](
-                        h, weight, dy, dh, mean, rstd, *rowwise, rows, width, offset,
+                        h, weight, dy, dh, mean, left, rstd, *rowwise, rows, width, offset,
                         LAYER=layer, BLOCK=WIDE.columns, num_warps=WIDE.warps,
                     )  # fmt: skip
                 across = triton.cdiv(width, COLUMNS.columns)
@@ -330,7 +355,7 @@ def kernel(op: str, layer: bool) -> Any:
                 parts = partial(count)
                 if vectors:
                     columns[(across, count)](
-                        h, dy, mean, rstd, *parts, rows, width,
+                        h, dy, mean, left, rstd, *parts, rows, width,
                         LAYER=layer, ROWS=COLUMNS.rows, BLOCK=COLUMNS.columns, num_warps=COLUMNS.warps,
                     )  # fmt: skip
             if vectors:
@@ -341,7 +366,7 @@ def kernel(op: str, layer: bool) -> Any:
         return found
 
     def kept(specs: dict[str, Spec], params: dict[str, Any]) -> Sequence[Spec]:
-        return (Spec(specs["x"].shape[:-1], "float32"),) * (2 if layer else 1)
+        return (Spec(specs["x"].shape[:-1], "float32"),) * (3 if layer else 1)
 
     return library.kernel(op, "triton", forward, backward, kept=kept)
 

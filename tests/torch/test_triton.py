@@ -41,10 +41,8 @@ def test_numbers(op):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_numbers_of_more_cases(op):
-    """The seed of `tests.test_fuzz`. In case 51 of seed 2 a row of layer_norm is two nearly equal numbers: this kernel and
-    layer_norm.torch err alike there, by 6.9e-6 where 5.5e-6 is allowed, which is the rounding of the row's float32 mean.
-    """
-    interpreted(op, cases=60, seed=20261123)
+    """Case 51 has rows of two nearly equal numbers, whose mean float32 cannot hold."""
+    interpreted(op, cases=60, seed=2)
 
 
 def target(architecture: str) -> GPUTarget:

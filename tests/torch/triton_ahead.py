@@ -18,13 +18,13 @@ F32, I32 = "*fp32", "i32"
 NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
 LOSS = {"labels": "*i64", "loss": F32, "lse": F32, "dloss": F32, "vocab": I32, "smoothing": "fp32", "cap": "fp32"}
 ROPE = dict.fromkeys("x_batch x_time x_head table_batch times heads size width".split(), I32)
-SUMS = {"mean": F32, "rstd": F32, "dweight": F32, "dbias": F32, "weights": F32, "biases": F32, "count": I32}
+SUMS = {"mean": F32, "left": F32, "rstd": F32, "dweight": F32, "dbias": F32, "weights": F32, "biases": F32, "count": I32}
 
 
 def _norm(fn: Any, tile: norms.Tile, layer: bool) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     given = {"LAYER": layer, "ROWS": tile.rows, "BLOCK": tile.columns}
     if not layer:
-        given |= dict.fromkeys(("mean", "bias", "dbias", "biases"))
+        given |= dict.fromkeys(("mean", "left", "bias", "dbias", "biases"))
     return fn, NORM | SUMS, given, tile.warps
 
 
