@@ -1,14 +1,17 @@
-"""Triton kernels beside PyTorch's own code, eager and compiled: `python -m kpt_torch.bench [OP]... --json FILE`.
+"""Triton kernels beside PyTorch's own code, eager and compiled, and Liger where installed: `python -m kpt_torch.bench [OP]... --json FILE`.
 
-Each contender is held to the op's float64 reference at a reduced size, then timed as a CUDA graph of one call, so that no launch is
-waited for: medians of 20 samples of at least 5 ms each, the contenders in a turning order in one process. Every shape is larger than
-the L2 cache. A rate counts each array once a pass, and stands beside what a copy reached in the same run.
+Ours is held to the op's float64 reference at a reduced size; then each contender is timed as a CUDA graph of one call, so that no launch is
+waited for (the losses that ask the device something cannot be captured; their kernels last milliseconds): medians of 20 samples of at
+least 5 ms each, the contenders in a turning order in one process. Every shape is larger than the L2 cache. A rate counts each array once a
+pass, and stands beside what a copy reached in the same run; that of products counts their operations.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
+import importlib
 import json
 import math
 import platform
@@ -51,17 +54,38 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def _linear_cross_entropy(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy((x @ w).float(), labels)
+
+
 PLAIN: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "cross_entropy": _cross_entropy, "rope": _rope,
+    "linear_cross_entropy": _linear_cross_entropy,
 }  # fmt: skip
+# Module and function of Liger, and how it is called. Its cross entropy makes the gradient in the forward pass, in place of the logits, and
+# its rope turns q and k in place: it is given arrays of its own, and half of the heads as either.
+LIGER: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "layer_norm": ("layer_norm", "LigerLayerNormFunction", lambda f, x, weight, bias: f(x, weight, bias, 1e-6)),
+    "rms_norm": ("rms_norm", "LigerRMSNormFunction", lambda f, x, weight: f(x, weight, 1e-6, 0.0, "llama", False)),
+    "cross_entropy": ("cross_entropy", "LigerCrossEntropyFunction",
+                      lambda f, logits, labels: f(logits, labels, None, -100, 0.0, 0.0, "none")[0]),
+    "rope": ("rope", "LigerRopeFunction", lambda f, x, cos, sin: f(*x.transpose(1, 2).chunk(2, 1), cos, sin)),
+    "linear_cross_entropy": ("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction",
+                             lambda f, x, w, labels: f(x, w.t(), labels)[0]),
+}  # fmt: skip
+UNCAPTURED = {"linear_cross_entropy", ("cross_entropy", "liger")}
 SHAPES = {
     "layer_norm": ((16384, 4096), (32768, 8192)), "rms_norm": ((16384, 4096), (32768, 8192)),
     "cross_entropy": ((8192, 128256),), "rope": ((4, 4096, 32, 128),),
+    "linear_cross_entropy": ((8192, 4096, 128256),),
 }  # fmt: skip
 
 
 def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
     shape = tuple(shape)
+    if op == "linear_cross_entropy":
+        tokens, width, vocab = shape
+        return {"x": Spec((tokens, width), dtype), "w": Spec((width, vocab), dtype), "labels": Spec((tokens,), "int64")}
     if op == "cross_entropy":
         return {"logits": Spec(shape, dtype), "labels": Spec(shape[:-1], "int64")}
     if op == "rope":
@@ -71,13 +95,26 @@ def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
     return {"x": Spec(shape, dtype)} | {n: Spec(shape[-1:], dtype) for n in vectors}
 
 
-def _random(specs: dict[str, Spec]) -> Arrays:
+def _liger(op: str) -> dict[str, Callable[..., Any]]:
+    """Liger's kernel of the op, where Liger is installed."""
+    module, name, call = LIGER[op]
+    try:
+        function = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
+    except ImportError:
+        return {}
+    return {"liger": functools.partial(call, function.apply)}
+
+
+def _random(specs: dict[str, Spec], both: bool) -> Arrays:
     made: Arrays = {}
     for n, s in specs.items():
         if s.dtype == "int64":
-            made[n] = torch.randint(0, specs["logits"].shape[-1], s.shape, device="cuda")
-        else:
-            made[n] = torch.randn(s.shape, device="cuda", dtype=torch_dtype(s.dtype)).requires_grad_(n not in ("cos", "sin"))
+            made[n] = torch.randint(0, specs["logits" if "logits" in specs else "w"].shape[-1], s.shape, device="cuda")
+            continue
+        made[n] = torch.randn(s.shape[::-1] if n == "w" else s.shape, device="cuda", dtype=torch_dtype(s.dtype))
+        if n == "w":  # the transpose of what lies in memory, as torch's linear layers have it
+            made[n] = made[n].mul_(s.shape[0] ** -0.5).t()
+        made[n].requires_grad_(both and n not in ("cos", "sin"))
     return made
 
 
@@ -91,7 +128,7 @@ def _bytes(op: str, arrays: Arrays, out: Spec, both: bool) -> int:
 
 def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) -> float:
     """Largest certified error relative to float64, at fewer rows."""
-    small = (1, 64, *shape[2:]) if op == "rope" else (64, *shape[1:])
+    small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384)}.get(op, (64, *shape[1:]))
     run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
     got = validate(fn, kpt.ops.op(op), _specs(op, small, dtype), {}, run=run, run_vjp=run_vjp, seeds=[0])
     if not got.passed:
@@ -99,12 +136,24 @@ def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) ->
     return max(got.worst(gradient=False) or 0.0, got.worst(gradient=True) or 0.0)
 
 
-def _passes(fn: Callable[..., torch.Tensor], arrays: Arrays, moving: Sequence[torch.Tensor], cotangent: torch.Tensor | None) -> Any:
+def _passes(fn: Callable[..., Any], arrays: Arrays, cotangent: torch.Tensor | None) -> Any:
     """Forward, and backward where a cotangent is given."""
     if cotangent is None:
         with torch.no_grad():
             return fn(**arrays)
-    return torch.autograd.grad(fn(**arrays), moving, cotangent)
+    out = fn(**arrays)
+    given = cotangent.transpose(1, 2).chunk(2, 1) if isinstance(out, tuple) else cotangent  # q and k of Liger's rope
+    return torch.autograd.grad(out, [t for t in arrays.values() if t.requires_grad], given)
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    """Bytes that a call takes beyond its arrays; its gradients are among them."""
+    for _ in range(2):  # the first one compiles
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _graph(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -146,28 +195,36 @@ def timed(replays: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[str, Any]]:
     """A row for each contender at one shape; `problem` in place of figures where one fails."""
     specs = _specs(op, shape, dtype)
-    arrays = _random(specs)
-    (out,) = kpt.ops.op(op).infer(specs)
+    arrays = _random(specs, both)
+    (out,) = kpt.ops.op(op).infer(specs) if op != "linear_cross_entropy" else (Spec((), "float32"),)
     # One for all graphs, as long as they are: making a graph gives unused memory back, and what another still reads with it.
     cotangent = torch.randn(out.shape, device="cuda", dtype=torch_dtype(out.dtype)) if both else None
     plain, triton_kernel = PLAIN[op], kpt.registry.load(f"{op}.triton")
-    contenders = {f"{op}.triton": triton_kernel, "eager": plain, "torch.compile": torch.compile(plain)}
-    moving = [t for t in arrays.values() if t.requires_grad]
+    contenders = {f"{op}.triton": triton_kernel, "eager": plain, "torch.compile": torch.compile(plain)} | _liger(op)
+    if op == "linear_cross_entropy":  # under a mean, as models have it
+        contenders[f"{op}.triton"] = lambda **given: triton_kernel(**given).mean()
+    its_own = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in arrays.items()} if "liger" in contenders else {}
     rows, replays = [], {}
     for name, fn in contenders.items():
         row: dict[str, Any] = {"op": op, "shape": list(shape), "dtype": dtype, "passes": "both" if both else "forward", "contender": name}
         rows.append(row)
         try:
-            if fn is triton_kernel:
-                row["error"] = _error(op, fn, dtype, shape)
-            replays[name] = _graph(functools.partial(_passes, fn, arrays, moving, cotangent)).replay
+            if name == f"{op}.triton":
+                row["error"] = _error(op, triton_kernel, dtype, shape)
+            call = functools.partial(_passes, fn, its_own if name == "liger" else arrays, cotangent)
+            row["peak_bytes"] = _peak(call)
+            replays[name] = call if op in UNCAPTURED or (op, name) in UNCAPTURED else _graph(call).replay
         except Exception as e:  # one contender that fails is a row that says so
             row["problem"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
     moved = _bytes(op, arrays, out, both)
     for name, samples in timed(replays).items():
         low, median, high = (float(q) for q in np.percentile(samples, [25, 50, 75]))
         row = next(r for r in rows if r["contender"] == name)
-        row |= {"ms": median, "low": low, "high": high, "gb_per_s": moved / median / 1e6}
+        row |= {"ms": median, "low": low, "high": high}
+        if op == "linear_cross_entropy":
+            row["tflop_per_s"] = 2 * math.prod(shape) * (3 if both else 1) / median / 1e9
+        else:
+            row["gb_per_s"] = moved / median / 1e6
     return rows
 
 
@@ -185,8 +242,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, copy {rate:.0f} GB/s")
+    copied = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, copy {copied:.0f} GB/s")
     rows = []
     for op in given.op or PLAIN:
         for shape in SHAPES[op]:
@@ -194,7 +251,9 @@ def main() -> int:
                 torch.compiler.reset()
                 for row in measure(op, shape, given.dtype, both):
                     rows.append(row)
-                    figures = f"{row['ms']:8.4f} ms {row['gb_per_s']:6.0f} GB/s" if "ms" in row else row.get("problem", "")
+                    rate = f"{row['gb_per_s']:6.0f} GB/s" if "gb_per_s" in row else f"{row.get('tflop_per_s', 0):6.0f} TFLOP/s"
+                    peak = f"{row.get('peak_bytes', 0) / 2**30:6.2f} GiB"
+                    figures = f"{row['ms']:8.4f} ms {rate} {peak}" if "ms" in row else row.get("problem", "")
                     print(f"{op:14} {'x'.join(map(str, shape)):16} {row['passes']:8} {row['contender']:22} {figures}", flush=True)
                 torch.cuda.empty_cache()
     if given.json:
@@ -205,7 +264,7 @@ def main() -> int:
             "triton": triton.__version__,
             "python": platform.python_version(),
             "clock": "CUDA events around graph replays",
-            "copy_gb_per_s": rate,
+            "copy_gb_per_s": copied,
         }
         given.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     return 0

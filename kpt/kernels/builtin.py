@@ -95,7 +95,7 @@ def _torch(op: str, provider: str, loader: str, level: str = "conservative", ver
 # A Triton kernel by where it was timed: its name, architectures and dtypes. Turing has no bfloat16.
 TRITON = (
     ("triton", ("sm90",), NARROW_FLOATS),
-    ("triton_untimed", ("sm80", "sm86", "sm89", "sm100", "gfx90a", "gfx942"), NARROW_FLOATS),
+    ("triton_untimed", ("sm80", "sm86", "sm89", "sm100", "gfx90a", "gfx942", "gfx950"), NARROW_FLOATS),
     ("triton_turing", ("sm75",), ("float16", "float32")),
 )
 
@@ -207,4 +207,5 @@ KERNELS: tuple[KernelSpec, ...] = (
     *_triton("layer_norm", 0.8),
     *_triton("rope", 0.85, params={"interleaved": (False, True)}),
     *_triton("cross_entropy", 0.9, params={"invalid": INVALID_LABELS}),
+    *_triton("linear_cross_entropy", 0.7, params={"invalid": INVALID_LABELS}),
 )

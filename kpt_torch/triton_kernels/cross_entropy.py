@@ -120,31 +120,43 @@ def _scalars(params: Mapping[str, Any]) -> tuple[float, float]:
     return float(params["label_smoothing"]), float(params["logits_soft_cap"] or 1.0)
 
 
-def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    logits, labels = (arrays[n].contiguous() for n in ("logits", "labels"))
+def put_losses(logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, lse: torch.Tensor, params: Mapping[str, Any]) -> None:
+    """Writes loss and logsumexp of each row; all arrays are contiguous."""
     vocab = logits.shape[-1]
-    loss = torch.full(labels.shape, -math.inf, dtype=torch.float32, device=logits.device)  # the loss of no vocabulary
-    lse = torch.empty_like(loss)
     if logits.numel():
         with launch.on(logits):
             forward_rows[(labels.numel(),)](
                 logits, labels, loss, lse, vocab, *_scalars(params),
                 **_static(params), BLOCK=launch.block(vocab, FORWARD_BLOCK), num_warps=FORWARD_WARPS,
             )  # fmt: skip
-    return [loss], [lse]
 
 
-def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
-    logits, labels, dloss = arrays["logits"].contiguous(), arrays["labels"].contiguous(), cotangents[0].contiguous()
+def put_gradients(
+    logits: torch.Tensor, labels: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, dlogits: torch.Tensor, params: Mapping[str, Any]
+) -> None:
+    """Writes the gradient of each logit, which may be where the logits are; all arrays are contiguous."""
     vocab = logits.shape[-1]
-    dlogits = torch.empty_like(logits)
     if logits.numel():
         size = launch.block(vocab, BACKWARD_BLOCK)
         with launch.on(logits):
             backward_blocks[(labels.numel() * triton.cdiv(vocab, size),)](
-                logits, labels, kept[0], dloss, dlogits, vocab, *_scalars(params),
+                logits, labels, lse, dloss, dlogits, vocab, *_scalars(params),
                 **_static(params), BLOCK=size, num_warps=BACKWARD_WARPS,
             )  # fmt: skip
+
+
+def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    logits, labels = (arrays[n].contiguous() for n in ("logits", "labels"))
+    loss = torch.full(labels.shape, -math.inf, dtype=torch.float32, device=logits.device)  # the loss of no vocabulary
+    lse = torch.empty_like(loss)
+    put_losses(logits, labels, loss, lse, params)
+    return [loss], [lse]
+
+
+def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
+    logits, labels = (arrays[n].contiguous() for n in ("logits", "labels"))
+    dlogits = torch.empty_like(logits)
+    put_gradients(logits, labels, kept[0], cotangents[0].contiguous(), dlogits, params)
     return {"logits": dlogits}
 
 

@@ -92,8 +92,8 @@ def _scaled(n, weight, bias, col, inside, offset):
 
 @triton.jit
 def _rsqrt(square, left, eps):
-    """Of the variance, from the mean square about a point that the mean is `left` away from. A NaN in `left` is in the row as well."""
-    return 1.0 / tl.sqrt(tl.maximum(square - left * left, 0.0) + eps)
+    """Of the variance, from the mean square about a point that the mean is `left` away from."""
+    return 1.0 / tl.sqrt(tl.maximum(square - left * left, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
 
 
 @triton.jit
@@ -316,7 +316,7 @@ def kernel(op: str, layer: bool) -> Any:
                     x, residual, weight, bias, y, h, mean, left, rstd, rows, width, params["eps"], params.get("weight_offset", 0.0),
                     LAYER=layer, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
                 )  # fmt: skip
-        return [y] if h is None else [y, h], [rstd] if mean is None else [mean, left, rstd]
+        return [y] if h is None else [y, h], [t for t in (mean, left, rstd) if t is not None]
 
     def backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
         h = (results[1] if "residual" in arrays else arrays["x"]).contiguous()
