@@ -31,6 +31,7 @@ from kpt.kernels.validate import validate
 from kpt.ops import Spec
 from kpt_torch.library import torch_dtype
 from kpt_torch.planner import calls
+from kpt_torch.triton_kernels import glu
 
 SAMPLES, SAMPLE_MS = 20, 5.0
 Arrays = dict[str, torch.Tensor]
@@ -58,9 +59,39 @@ def _linear_cross_entropy(x: torch.Tensor, w: torch.Tensor, labels: torch.Tensor
     return F.cross_entropy((x @ w).float(), labels)
 
 
+def _glu(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
+    return F.silu(x @ w_gate) * (x @ w_up)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+class Swiglu(torch.autograd.Function):
+    """What glu.triton does between its products."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        glu.put_product(gate, up, y, "silu")
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        glu.put_gradients(gate, up, dy, dgate, dup, "silu")
+        return dgate, dup
+
+
+def _our_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return Swiglu.apply(gate, up)
+
+
 PLAIN: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "cross_entropy": _cross_entropy, "rope": _rope,
-    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy, "glu": _glu, "swiglu": _swiglu,
 }  # fmt: skip
 # Module and function of Liger, and how it is called. Its cross entropy makes the gradient in the forward pass, in place of the logits, and
 # its rope turns q and k in place: it is given arrays of its own, and half of the heads as either.
@@ -72,12 +103,14 @@ LIGER: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "rope": ("rope", "LigerRopeFunction", lambda f, x, cos, sin: f(*x.transpose(1, 2).chunk(2, 1), cos, sin)),
     "linear_cross_entropy": ("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction",
                              lambda f, x, w, labels: f(x, w.t(), labels)[0]),
+    "glu": ("swiglu", "LigerSiLUMulFunction", lambda f, x, w_gate, w_up: f(x @ w_gate, x @ w_up)),
+    "swiglu": ("swiglu", "LigerSiLUMulFunction", lambda f, gate, up: f(gate, up)),
 }  # fmt: skip
 UNCAPTURED = {"linear_cross_entropy", ("cross_entropy", "liger")}
 SHAPES = {
     "layer_norm": ((16384, 4096), (32768, 8192)), "rms_norm": ((16384, 4096), (32768, 8192)),
     "cross_entropy": ((8192, 128256),), "rope": ((4, 4096, 32, 128),),
-    "linear_cross_entropy": ((8192, 4096, 128256),),
+    "linear_cross_entropy": ((8192, 4096, 128256),), "glu": ((8192, 4096, 14336),), "swiglu": ((8192, 14336),),
 }  # fmt: skip
 
 
@@ -86,6 +119,11 @@ def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
     if op == "linear_cross_entropy":
         tokens, width, vocab = shape
         return {"x": Spec((tokens, width), dtype), "w": Spec((width, vocab), dtype), "labels": Spec((tokens,), "int64")}
+    if op == "glu":
+        rows, width, inner = shape
+        return {"x": Spec((rows, width), dtype)} | dict.fromkeys(("w_gate", "w_up"), Spec((width, inner), dtype))
+    if op == "swiglu":
+        return dict.fromkeys(("gate", "up"), Spec(shape, dtype))
     if op == "cross_entropy":
         return {"logits": Spec(shape, dtype), "labels": Spec(shape[:-1], "int64")}
     if op == "rope":
@@ -111,8 +149,9 @@ def _random(specs: dict[str, Spec], both: bool) -> Arrays:
         if s.dtype == "int64":
             made[n] = torch.randint(0, specs["logits" if "logits" in specs else "w"].shape[-1], s.shape, device="cuda")
             continue
-        made[n] = torch.randn(s.shape[::-1] if n == "w" else s.shape, device="cuda", dtype=torch_dtype(s.dtype))
-        if n == "w":  # the transpose of what lies in memory, as torch's linear layers have it
+        turned = n.startswith("w") and len(s.shape) == 2
+        made[n] = torch.randn(s.shape[::-1] if turned else s.shape, device="cuda", dtype=torch_dtype(s.dtype))
+        if turned:  # the transpose of what lies in memory, as torch's linear layers have it
             made[n] = made[n].mul_(s.shape[0] ** -0.5).t()
         made[n].requires_grad_(both and n not in ("cos", "sin"))
     return made
@@ -128,7 +167,7 @@ def _bytes(op: str, arrays: Arrays, out: Spec, both: bool) -> int:
 
 def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) -> float:
     """Largest certified error relative to float64, at fewer rows."""
-    small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384)}.get(op, (64, *shape[1:]))
+    small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384), "glu": (64, 512, 1024)}.get(op, (64, *shape[1:]))
     run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
     got = validate(fn, kpt.ops.op(op), _specs(op, small, dtype), {}, run=run, run_vjp=run_vjp, seeds=[0])
     if not got.passed:
@@ -196,10 +235,10 @@ def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[
     """A row for each contender at one shape; `problem` in place of figures where one fails."""
     specs = _specs(op, shape, dtype)
     arrays = _random(specs, both)
-    (out,) = kpt.ops.op(op).infer(specs) if op != "linear_cross_entropy" else (Spec((), "float32"),)
+    out = {"linear_cross_entropy": Spec((), "float32"), "swiglu": Spec(tuple(shape), dtype)}.get(op) or kpt.ops.op(op).infer(specs)[0]
     # One for all graphs, as long as they are: making a graph gives unused memory back, and what another still reads with it.
     cotangent = torch.randn(out.shape, device="cuda", dtype=torch_dtype(out.dtype)) if both else None
-    plain, triton_kernel = PLAIN[op], kpt.registry.load(f"{op}.triton")
+    plain, triton_kernel = PLAIN[op], kpt.registry.load(f"{op}.triton") if op != "swiglu" else _our_swiglu
     contenders = {f"{op}.triton": triton_kernel, "eager": plain, "torch.compile": torch.compile(plain)} | _liger(op)
     if op == "linear_cross_entropy":  # under a mean, as models have it
         contenders[f"{op}.triton"] = lambda **given: triton_kernel(**given).mean()
@@ -209,7 +248,7 @@ def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[
         row: dict[str, Any] = {"op": op, "shape": list(shape), "dtype": dtype, "passes": "both" if both else "forward", "contender": name}
         rows.append(row)
         try:
-            if name == f"{op}.triton":
+            if name == f"{op}.triton" and op != "swiglu":  # a part of glu, which is held to float64
                 row["error"] = _error(op, triton_kernel, dtype, shape)
             call = functools.partial(_passes, fn, its_own if name == "liger" else arrays, cotangent)
             row["peak_bytes"] = _peak(call)
@@ -221,8 +260,8 @@ def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[
         low, median, high = (float(q) for q in np.percentile(samples, [25, 50, 75]))
         row = next(r for r in rows if r["contender"] == name)
         row |= {"ms": median, "low": low, "high": high}
-        if op == "linear_cross_entropy":
-            row["tflop_per_s"] = 2 * math.prod(shape) * (3 if both else 1) / median / 1e9
+        if len(shape) == 3:
+            row["tflop_per_s"] = 2 * math.prod(shape) * (3 if both else 1) * (2 if op == "glu" else 1) / median / 1e9
         else:
             row["gb_per_s"] = moved / median / 1e6
     return rows

@@ -54,8 +54,8 @@ def kernel(
       backward: `backward(arrays, params, results, kept, cotangents, wanted) -> {name: gradient}`: for at least the arrays named in
         `wanted`, in their shape and dtype. A cotangent is zeros where nothing depends on the result. None: not differentiable.
       kept: the specs of what `forward` keeps. Shapes may hold symbolic sizes.
-      early: `early(arrays, names) -> text`: of the gradients of the arrays `names`, which are all that can be asked for, those that
-        `forward` makes already and keeps. It is told by `params["early"]`, "" where there will be no gradients. `backward` may write
+      early: `early(arrays, names) -> text`: what `forward` keeps where gradients of the arrays `names` can be asked for, and no others:
+        some of them made already, perhaps. It is told by `params["early"]`, "" where there will be no gradients. `backward` may write
         over what was kept where `params["last"]`: autograd is about to free it. Gradients are in the layout of their arrays.
 
     `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
@@ -89,7 +89,7 @@ def kernel(
         chosen = {k: v for k, v in given.items() if k not in names}
         if early is not None:
             moving = [n for n in meaning.differentiable if n in arrays and arrays[n].requires_grad and torch.is_grad_enabled()]
-            chosen["early"] = early(arrays, moving) if moving else ""
+            chosen |= {"early": early(arrays, moving) if moving else "", "unseen": True}
         params = _encoded(chosen)
         made = definition(*(arrays.get(n) for n in names), params)
         count = 2 if "residual" in arrays else 1
@@ -132,6 +132,7 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
     pulled.register_fake(fake)
 
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
         ctx.count = 2 if "residual" in ctx.present else 1
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *output)
@@ -142,10 +143,11 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
         made = list(saved[len(ctx.present) :])
         given = [torch.zeros_like(m) if c is None else c for c, m in zip(cotangents[: ctx.count], made, strict=False)]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
-        if early and _about_to_be_freed(saved):
-            params, count = _params(op.name, ctx.params) | {"last": True}, ctx.count
+        params, count = _params(op.name, ctx.params), ctx.count
+        # Whoever calls the custom op itself, as opcheck does, sees what was kept.
+        if params.get("unseen") and _about_to_be_freed(saved):
             with torch.no_grad():
-                gradients = pulled_back(arrays, params, made[:count], made[count:], given, wanted)
+                gradients = pulled_back(arrays, params | {"last": True}, made[:count], made[count:], given, wanted)
         else:
             gradients = pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted))
         found = dict(zip(wanted, gradients, strict=True))
@@ -168,11 +170,11 @@ def _laid_out(gradient: torch.Tensor, array: torch.Tensor) -> torch.Tensor:
 
 def _apart(made: list[torch.Tensor], given: Sequence[Any]) -> list[torch.Tensor]:
     """The results with memory of their own each, as custom ops promise."""
-    taken = {t.untyped_storage().data_ptr() for t in given if t is not None and t.numel()}
+    taken = {t.untyped_storage()._cdata for t in given if t is not None}  # which tells empty ones apart, too
     out = []
     for t in made:
-        place = t.untyped_storage().data_ptr()
-        out.append(t.clone() if t.numel() and place in taken else t)
+        place = t.untyped_storage()._cdata
+        out.append(t.clone() if place in taken else t)
         taken.add(place)
     return out
 

@@ -207,5 +207,6 @@ KERNELS: tuple[KernelSpec, ...] = (
     *_triton("layer_norm", 0.8),
     *_triton("rope", 0.85, params={"interleaved": (False, True)}),
     *_triton("cross_entropy", 0.9, params={"invalid": INVALID_LABELS}),
-    *_triton("linear_cross_entropy", 0.7, params={"invalid": INVALID_LABELS}),
+    *_triton("linear_cross_entropy", 0.66, params={"invalid": INVALID_LABELS}),
+    *_triton("glu", 0.68, level="balanced", params={"activation": ACTIVATIONS}),
 )

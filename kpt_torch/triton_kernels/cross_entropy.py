@@ -14,19 +14,10 @@ from kpt.ops.base import Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors
 from kpt_torch.triton_kernels import launch
+from kpt_torch.triton_kernels.activations import tanh
 
 FORWARD_BLOCK, FORWARD_WARPS = 8192, 8
 BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to 4 ulp: near 0 its series, whose next term is 1e-8 of it, since `1 - 2 / (exp(2 x) + 1)` cancels there."""
-    a = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    q = x * x
-    near = x * (1.0 + q * (-1.0 / 3 + q * (2.0 / 15 + q * (-17.0 / 315 + q * (62.0 / 2835)))))
-    return tl.where(a < 0.25, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -51,7 +42,7 @@ def forward_rows(
         inside = col < vocab
         z = tl.load(logits + row * vocab + col, mask=inside, other=float("-inf")).to(tl.float32)
         if CAP:
-            z = tl.where(inside, cap * _tanh(z / cap), float("-inf"))
+            z = tl.where(inside, cap * tanh(z / cap), float("-inf"))
         if SMOOTH:
             everything += tl.sum(tl.where(inside, z, 0.0), 0)
         # An infinite maximum is not subtracted: inf - inf would be NaN where the sum is 0 or infinite.
@@ -67,7 +58,7 @@ def forward_rows(
     y, outside = _label(labels, row, vocab)
     picked = tl.load(logits + row * vocab + y).to(tl.float32)
     if CAP:
-        picked = cap * _tanh(picked / cap)
+        picked = cap * tanh(picked / cap)
     picked = tl.where(smoothing == 1.0, 0.0, (1.0 - smoothing) * picked)
     if INVALID == "zero":
         picked = tl.where(outside, 0.0, picked)
@@ -95,7 +86,7 @@ def backward_blocks(
     g = tl.load(dloss + row)
     slope = g
     if CAP:
-        t = _tanh(z / cap)
+        t = tanh(z / cap)
         z = cap * t
         slope = g * (1.0 - t * t)
     y, outside = _label(labels, row, vocab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,24 @@ def processors(tensor: torch.Tensor) -> int:
     return _processors(tensor.device) if tensor.is_cuda else 2
 
 
+def shared_bytes(tensor: torch.Tensor) -> int:
+    """Of shared memory on a multiprocessor of the tensor's device; 0 where that is not known, and for Triton's interpreter."""
+    return _shared_bytes(tensor.device) if tensor.is_cuda else 0
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 0)
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """The array as a matrix, `[rows, last dim]`."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def block(length: int, most: int) -> int:

@@ -16,16 +16,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from kpt.ops.base import Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors
 from kpt_torch.triton_kernels import cross_entropy, launch
 
-CHUNK_BYTES = 128 << 20
-"""Of logits. One such array is alive at a time."""
+CHUNK_BYTES = 1 << 30
+"""Of logits. One such array is alive at a time. The fewer chunks, the fewer passes over dw (docs/benchmarks/triton-notes.md)."""
 MOST_CHUNKS = 16
 """Each rounds dw once, by 0.4 u of what is summed by then. Of 16 that adds to `0.4 u sqrt(16 / 2)`, and a gradient is allowed 4 u."""
+BLOCK, WARPS = 2048, 4
 TOKENS = 128
 """A chunk has a multiple of so many, for the tiles of its products."""
 
@@ -38,7 +41,7 @@ def chunks(tokens: int, vocab: int, itemsize: int) -> list[slice]:
 
 
 def _rows(arrays: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    return arrays["x"].reshape(-1, arrays["x"].shape[-1]), arrays["labels"].reshape(-1).contiguous()
+    return launch.rows(arrays["x"]), arrays["labels"].reshape(-1).contiguous()
 
 
 def _sweep(
@@ -62,10 +65,9 @@ def _sweep(
         z = x[at] @ w if b is None else torch.addmm(b.to(x.dtype), x[at], w)
         if loss is not None:
             cross_entropy.put_losses(z, labels[at], loss[at], lse[at], params)
-        if not made:
-            continue
-        cross_entropy.put_gradients(z, labels[at], lse[at], one[at], z, params)
-        weighted = (x[at] * each[at, None]).to(x.dtype)
+        if made:
+            cross_entropy.put_gradients(z, labels[at], lse[at], one[at], z, params)
+            weighted = (x[at] * each[at, None]).to(x.dtype)
         if "x" in found:
             torch.mm(z, w.t(), out=found["x"][at])
         if "w" in found:
@@ -119,9 +121,26 @@ def _common(g: torch.Tensor, arrays: Tensors, params: Mapping[str, Any]) -> torc
     return c if bool(((g == torch.where(summed, c, 0.0)) | free).all()) else None
 
 
-def _times(gradient: torch.Tensor, factor: torch.Tensor, over: bool) -> torch.Tensor:
-    """The product, in float32 before it is rounded; in the gradient's memory if `over`. `factor` has a dim, so that it is not rounded."""
-    return torch.mul(gradient, factor, out=gradient if over else torch.empty_like(gradient))
+@triton.jit
+def scale_rows(values, factors, out, width, BLOCK: tl.constexpr):
+    """`values factors`, a factor for each row; `out` may be `values`. torch rounds a lone factor, or takes three times as long."""
+    across = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    col = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(values + row * width + col, mask=col < width, other=0.0).to(tl.float32)
+    tl.store(out + row * width + col, (v * tl.load(factors + row)).to(out.dtype.element_ty), mask=col < width)
+
+
+def _times(gradient: torch.Tensor, factors: torch.Tensor, over: bool) -> torch.Tensor:
+    """The product of a contiguous array and float32 factors of its rows, or one for all; in the array's memory if `over`."""
+    out = gradient if over else torch.empty_like(gradient)
+    if out.numel():
+        width = out.numel() // len(factors)
+        with launch.on(out):
+            scale_rows[(len(factors) * triton.cdiv(width, BLOCK),)](
+                gradient, factors.contiguous(), out, width, BLOCK=BLOCK, num_warps=WARPS
+            )  # fmt: skip
+    return out
 
 
 def _early(arrays: Tensors, names: Sequence[str]) -> str:
@@ -162,11 +181,11 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
         scale, each = _scaled(by_token)
         made |= dict(zip(anew, _sweep(arrays, params, None, lse, anew, each), strict=True))
         factor = scale if factor is None else factor
-    found: Tensors = {n.removesuffix(".T"): _times(made[n], factor, over[n]) for n in sums}  # type: ignore[arg-type]
+    found: Tensors = {n.removesuffix(".T"): _times(made[n], factor, over[n]) for n in sums if factor is not None}
     if "w.T" in sums:
         found["w"] = found["w"].t()
     if "x" in wanted:
-        found["x"] = _times(made["x"], by_token[:, None], over["x"]).reshape(arrays["x"].shape)
+        found["x"] = _times(made["x"], by_token, over["x"]).reshape(arrays["x"].shape)
     if "weights" in wanted:
         found["weights"] = g * loss
     return found
@@ -181,4 +200,6 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     if x.dtype != w.dtype:
         return f"multiplies arrays of one dtype, and these are {x.dtype} and {w.dtype}"
     logits = Spec((math.prod(x.shape[:-1]), w.shape[1]), x.dtype)
+    if math.prod(w.shape) > launch.MOST - BLOCK:
+        return f"takes up to 2^31 weights, and w is {list(w.shape)}"
     return cross_entropy.refusal({"logits": logits}, params) or launch.wide_floats(specs, params)

@@ -72,6 +72,16 @@ def backward_tile(width: int) -> Tile:
     return Tile(rows, columns, _warps(rows, columns), PROGRAMS)
 
 
+def stages(tile: Tile, row_bytes: int, shared: int) -> int:
+    """Of a backward pass: three, so that two tiles load ahead, where shared memory holds them for all programs of a processor, else one.
+
+    Args:
+      row_bytes: of an element in all arrays that are loaded.
+      shared: bytes of shared memory on a processor, of which a tenth is left for sums.
+    """
+    return 3 if 10 * 2 * tile.rows * tile.columns * row_bytes * tile.programs <= 9 * shared else 1
+
+
 @triton.jit
 def _summed(x, residual, at, there):
     z = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
@@ -177,7 +187,7 @@ def _stored(d, dh, dx, dresidual, at, there):
 @triton.jit
 def backward_whole(
     h, weight, dy, dh, mean, left, rstd, dx, dresidual, dweight, dbias, rows, width, offset,
-    LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     col = tl.arange(0, BLOCK)[None, :]
     w = tl.full([1, BLOCK], 1.0, tl.float32)
@@ -185,7 +195,7 @@ def backward_whole(
         w = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32) + offset
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
     db = tl.zeros([ROWS, BLOCK], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=1):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         at = row[:, None] * width + col
         there = (row < rows)[:, None] & (col < width)
@@ -339,10 +349,11 @@ def kernel(op: str, layer: bool) -> Any:
             if width <= WHOLE_BACKWARD:
                 tile = backward_tile(width)
                 count = min(triton.cdiv(rows, tile.rows), tile.programs * launch.processors(h))
+                row_bytes = sum(t.element_size() for t in (h, dy, dh) if t is not None)
                 parts = partial(count)
                 backward_whole[(count,)](
-                    h, weight, dy, dh, mean, left, rstd, *rowwise, *parts, rows, width, offset,
-                    LAYER=layer, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
+                    h, weight, dy, dh, mean, left, rstd, *rowwise, *parts, rows, width, offset, LAYER=layer, ROWS=tile.rows,
+                    BLOCK=tile.columns, STAGES=stages(tile, row_bytes, launch.shared_bytes(h)), num_warps=tile.warps,
                 )  # fmt: skip
             else:
                 if any(t is not None for t in rowwise):

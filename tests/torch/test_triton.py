@@ -16,13 +16,14 @@ from kpt.kernels.spec import refusal
 from kpt.ops import Spec
 from tests.torch import triton_ahead
 
-OPS = ("rms_norm", "layer_norm", "rope", "cross_entropy", "linear_cross_entropy")
+OPS = ("rms_norm", "layer_norm", "rope", "cross_entropy", "linear_cross_entropy", "glu")
 NVIDIA = {"sm75": "fp16", "sm80": "bf16", "sm86": "bf16", "sm89": "bf16", "sm90": "bf16", "sm100": "bf16"}
 AMD = {"gfx90a": "bf16", "gfx942": "bf16", "gfx950": "bf16"}
 TARGETS = NVIDIA | AMD
 NAMES = list(triton_ahead.kernels())
 # One of each family where minutes matter: what holds most, and what is written most differently.
-FEW = ("layer_norm forward 4096", "layer_norm backward 8192", "cross_entropy forward capped, smoothed", "rope interleaved backward")
+FEW = ("layer_norm forward 4096", "layer_norm backward 8192", "cross_entropy forward capped, smoothed", "rope interleaved backward",
+       "glu mish backward")
 
 
 def interpreted(op: str, cases: int, seed: int) -> None:
@@ -53,7 +54,7 @@ def target(architecture: str) -> GPUTarget:
 
 def compile_without_spills(names, architecture, directory):
     for name in names:
-        kernel = triton_ahead.compiled(name, target(architecture), TARGETS[architecture])
+        kernel = triton_ahead.compiled(name, target(architecture), architecture, TARGETS[architecture])
         assert triton_ahead.spills(kernel, directory) == 0, f"{name} spills on {architecture}"
 
 
@@ -80,14 +81,15 @@ def test_float64_is_refused(name):
     spec = kpt.registry.get(name)
     shapes = {"rms_norm": {"x": (4, 8), "weight": (8,)}, "layer_norm": {"x": (4, 8), "bias": (8,)},
               "rope": {"x": (1, 4, 2, 8), "cos": (1, 4, 8), "sin": (1, 4, 8)}, "cross_entropy": {"logits": (4, 8), "labels": (4,)},
-              "linear_cross_entropy": {"x": (4, 8), "w": (8, 8), "labels": (4,)}}  # fmt: skip
+              "linear_cross_entropy": {"x": (4, 8), "w": (8, 8), "labels": (4,)},
+              "glu": {"x": (4, 8), "w_gate": (8, 8), "w_up": (8, 8)}}  # fmt: skip
     specs = {n: Spec(s, "float32") for n, s in shapes[spec.op].items()}
     if "labels" in specs:
         specs["labels"] = Spec((4,), "int64")
     hardware = kpt.hardware_profile("h100")
 
     def why(changed, dtype="float32"):
-        return refusal(spec, spec.op, hardware, dtype, changed, {}, "conservative", "torch")
+        return refusal(spec, spec.op, hardware, dtype, changed, {}, "balanced", "torch")
 
     assert why(specs) is None
     assert why(dict.fromkeys(specs, Spec((4, 8), "float64")), "float64") is not None

@@ -12,12 +12,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kpt_torch.triton_kernels import cross_entropy, norms, rope
+from kpt.ops.activations import ACTIVATIONS
+from kpt_torch.triton_kernels import cross_entropy, glu, linear_cross_entropy, norms, rope
 
 F32, I32 = "*fp32", "i32"
 NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
 LOSS = {"labels": "*i64", "loss": F32, "lse": F32, "dloss": F32, "vocab": I32, "smoothing": "fp32", "cap": "fp32"}
 ROPE = dict.fromkeys("x_batch x_time x_head table_batch times heads size width".split(), I32)
+GLU = {"count": I32}
+SCALE = {"factors": F32, "width": I32}
+# Bytes of shared memory on a multiprocessor.
+SHARED = {"sm75": 65536, "sm80": 167936, "sm86": 102400, "sm89": 102400, "sm90": 233472, "sm100": 233472,
+          "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840}  # fmt: skip
 SUMS = {"mean": F32, "left": F32, "rstd": F32, "dweight": F32, "dbias": F32, "weights": F32, "biases": F32, "count": I32}
 
 
@@ -53,11 +59,20 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             heads, half, tail = rope._tile(64, 192, 33)
             constants = {"INTERLEAVED": interleaved, "BACKWARD": backward, "HEADS": heads, "BLOCK": half, "TAIL": tail, "x_dim": 1}
             found[f"rope{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn, ROPE, constants, rope.WARPS
+    scaled = {"BLOCK": linear_cross_entropy.BLOCK}
+    found["linear_cross_entropy scale"] = linear_cross_entropy.scale_rows, SCALE, scaled, linear_cross_entropy.WARPS
+    for activation in ACTIVATIONS:
+        constants = {"ACTIVATION": activation, "BLOCK": glu.BLOCK}
+        found[f"glu {activation} forward"] = glu.forward_blocks, GLU, constants, glu.WARPS
+        found[f"glu {activation} backward"] = glu.backward_blocks, GLU, constants, glu.WARPS
     return found
 
 
-def compiled(name: str, target: GPUTarget, dtype: str) -> Any:
+def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any:
     fn, types, constants, warps = kernels()[name]
+    if fn is norms.backward_whole:  # with h, dy and dh, as it is launched with a residual
+        tile = norms.Tile(constants["ROWS"], constants["BLOCK"], warps, norms.PROGRAMS)
+        constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
     types = types if fn is not norms.sums else types | {"dweight": f"*{dtype}", "dbias": f"*{dtype}"}
     constants = {n: v for n, v in constants.items() if n in fn.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in fn.arg_names}

@@ -9,6 +9,7 @@ fails; exit status 1 if anything does.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from typing import Any
@@ -21,7 +22,7 @@ import kpt
 from kpt.ops import Spec
 from kpt_torch.library import _encoded
 from kpt_torch.planner import calls, from_numpy, to_numpy
-from kpt_torch.triton_kernels import cross_entropy, linear_cross_entropy, norms, rope
+from kpt_torch.triton_kernels import cross_entropy, glu, linear_cross_entropy, norms, rope
 from tests import fuzz
 from tests.cases import CASES, Case
 
@@ -29,7 +30,8 @@ SMALL = (
     (norms, "WHOLE_FORWARD", 16), (norms, "WHOLE_BACKWARD", 16), (norms, "WIDE", norms.Tile(1, 16, 1)),
     (norms, "COLUMNS", norms.Tile(2, 8, 1)), (norms, "SUMS", norms.Tile(2, 8, 1)),
     (cross_entropy, "FORWARD_BLOCK", 16), (cross_entropy, "BACKWARD_BLOCK", 16), (rope, "TILE", 16),
-    (linear_cross_entropy, "CHUNK_BYTES", 2048), (linear_cross_entropy, "TOKENS", 4),
+    (linear_cross_entropy, "CHUNK_BYTES", 2048), (linear_cross_entropy, "TOKENS", 4), (linear_cross_entropy, "BLOCK", 16),
+    (glu, "BLOCK", 16),
 )  # fmt: skip
 LARGE = [
     *(Case(op, {"x": Spec(shape, dtype), "weight": Spec(shape[-1:], dtype)}, {"eps": 1e-5})
@@ -43,6 +45,8 @@ LARGE = [
       for params in ({"label_smoothing": s, "logits_soft_cap": cap, "invalid": "zero"} for s, cap in ((0.0, None), (0.1, None), (0.0, 30.0)))),
     *(Case("linear_cross_entropy", {"x": Spec((517, 256), dtype), "w": Spec((256, 50257), dtype), "labels": Spec((517,), "int32"),
                                     "b": Spec((50257,), dtype)}, {"invalid": "drop"}) for dtype in ("bfloat16", "float16")),
+    *(Case("glu", {"x": Spec((3, 517, 512), dtype), "w_gate": Spec((512, 1100), dtype), "w_up": Spec((512, 1100), dtype),
+                   "b_up": Spec((1100,), dtype)}, {"activation": a}) for dtype in ("bfloat16", "float32") for a in ("silu", "gelu_tanh", "gelu")),
     *(Case("rope", {"x": Spec((2, 1027, 33, h), "bfloat16"), "cos": Spec((1, 1027, r), "float32"), "sin": Spec((1, 1027, r), "float32")}, {"interleaved": i})
       for h, r in ((128, 128), (192, 64), (80, 80)) for i in (False, True)),
 ]  # fmt: skip
@@ -86,7 +90,8 @@ def opcheck(device: str, case: Case) -> str:
     op, kernel = kpt.ops.op(case.op), kpt.registry.load(f"{case.op}.triton")
     arrays = {n: from_numpy(a, device) for n, a in op.sample(np.random.default_rng(0), case.specs, **case.params).items()}
     given = [arrays[n].requires_grad_(n in op.differentiable) if n in arrays else None for n in (*op.arrays, *op.optional)]
-    early = {"early": linear_cross_entropy._early(arrays, [n for n in op.differentiable if n in arrays])} if "weights" in op.optional else {}
+    module = importlib.import_module(f"kpt_torch.triton_kernels.{case.op}")
+    early = {"early": module._early(arrays, [n for n in op.differentiable if n in arrays])} if hasattr(module, "_early") else {}
     try:
         torch.library.opcheck(kernel.definition, (*given, _encoded(case.params | early)))
     except Exception as e:  # of many kinds
