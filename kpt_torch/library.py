@@ -24,6 +24,7 @@ from kpt.strategy import wire
 Tensors = dict[str, torch.Tensor]
 Forward = Callable[[Tensors, dict[str, Any]], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
 Backward = Callable[..., Mapping[str, torch.Tensor]]
+Early = Callable[[Tensors, Sequence[str]], str]
 Kept = Callable[[dict[str, Spec], dict[str, Any]], Sequence[Spec]]
 
 
@@ -42,7 +43,8 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 
 
 def kernel(
-    op: str, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: ()
+    op: str, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
+    early: Early | None = None,
 ) -> Callable[..., Any]:
     """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
 
@@ -52,8 +54,11 @@ def kernel(
       backward: `backward(arrays, params, results, kept, cotangents, wanted) -> {name: gradient}`: for at least the arrays named in
         `wanted`, in their shape and dtype. A cotangent is zeros where nothing depends on the result. None: not differentiable.
       kept: the specs of what `forward` keeps. Shapes may hold symbolic sizes.
+      early: `early(arrays, names) -> text`: what `forward` keeps where gradients of the arrays `names` can be asked for, and no others:
+        some of them made already, perhaps. It is told by `params["early"]`, "" where there will be no gradients. `backward` may write
+        over what was kept where `params["last"]`: autograd is about to free it. Gradients are in the layout of their arrays.
 
-    Both run with autocast off and gradients off, on tensors as they come: strided, on any device.
+    `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
     """
     meaning = ops.op(op)
     names = (*meaning.arrays, *meaning.optional)
@@ -70,17 +75,22 @@ def kernel(
         arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
         specs = {n: spec_of(t) for n, t in arrays.items()}
         device = next(iter(arrays.values())).device
-        return [_empty(s, device) for s in (*meaning.infer(specs, **params), *kept(specs, params))]
+        meant = {n: params[n] for n in meaning.params}
+        return [_empty(s, device) for s in (*meaning.infer(specs, **meant), *kept(specs, params))]
 
     definition = torch.library.custom_op(name, run, mutates_args=(), schema=f"({tensors}, str params) -> Tensor[]")
     definition.register_fake(fake)
     if backward is not None:
-        _differentiable(definition, meaning, names, tensors, backward)
+        _differentiable(definition, meaning, names, tensors, backward, early is not None)
 
     @functools.wraps(forward)
     def call(**given: Any) -> Any:
         arrays = {n: given.pop(n) for n in names if given.get(n) is not None}
-        params = _encoded({k: v for k, v in given.items() if k not in names})
+        chosen = {k: v for k, v in given.items() if k not in names}
+        if early is not None:
+            moving = [n for n in meaning.differentiable if n in arrays and arrays[n].requires_grad and torch.is_grad_enabled()]
+            chosen |= {"early": early(arrays, moving) if moving else "", "unseen": True}
+        params = _encoded(chosen)
         made = definition(*(arrays.get(n) for n in names), params)
         count = 2 if "residual" in arrays else 1
         return made[0] if count == 1 else tuple(made[:count])
@@ -90,7 +100,7 @@ def kernel(
     return call
 
 
-def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward) -> None:
+def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool) -> None:
     moving = [n for n in names if n in op.differentiable]
 
     def split(given: Sequence[Any]) -> Any:
@@ -100,12 +110,21 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
 
     def run(*given: Any) -> list[torch.Tensor]:
         arrays, params, results, kept, cotangents, wanted = split(given)
+        found = pulled_back(arrays, params, results, kept, cotangents, wanted)
+        return _apart(found, [*arrays.values(), *results, *kept, *cotangents])
+
+    def pulled_back(
+        arrays: Tensors, params: dict[str, Any], results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]
+    ) -> list[torch.Tensor]:
         with _plain(arrays):
             found = backward(arrays, params, results, kept, cotangents, wanted)
-        return _apart([found[n].to(arrays[n].dtype).contiguous() for n in wanted], [*arrays.values(), *results, *kept, *cotangents])
+        made = [found[n].to(arrays[n].dtype) for n in wanted]
+        return [_laid_out(t, arrays[n]) for n, t in zip(wanted, made, strict=True)] if early else [t.contiguous() for t in made]
 
     def fake(*given: Any) -> list[torch.Tensor]:
         arrays, _, _, _, _, wanted = split(given)
+        if early:
+            return [torch.empty_like(arrays[n]) for n in wanted]
         return [torch.empty(arrays[n].shape, dtype=arrays[n].dtype, device=arrays[n].device) for n in wanted]
 
     schema = f"({tensors}, Tensor[] made, Tensor[] cotangents, str params, str wanted) -> Tensor[]"
@@ -113,6 +132,7 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
     pulled.register_fake(fake)
 
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+        ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
         ctx.count = 2 if "residual" in ctx.present else 1
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *output)
@@ -123,19 +143,38 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
         made = list(saved[len(ctx.present) :])
         given = [torch.zeros_like(m) if c is None else c for c, m in zip(cotangents[: ctx.count], made, strict=False)]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
-        found = dict(zip(wanted, pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted)), strict=True))
+        params, count = _params(op.name, ctx.params), ctx.count
+        # Whoever calls the custom op itself, as opcheck does, sees what was kept.
+        if params.get("unseen") and _about_to_be_freed(saved):
+            with torch.no_grad():
+                gradients = pulled_back(arrays, params | {"last": True}, made[:count], made[count:], given, wanted)
+        else:
+            gradients = pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted))
+        found = dict(zip(wanted, gradients, strict=True))
         return (*(found.get(n) for n in names), None)
 
     definition.register_autograd(pull, setup_context=keep)
 
 
+def _about_to_be_freed(saved: Sequence[torch.Tensor]) -> bool:
+    """Whether this is the last that anyone sees of what a node of autograd saved: no second backward pass, and nobody is tracing."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private; without it nothing is written over
+    return keeps is not None and not keeps() and all(type(t) is torch.Tensor for t in saved)
+
+
+def _laid_out(gradient: torch.Tensor, array: torch.Tensor) -> torch.Tensor:
+    """The gradient with the strides of `empty_like(array)`."""
+    like = torch.empty_like(array, device="meta")
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(array).copy_(gradient)
+
+
 def _apart(made: list[torch.Tensor], given: Sequence[Any]) -> list[torch.Tensor]:
     """The results with memory of their own each, as custom ops promise."""
-    taken = {t.untyped_storage().data_ptr() for t in given if t is not None and t.numel()}
+    taken = {t.untyped_storage()._cdata for t in given if t is not None}  # which tells empty ones apart, too
     out = []
     for t in made:
-        place = t.untyped_storage().data_ptr()
-        out.append(t.clone() if t.numel() and place in taken else t)
+        place = t.untyped_storage()._cdata
+        out.append(t.clone() if place in taken else t)
         taken.add(place)
     return out
 

@@ -92,6 +92,36 @@ def _torch(op: str, provider: str, loader: str, level: str = "conservative", ver
     )
 
 
+# A Triton kernel by where it was timed: its name, architectures and dtypes. Turing has no bfloat16.
+TRITON = (
+    ("triton", ("sm90",), NARROW_FLOATS),
+    ("triton_untimed", ("sm80", "sm86", "sm89", "sm100", "gfx90a", "gfx942", "gfx950"), NARROW_FLOATS),
+    ("triton_turing", ("sm75",), ("float16", "float32")),
+)
+
+
+def _triton(op: str, efficiency: float, version: int = 1, **honours: Any) -> tuple[KernelSpec, ...]:
+    """A Triton kernel for GPUs. `efficiency` is the H100's; where it was compiled and never timed, no estimate chooses it."""
+    return tuple(
+        KernelSpec(
+            name=f"{op}.{name}",
+            op=op,
+            version=version,
+            provider="triton",
+            framework="torch",
+            platforms=tuple(sorted({"rocm" if a.startswith("gfx") else "cuda" for a in architectures})),
+            architectures=architectures,
+            dtypes=dtypes,
+            requires=("triton>=3.5", "torch>=2.9"),
+            loader=f"kpt_torch.triton_kernels.{op}:{op}",
+            accepts=f"kpt_torch.triton_kernels.{op}:refusal",
+            efficiency=efficiency if name == "triton" else 0.05,
+            **honours,
+        )
+        for name, architectures, dtypes in TRITON
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -125,7 +155,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refusal_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refusal_to_256"),
     _xla("rms_norm", accepts=_sum_outside),
-    _xla("layer_norm", accepts=_sum_outside),
+    _xla("layer_norm", version=2, accepts=_sum_outside),
     _hopper("rms_norm", NARROW_FLOATS, efficiency=0.85),
     _hopper("layer_norm", NARROW_FLOATS, efficiency=0.85),
     # Their backward passes make the products again. On an H100 that is a loss: a Llama-class step went from 33 to 44 ms by glu.xla.
@@ -150,7 +180,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
     ),
     _tpu("rms_norm"),
-    _tpu("layer_norm"),
+    _tpu("layer_norm", version=2),
     _tpu("rope", params={"interleaved": (False, True)}),
     _tpu("cross_entropy", params={"invalid": INVALID_LABELS}),
     _tpu("linear_cross_entropy", params={"invalid": INVALID_LABELS}),
@@ -169,8 +199,14 @@ KERNELS: tuple[KernelSpec, ...] = (
         deterministic=False,
     ),
     _torch("rms_norm", "torch", "rows:rms_norm"),
-    _torch("layer_norm", "torch", "rows:layer_norm"),
+    _torch("layer_norm", "torch", "rows:layer_norm", version=2),
     _torch("rope", "torch", "rows:rope", params={"interleaved": (False, True)}),
     _torch("cross_entropy", "torch", "rows:cross_entropy", params={"invalid": INVALID_LABELS}),
     _torch("linear_cross_entropy", "torch", "rows:linear_cross_entropy", params={"invalid": INVALID_LABELS}),
+    *_triton("rms_norm", 0.8),
+    *_triton("layer_norm", 0.8),
+    *_triton("rope", 0.85, params={"interleaved": (False, True)}),
+    *_triton("cross_entropy", 0.9, params={"invalid": INVALID_LABELS}),
+    *_triton("linear_cross_entropy", 0.66, params={"invalid": INVALID_LABELS}),
+    *_triton("glu", 0.68, level="balanced", params={"activation": ACTIVATIONS}),
 )

@@ -53,13 +53,13 @@ def test_the_variance_of_a_shifted_row_does_not_cancel():
     shifted = (x + np.float32(4096)).astype(np.float64)  # what is left of x after rounding, exactly
     want = (shifted - shifted.mean(-1, keepdims=True)) / np.sqrt(shifted.var(-1, keepdims=True) + 1e-6)
     got = layer_norm(x=jnp.asarray(shifted, jnp.float32))
-    # E[x^2] - E[x]^2 would be wrong by eps * 4096^2 = 2; the mean itself is off by eps * 4096.
-    np.testing.assert_allclose(got, want, atol=4 * np.finfo(np.float32).eps * 4096)
+    # E[x^2] - E[x]^2 would be wrong by eps * 4096^2 = 2; the float32 mean itself is off by eps * 4096, which is seen and subtracted.
+    np.testing.assert_allclose(got, want, atol=16 * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "a_row"), [("rms_norm", 1), ("layer_norm", 2)])
-def test_keeps_its_input_and_a_number_or_two_a_row(name, a_row, dtype):
+@pytest.mark.parametrize(("name", "a_row"), [("rms_norm", 1), ("layer_norm", 3)])
+def test_keeps_its_input_and_few_numbers_a_row(name, a_row, dtype):
     x, w = jnp.ones((6, 128), dtype), jnp.ones(128, dtype)
     assert kept(KERNELS[name], x=x, weight=w) == 6 * a_row
     assert kept(KERNELS[name], x=x, weight=w, residual=x + x) == 6 * a_row + x.size  # the sum, which is a result as well

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 
 import kpt
 from kpt.kernels.spec import refusal
@@ -95,3 +96,33 @@ def test_a_kernel_may_return_what_aliases():
     assert y.data_ptr() != x.data_ptr()
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_was_kept_is_written_over_once_at_most(compiled):
+    """A kernel whose forward pass makes the gradient but for a factor: told only where it is asked for, and overwritten in the last pass alone."""
+    told, last = [], []
+
+    def forward(arrays, params):
+        told.append(params["early"])
+        return [arrays["x"] * 3], [torch.full_like(arrays["x"], 3.0)] if params["early"] else []
+
+    def backward(arrays, params, results, kept, cotangents, wanted):
+        last.append(params.get("last", False))
+        return {"x": torch.mul(kept[0], cotangents[0], out=kept[0] if last[-1] else torch.empty_like(kept[0]))}
+
+    thrice = kernel(
+        "rms_norm", f"test_early_{compiled}".lower(), forward, backward,
+        kept=lambda specs, params: (specs["x"],) if params["early"] else (), early=lambda arrays, names: " ".join(names),
+    )  # fmt: skip
+    call, without = (aot_function(lambda x: thrice(x=x), nop) if compiled else lambda x: thrice(x=x) for _ in range(2))
+    x = torch.randn(4, 8).t().requires_grad_()
+    with torch.no_grad():
+        without(x)
+    y = call(x)
+    (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * y.sum(), x)
+    assert torch.equal(first, torch.full((8, 4), 3.0)) and torch.equal(second, torch.full((8, 4), 6.0))
+    assert first.stride() == second.stride() == x.stride()
+    assert told[0] == "" and told[-1] == "x"
+    assert last == [False, not compiled]

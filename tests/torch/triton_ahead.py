@@ -1,0 +1,95 @@
+"""Compiles the Triton kernels ahead of time, for GPUs that are not here, and reads the registers that spill."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kpt.ops.activations import ACTIVATIONS
+from kpt_torch.triton_kernels import cross_entropy, glu, linear_cross_entropy, norms, rope
+
+F32, I32 = "*fp32", "i32"
+NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
+LOSS = {"labels": "*i64", "loss": F32, "lse": F32, "dloss": F32, "vocab": I32, "smoothing": "fp32", "cap": "fp32"}
+ROPE = dict.fromkeys("x_batch x_time x_head table_batch times heads size width".split(), I32)
+GLU = {"count": I32}
+SCALE = {"factors": F32, "width": I32}
+# Bytes of shared memory on a multiprocessor.
+SHARED = {"sm75": 65536, "sm80": 167936, "sm86": 102400, "sm89": 102400, "sm90": 233472, "sm100": 233472,
+          "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840}  # fmt: skip
+SUMS = {"mean": F32, "left": F32, "rstd": F32, "dweight": F32, "dbias": F32, "weights": F32, "biases": F32, "count": I32}
+
+
+def _norm(fn: Any, tile: norms.Tile, layer: bool) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    given = {"LAYER": layer, "ROWS": tile.rows, "BLOCK": tile.columns}
+    if not layer:
+        given |= dict.fromkeys(("mean", "left", "bias", "dbias", "biases"))
+    return fn, NORM | SUMS, given, tile.warps
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
+    """Name -> (kernel, types of arguments that are not arrays of the dtype, constants, warps), at the tiles that are launched."""
+    found = {}
+    for layer in (False, True):
+        op = "layer_norm" if layer else "rms_norm"
+        for width in (128, 4096, 8192, 16384):
+            found[f"{op} forward {width}"] = _norm(norms.forward_whole, norms.forward_tile(width), layer)
+        for width in (128, 4096, 8192):
+            found[f"{op} backward {width}"] = _norm(norms.backward_whole, norms.backward_tile(width), layer)
+        found[f"{op} forward wide"] = _norm(norms.forward_wide, norms.WIDE, layer)
+        found[f"{op} backward wide"] = _norm(norms.backward_wide, norms.WIDE, layer)
+        found[f"{op} columns"] = _norm(norms.columns, norms.COLUMNS, layer)
+        found[f"{op} sums"] = _norm(norms.sums, norms.SUMS, layer)
+    for name, fn, block, warps in (
+        ("forward", cross_entropy.forward_rows, cross_entropy.FORWARD_BLOCK, cross_entropy.FORWARD_WARPS),
+        ("backward", cross_entropy.backward_blocks, cross_entropy.BACKWARD_BLOCK, cross_entropy.BACKWARD_WARPS),
+    ):
+        for cap in (False, True):
+            constants = {"CAP": cap, "SMOOTH": cap, "INVALID": "drop" if cap else "nan", "BLOCK": block}
+            found[f"cross_entropy {name}{' capped, smoothed' if cap else ''}"] = fn, LOSS, constants, warps
+    for interleaved in (False, True):
+        for backward in (False, True):
+            heads, half, tail = rope._tile(64, 192, 33)
+            constants = {"INTERLEAVED": interleaved, "BACKWARD": backward, "HEADS": heads, "BLOCK": half, "TAIL": tail, "x_dim": 1}
+            found[f"rope{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn, ROPE, constants, rope.WARPS
+    scaled = {"BLOCK": linear_cross_entropy.BLOCK}
+    found["linear_cross_entropy scale"] = linear_cross_entropy.scale_rows, SCALE, scaled, linear_cross_entropy.WARPS
+    for activation in ACTIVATIONS:
+        constants = {"ACTIVATION": activation, "BLOCK": glu.BLOCK}
+        found[f"glu {activation} forward"] = glu.forward_blocks, GLU, constants, glu.WARPS
+        found[f"glu {activation} backward"] = glu.backward_blocks, GLU, constants, glu.WARPS
+    return found
+
+
+def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any:
+    fn, types, constants, warps = kernels()[name]
+    if fn is norms.backward_whole:  # with h, dy and dh, as it is launched with a residual
+        tile = norms.Tile(constants["ROWS"], constants["BLOCK"], warps, norms.PROGRAMS)
+        constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
+    types = types if fn is not norms.sums else types | {"dweight": f"*{dtype}", "dbias": f"*{dtype}"}
+    constants = {n: v for n, v in constants.items() if n in fn.arg_names}
+    signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in fn.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(fn.arg_names)
+        if signature[n].startswith("*") or signature[n] == I32 and n not in ("rows", "times", "count")
+    }
+    return triton.compile(ASTSource(fn, signature, constants, aligned), target=target, options={"num_warps": warps})
+
+
+def spills(kernel: Any, directory: Path) -> int:
+    """Bytes that registers spill on NVIDIA, and how many registers do on AMD."""
+    if "amdgcn" in kernel.asm:
+        return int(re.search(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])[1])  # type: ignore[index]
+    cubin = directory / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(sys.modules["triton.backends.nvidia.compiler"].__file__ or "").parent / "bin" / "cuobjdump"
+    out = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", out))

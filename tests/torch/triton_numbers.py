@@ -1,0 +1,131 @@
+"""Holds the Triton kernels to float64: `TRITON_INTERPRET=1 python -m tests.torch.triton_numbers OP CASES SEED`.
+
+A program of its own, since the variable is read when triton is imported: with it the kernels run in Triton's interpreter, on a CPU,
+without it on the GPU, where shapes beyond what an interpreter is good for are held too. Every other case runs in small blocks, so that
+small shapes have many, ragged ones among them; the first three cases without empty arrays are put through opcheck as well. Prints what
+fails; exit status 1 if anything does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+import kpt
+from kpt.ops import Spec
+from kpt_torch.library import _encoded
+from kpt_torch.planner import calls, from_numpy, to_numpy
+from kpt_torch.triton_kernels import cross_entropy, glu, linear_cross_entropy, norms, rope
+from tests import fuzz
+from tests.cases import CASES, Case
+
+SMALL = (
+    (norms, "WHOLE_FORWARD", 16), (norms, "WHOLE_BACKWARD", 16), (norms, "WIDE", norms.Tile(1, 16, 1)),
+    (norms, "COLUMNS", norms.Tile(2, 8, 1)), (norms, "SUMS", norms.Tile(2, 8, 1)),
+    (cross_entropy, "FORWARD_BLOCK", 16), (cross_entropy, "BACKWARD_BLOCK", 16), (rope, "TILE", 16),
+    (linear_cross_entropy, "CHUNK_BYTES", 2048), (linear_cross_entropy, "TOKENS", 4), (linear_cross_entropy, "BLOCK", 16),
+    (glu, "BLOCK", 16),
+)  # fmt: skip
+LARGE = [
+    *(Case(op, {"x": Spec(shape, dtype), "weight": Spec(shape[-1:], dtype)}, {"eps": 1e-5})
+      for op in ("rms_norm", "layer_norm") for shape in ((1031, 4096), (300, 5, 1000), (517, 8192), (301, 8200), (67, 16384), (35, 16392), (9, 65536))
+      for dtype in ("bfloat16", "float32")),
+    Case("layer_norm", {"x": Spec((1025, 4099), "bfloat16"), "weight": Spec((4099,), "float32"), "bias": Spec((4099,), "bfloat16"),
+                        "residual": Spec((1025, 4099), "bfloat16")}, {}),
+    Case("rms_norm", {"x": Spec((33, 40000), "float16"), "weight": Spec((40000,), "float16"), "residual": Spec((33, 40000), "float32")}, {}),
+    *(Case("cross_entropy", {"logits": Spec((17, v), dtype), "labels": Spec((17,), "int64")}, params)
+      for v in (50257, 128256) for dtype in ("bfloat16", "float32")
+      for params in ({"label_smoothing": s, "logits_soft_cap": cap, "invalid": "zero"} for s, cap in ((0.0, None), (0.1, None), (0.0, 30.0)))),
+    *(Case("linear_cross_entropy", {"x": Spec((517, 256), dtype), "w": Spec((256, 50257), dtype), "labels": Spec((517,), "int32"),
+                                    "b": Spec((50257,), dtype)}, {"invalid": "drop"}) for dtype in ("bfloat16", "float16")),
+    *(Case("glu", {"x": Spec((3, 517, 512), dtype), "w_gate": Spec((512, 1100), dtype), "w_up": Spec((512, 1100), dtype),
+                   "b_up": Spec((1100,), dtype)}, {"activation": a}) for dtype in ("bfloat16", "float32") for a in ("silu", "gelu_tanh", "gelu")),
+    *(Case("rope", {"x": Spec((2, 1027, 33, h), "bfloat16"), "cos": Spec((1, 1027, r), "float32"), "sin": Spec((1, 1027, r), "float32")}, {"interleaved": i})
+      for h, r in ((128, 128), (192, 64), (80, 80)) for i in (False, True)),
+]  # fmt: skip
+patch_tensor = interpreter._patch_lang_tensor
+
+
+def patched(tensor: type) -> None:
+    """NumPy 2.5 makes no number of an array of one element, which is what triton 3.5's interpreter has for a scalar."""
+    patch_tensor(tensor)
+    tensor.__index__ = lambda self: self.handle.data.item()  # type: ignore[attr-defined]
+
+
+def on_device(device: str, op: Any, specs: Any, params: dict[str, Any], fn: Any) -> fuzz.Call:
+    run, run_vjp = calls(op.differentiable, device)
+    return fuzz.Call(lambda arrays: run(fn, arrays, params), lambda arrays, cotangents: run_vjp(fn, arrays, params, cotangents))
+
+
+def in_a_sum(device: str, op: Any, specs: Any, params: dict[str, Any], fn: Any) -> fuzz.Call:
+    """Cotangents given as weights, so that all tokens have the cotangent 1: what linear_cross_entropy makes in its forward pass counts.
+
+    The weight is the transpose of what lies in memory, as in torch's linear layers. Half of the time the cotangents are one number in memory.
+    """
+    once = on_device(device, op, specs, params, fn)
+
+    def pulled(arrays: dict[str, np.ndarray], cotangents: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        given = {n: from_numpy(a, device) for n, a in arrays.items()}
+        (g,) = (from_numpy(c, device) for c in cotangents)
+        given |= {"weights": given["weights"].float() * g if "weights" in given else g, "w": given["w"].t().contiguous().t()}
+        moving = [n for n in op.differentiable if n in given]
+        loss = fn(**{n: t.requires_grad_(n in moving) for n, t in given.items()}, **params)
+        total = loss.sum() if len(arrays) % 2 else (loss * torch.ones_like(loss)).sum()
+        found = dict(zip(moving, torch.autograd.grad(total, [given[n] for n in moving]), strict=True))
+        found["weights"] = found["weights"] * g
+        return {n: to_numpy(found[n].to(getattr(torch, s.dtype))) for n, s in specs.items() if n in found}
+
+    return fuzz.Call(once.run, pulled)
+
+
+def opcheck(device: str, case: Case) -> str:
+    """What torch finds wrong with the custom op, or "". Where forward may make gradients, with it doing so."""
+    op, kernel = kpt.ops.op(case.op), kpt.registry.load(f"{case.op}.triton")
+    arrays = {n: from_numpy(a, device) for n, a in op.sample(np.random.default_rng(0), case.specs, **case.params).items()}
+    given = [arrays[n].requires_grad_(n in op.differentiable) if n in arrays else None for n in (*op.arrays, *op.optional)]
+    module = importlib.import_module(f"kpt_torch.triton_kernels.{case.op}")
+    early = {"early": module._early(arrays, [n for n in op.differentiable if n in arrays])} if hasattr(module, "_early") else {}
+    try:
+        torch.library.opcheck(kernel.definition, (*given, _encoded(case.params | early)))
+    except Exception as e:  # of many kinds
+        return f"opcheck: {type(e).__name__}: {' '.join(str(e).split())[:600]}"
+    return ""
+
+
+def main(op: str, cases: int, seed: int) -> int:
+    fuzz.KINDS = {kind: (1, change, gradients) for kind, (_, change, gradients) in fuzz.KINDS.items()}
+    drawn = [CASES[op](np.random.default_rng([seed, i]), 17) for i in range(cases)]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter._patch_lang_tensor = patched
+        device = "cpu"
+    else:
+        device = "cuda"
+        drawn = [CASES[op](np.random.default_rng([seed, i])) for i in range(cases)]
+        drawn += [case for case in LARGE if case.op == op]
+    kernel, failures = kpt.registry.get(f"{op}.triton"), 0
+    to_check = 3
+    large = [(module, name, getattr(module, name)) for module, name, _ in SMALL]
+    for i, case in enumerate(drawn):
+        small = i % 2 == 1 and i < cases
+        for module, name, value in SMALL if small else large:
+            setattr(module, name, value)
+        summed = op == "linear_cross_entropy" and i % 3 > 0
+        fuzz.FRAMEWORKS["torch"] = functools.partial(in_a_sum if summed else on_device, device)
+        whole = to_check > 0 and all(0 not in s.shape for s in case.specs.values())
+        to_check -= whole
+        for why in filter(None, [*fuzz.check(kernel, case, fuzz.VALUES_PER_SHAPE * i), opcheck(device, case) if whole else ""]):
+            failures += 1
+            print(f"{case}{' in small blocks' if small else ''}, case {i} of seed {seed}\n  {why}")
+    print(f"{op}: {len(drawn)} cases, {failures} failures")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
