@@ -93,7 +93,17 @@ class Settings:
 def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:
     """`fn` under a backend of its own."""
     backend = settings.backend(name, inner)
-    return torch.compile(_fresh(fn), backend=backend), backend
+    run = torch.compile(_fresh(fn), backend=backend)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        # By default Dynamo does not look again whether a submodule has got hooks since it was captured.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return run(*args, **kwargs)
+
+    return call, backend
 
 
 def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:

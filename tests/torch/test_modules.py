@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import kpt
 import kpt_torch
 from kpt import Plan
-from kpt.errors import ConfigError, KptError, PlanError
+from kpt.errors import ConfigError, KernelError, KptError, PlanError
 from kpt.kernels import KernelSpec, registry
 from kpt_torch.backend import kpt as compile_backend
 
@@ -381,3 +381,22 @@ def test_candidates_are_timed_and_the_faster_one_is_taken(monkeypatch, tmp_path)
     (site,) = kpt_torch.plan(normalised, x, w).sites
     assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
     assert any("Kernels of 1 kind of call were timed" in n for n in result.plan.notes)
+
+
+def test_a_hook_that_a_submodule_gets_later_runs():
+    model = block().eval()
+    fast = kpt_torch.optimize(model)
+    before = fast(inputs())
+    with_hook = next(m for m in model.modules() if m is not model and not list(m.children())).register_forward_hook(lambda m, i, o: o * 3)
+    assert not torch.allclose(fast(inputs()), before)
+    torch.testing.assert_close(fast(inputs()), model(inputs()))
+    with_hook.remove()
+    torch.testing.assert_close(fast(inputs()), before)
+
+
+def test_a_gradient_of_a_gradient_is_refused_in_words():
+    x = torch.randn(4, 32, requires_grad=True)
+    fast = kpt_torch.optimize(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+    (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+    with pytest.raises(KernelError, match="gradient of a gradient"):
+        torch.autograd.grad(g.square().sum(), x)
