@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -400,3 +402,9 @@ def test_a_gradient_of_a_gradient_is_refused_in_words():
     (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
     with pytest.raises(KernelError, match="gradient of a gradient"):
         torch.autograd.grad(g.square().sum(), x)
+
+
+def test_optimize_is_a_function_whatever_was_imported_before():
+    code = "import kpt, torch; kpt.auto_optimize(torch.nn.ReLU(), torch.ones(2), budget=0); import kpt_torch; kpt_torch.optimize(torch.nn.ReLU())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
