@@ -20,7 +20,7 @@ from kpt.ops.mask import Causal, Lengths, Mask, Segments, Window
 from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.blocks import visible_range
 from pallas_kernels.attention.hopper import Static, numbers, padded
-from pallas_kernels.attention.hopper_backward import backward, backward_queries
+from pallas_kernels.attention.hopper_backward import backward, backward_queries, ordered, sums_shape
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import in_shard_map, unpartitioned, vary_alike
 
@@ -134,9 +134,10 @@ def _bwd(static, residuals, g):
         dk, dv = backward(static, *arrays, blind=share)
         dq = backward_queries(static, *arrays)
     else:
-        sums = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+        b, t, n, head = q.shape
+        sums = jax.new_ref(jnp.zeros(sums_shape(b, t, n, head), jnp.float32))
         dk, dv = backward(static, *arrays, blind=share, dq=sums)
-        dq = (jax.freeze(sums) * static.scale).astype(q.dtype)
+        dq = (ordered(jax.freeze(sums), t) * static.scale).astype(q.dtype)
     return *vary_alike(dq, dk, dv, q)[:3], None
 
 

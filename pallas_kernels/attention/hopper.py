@@ -182,21 +182,70 @@ def masked(static: Static, s: jax.Array, row: Any, key: Any, rows_axis: int, sam
     """Scores of queries from `row` and keys from `key` on, -inf where the mask hides them and past the last key.
 
     Args:
-      rows_axis: of `s`, that queries run along.
+      s: of 64 rows. rows_axis: of it, that queries run along.
       same: where the numbers of query and key are one.
     """
-    at, keys = (
-        first + plgpu.broadcasted_iota(jnp.int32, s.shape, axis, layout=plgpu.Layout.WGMMA)
-        for first, axis in ((row, rows_axis), (key, 1 - rows_axis))
-    )
     low, high = static.diagonals
+    least = [] if low is None else [low - key + row]
+    most = [] if high is None else [high - key + row]
+    left = [] if same is not None or static.keys % s.shape[1 - rows_axis] == 0 else [static.keys - key]
     if same is not None:
         s = jnp.where(same, s, -jnp.inf)
-    else:
-        s = jnp.where(keys < static.keys, s, -jnp.inf)
-    if high is not None:
-        s = jnp.where(keys < at + high, s, -jnp.inf)
-    return s if low is None else jnp.where(keys >= at + low, s, -jnp.inf)
+    bounds = [jnp.asarray(x, jnp.int32) for x in (*least, *most, *left)]
+    return _within(s, rows_axis, bounds, bool(least), bool(most), bool(left)) if bounds else s
+
+
+def _within(s: jax.Array, rows_axis: int, bounds: list[jax.Array], has_least: bool, has_most: bool, has_left: bool) -> jax.Array:
+    """Scores where `least <= key - query < most` and `key < left`, counted from the block's first ones; -inf elsewhere.
+
+    A thread compares one number of its own with constants. Arrays of positions would be loop invariants, one register for each score.
+    """
+    splat = plgpu.Layout.WG_SPLAT
+    out: Any = plgpu.ShapeDtypeStruct(s.shape, s.dtype, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, *[splat] * len(bounds)), return_type=out)
+    def emit(_: Any, s: Any, *bounds: Any) -> Any:
+        from jax.experimental.mosaic.gpu import FragmentedArray, utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, vector
+
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+
+        def number(x: int) -> Any:
+            return utils.c(x, i32)
+
+        thread = arith.remui(utils.thread_idx(), number(WARPGROUP))
+        # Of an element in half `h` of 8 rows, and column `e` of group `g` of 8: row `first_row + 8 h`, column `first_column + 8 g + e`.
+        first_row = arith.addi(arith.muli(arith.divui(thread, number(WARP)), number(16)),
+                               arith.divui(arith.remui(thread, number(WARP)), number(4)))  # fmt: skip
+        first_column = arith.muli(arith.remui(thread, number(4)), number(2))
+        ahead = arith.subi(first_column, first_row)
+        if rows_axis == 1:
+            ahead = arith.subi(first_row, first_column)
+        queue = [bound.registers[()] for bound in bounds]
+        least = arith.subi(queue.pop(0), ahead) if has_least else None
+        most = arith.subi(queue.pop(0), ahead) if has_most else None
+        left = arith.subi(queue.pop(0), first_column if rows_axis == 0 else first_row) if has_left else None
+        hidden = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        registers = s.registers.reshape(-1, 2)
+        made = np.empty_like(registers)
+        for (group, half), register in np.ndenumerate(registers):
+            for e in range(2):
+                column, row = 8 * group + e, 8 * half
+                further = column - row if rows_axis == 0 else row - column
+                score = vector.extract(register, dynamic_position=[], static_position=[e])
+                for bound, place, hides in (
+                    (least, further, arith.CmpIPredicate.sgt),
+                    (most, further, arith.CmpIPredicate.sle),
+                    (left, column if rows_axis == 0 else row, arith.CmpIPredicate.sle),
+                ):
+                    if bound is not None:
+                        score = arith.select(arith.cmpi(hides, bound, number(place)), hidden, score)
+                register = vector.insert(score, register, dynamic_position=[], static_position=[e])
+            made[group, half] = register
+        return FragmentedArray(_registers=made.reshape(s.registers.shape), _layout=s.layout, _is_signed=None)
+
+    return emit(s, *bounds)
 
 
 def plan(tiles: int, outer: int, inner: int, bytes_of_outer: int, costs: np.ndarray) -> np.ndarray:
