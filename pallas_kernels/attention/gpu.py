@@ -1,4 +1,4 @@
-"""Attention for NVIDIA Hopper, forward and backward: a kernel each.
+"""Attention for NVIDIA Hopper, forward and backward.
 
 `hopper_forward.py` and `hopper_backward.py` have the kernels, `hopper.py` what they share. Here are the mask's data, what becomes of
 queries that see no key, and the derivative.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kpt.ops.base import Specs
-from kpt.ops.mask import Causal, Lengths, Mask, Segments, Window
+from kpt.ops.mask import Lengths, Mask, Segments
 from pallas_kernels.attention import cudnn
-from pallas_kernels.attention.blocks import visible_range
-from pallas_kernels.attention.hopper import Static, numbers, padded
-from pallas_kernels.attention.hopper_backward import backward, backward_queries, ordered, sums_shape
+from pallas_kernels.attention.blocks import static_terms, visible_range
+from pallas_kernels.attention.hopper import Static, numbers_of, padded
+from pallas_kernels.attention.hopper_backward import gradient_of_queries, gradients_of_keys
 from pallas_kernels.attention.hopper_forward import forward
-from pallas_kernels.manual_axes import in_shard_map, unpartitioned, vary_alike
+from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
 HEADS = (64, 128)
 """Head dims that there are kernels for; others are padded with zeros."""
@@ -45,8 +45,11 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return f"rounds its output to {q.dtype}, and {params['out_dtype']} was asked for"
     if math.isfinite(mask.fill) and mask.fill > -1e9:
         return f"gives hidden keys no weight, and a score of {mask.fill} may have some"
-    if head not in HEADS and cudnn.refusal(specs, params) is None:
-        return f"pads head dims to {' or '.join(map(str, HEADS))}, and cuDNN takes {head} as it is"
+    if cudnn.refusal(specs, params) is None:
+        if head not in HEADS:
+            return f"pads head dims to {' or '.join(map(str, HEADS))}, and cuDNN takes {head} as it is"
+        if not mask.terms:
+            return "multiplies seven times in both passes, and cuDNN is faster where nothing is hidden"
     return None
 
 
@@ -86,10 +89,29 @@ def attention(
     q, k, v, q_segment_ids, kv_segment_ids, kv_lengths = vary_alike(q, k, v, q_segment_ids, kv_segment_ids, kv_lengths)
     terms = {type(term) for term in mask.terms}
     segments = (q_segment_ids, kv_segment_ids) if Segments in terms else (None, None)
-    data = numbers(static, *segments, kv_lengths if Lengths in terms else None, b) if static.by_data else None
+    data = numbers_of(static, *segments, kv_lengths if Lengths in terms else None, b) if static.by_data else None
     width = HEADS[0] if max(h, head_v) <= HEADS[0] else HEADS[1]
     q, k, v = (padded(padded(a, 1, 8), 3, width) for a in (q, k, v))
     return _attention(static, q, k, v, data)[:, :t, :, :head_v].astype(out_dtype or q.dtype)
+
+
+def _in_batch(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of arrays whose first axis is the batch; what `vmap` maps over becomes part of that axis."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: Any) -> Any:
+        return fn(*arrays)
+
+    @call.def_vmap
+    def _(size: int, mapped: Any, *arrays: Any) -> Any:
+        def fold(a: jax.Array, is_mapped: bool) -> jax.Array:
+            a = a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+            return a.reshape(-1, *a.shape[2:])
+
+        out = call(*jax.tree.map(fold, arrays, tuple(mapped)))
+        return jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out), jax.tree.map(lambda _: True, out)
+
+    return call
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,9 +120,14 @@ def _attention(static, q, k, v, data):
 
 
 def _fwd(static, q, k, v, data):
-    blind = _mean_value(static, v, data) if static.may_be_blind and math.isfinite(static.mask.fill) else None
-    out, lse = vary_alike(*forward(static, q, k, v, data, blind), q)[:2]
+    out, lse = _in_batch(functools.partial(_forward, static))(q, k, v, data)
     return out, (q, k, v, data, out, lse)
+
+
+def _forward(static, q, k, v, data):
+    blind = _mean_value(static, v, data) if static.may_be_blind and math.isfinite(static.mask.fill) else None
+    # Inside `shard_map` a kernel's results are typed as if all devices held the same.
+    return vary_alike(*forward(static, q, k, v, data, blind), q)[:2]
 
 
 def _mean_value(static, v, data):
@@ -109,36 +136,28 @@ def _mean_value(static, v, data):
     def mean(v: jax.Array) -> jax.Array:
         return jnp.sum(v.astype(jnp.float32), 1) / static.keys
 
-    if data is None:
-        return mean(v)
-    q_numbers, kv_numbers = data
-    itself = Mask(tuple(term for term in static.mask.terms if isinstance(term, Causal | Window)))
-    first, last = visible_range(itself, np.arange(static.queries), static.keys)
+    first, last = visible_range(Mask(static_terms(static.mask)), np.arange(static.queries), static.keys)
     place = np.arange(static.queries)
-    if static.queries == static.keys and bool(np.all((first <= place) & (place < last))):
-        none = jnp.all(q_numbers == kv_numbers)  # each query sees the key at its own place
-        return jax.lax.cond(none, lambda v: jnp.zeros_like(mean(v)), mean, v)
-    return mean(v)
+    if data is None or static.queries != static.keys or not np.all((first <= place) & (place < last)):
+        return mean(v)
+    each_sees_its_own = jnp.all(data[0] == data[1])
+    return jax.lax.cond(each_sees_its_own, lambda v: jnp.zeros_like(mean(v)), mean, v)
 
 
 def _bwd(static, residuals, g):
-    q, k, v, data, out, lse = residuals
+    return *_in_batch(functools.partial(_backward, static))(*residuals, g), None
+
+
+def _backward(static, q, k, v, data, out, lse, g):
     sees_none = jnp.isposinf(lse[:, :, : q.shape[1]])
     delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).transpose(0, 2, 1)
     delta = jnp.where(sees_none, 0.0, delta)
     share = None
     if static.may_be_blind:
         share = _blind_share(static, sees_none & (jnp.arange(q.shape[1]) < static.queries), g, k.shape[2])
-    arrays = (q, k, v, g, lse, delta, data)
-    if in_shard_map():  # jax 0.11 gives kernels no references that differ from device to device
-        dk, dv = backward(static, *arrays, blind=share)
-        dq = backward_queries(static, *arrays)
-    else:
-        b, t, n, head = q.shape
-        sums = jax.new_ref(jnp.zeros(sums_shape(b, t, n, head), jnp.float32))
-        dk, dv = backward(static, *arrays, blind=share, dq=sums)
-        dq = (ordered(jax.freeze(sums), t) * static.scale).astype(q.dtype)
-    return *vary_alike(dq, dk, dv, q)[:3], None
+    dk, dv = gradients_of_keys(static, q, k, v, g, lse, delta, data, share)
+    dq = gradient_of_queries(static, q, k, v, g, lse, delta, data)
+    return vary_alike(dq, dk, dv, q)[:3]
 
 
 def _blind_share(static, sees_none, g, kv_heads):

@@ -31,12 +31,13 @@ TILED: Any = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(S
 PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 L2_BYTES = 8 * 2**20
 """Of what is read again and again and is worked on at a time, in an L2 of 50 MiB."""
-TILE_COST = 1
-"""What a tile costs besides its steps, in steps."""
 MOST_PLANNED = 1 << 16
 """Items that are given out by their costs; beyond, in turn."""
 HIDDEN_KEY = -(2**31)
 """The number of a key that no query sees."""
+
+Numbers = tuple[jax.Array, jax.Array]
+"""Of queries `[B, T]` and keys `[B, S]`, int32: a query sees the keys that have its own one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +130,10 @@ def span_of_queries(static: Static, key: Any, keys: int, step: int) -> Span:
     return Span(first, last, whole, common // step + 0 * key)
 
 
-def numbers(
+def numbers_of(
     static: Static, q_segment_ids: jax.Array | None, kv_segment_ids: jax.Array | None, kv_lengths: jax.Array | None, batch: int
-) -> tuple[jax.Array, jax.Array]:
-    """Of queries `[B, T]` and keys `[B, S]`: who sees whom has the same one."""
+) -> Numbers:
+    """What the mask's terms of data say."""
     if q_segment_ids is None or kv_segment_ids is None:
         q_numbers, kv_numbers = jnp.zeros((batch, static.queries), jnp.int32), jnp.zeros((batch, static.keys), jnp.int32)
     else:
@@ -142,12 +143,11 @@ def numbers(
     return q_numbers, kv_numbers
 
 
-def numbers_in_tiles(q_numbers: jax.Array, kv_numbers: jax.Array, rows: int, keys: int) -> tuple[jax.Array, jax.Array]:
+def numbers_in_tiles(q_numbers: jax.Array, kv_numbers: jax.Array, rows: int, keys: int) -> Numbers:
     """As long as tiles are."""
     more_rows, more_keys = -q_numbers.shape[1] % rows, -kv_numbers.shape[1] % keys
-    return jnp.pad(q_numbers, ((0, 0), (0, more_rows)), mode="edge"), jnp.pad(
-        kv_numbers, ((0, 0), (0, more_keys)), constant_values=HIDDEN_KEY
-    )
+    kv_numbers = jnp.pad(kv_numbers, ((0, 0), (0, more_keys)), constant_values=HIDDEN_KEY)
+    return jnp.pad(q_numbers, ((0, 0), (0, more_rows)), mode="edge"), kv_numbers
 
 
 def spans_by_data(static: Static, q_numbers: jax.Array, kv_numbers: jax.Array, rows: int, keys: int, of_keys: bool) -> jax.Array:

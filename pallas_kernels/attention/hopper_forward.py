@@ -24,10 +24,10 @@ from pallas_kernels.attention.hopper import (
     OF_ROWS,
     PARAMS,
     ROWS,
-    TILE_COST,
     TILED,
     WARPGROUP,
     Buffers,
+    Numbers,
     Span,
     Static,
     Work,
@@ -41,6 +41,8 @@ from pallas_kernels.attention.hopper import (
 )
 from pallas_kernels.hopper_gemm import BUFFERS, SHARED_BYTES
 
+TILE_COST = 1
+"""What a tile costs besides its steps, in steps."""
 LOWEST = -1e38
 """A maximum over hidden scores alone: finite, so that what is hidden gets a weight of 0 and not NaN."""
 
@@ -78,7 +80,7 @@ def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    numbers: tuple[jax.Array, jax.Array] | None = None,
+    numbers: Numbers | None = None,
     blind: jax.Array | None = None,
     tiles: Forward | None = None,
 ) -> tuple[jax.Array, jax.Array]:
