@@ -344,14 +344,14 @@ def bar(operation: str, index: Any, threads: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Buffers:
-    """Barriers for buffers that `warpgroups` have read and one warp fills again; the first one is `index`."""
+    """Barriers for buffers that `warpgroups` have read and another one fills again; the first one is `index`."""
 
     index: int
     warpgroups: int
 
     @property
     def _threads(self) -> int:
-        return self.warpgroups * WARPGROUP + WARP
+        return (self.warpgroups + 1) * WARPGROUP
 
     def free(self, slot: Any = 0) -> None:
         bar("arrive", self.index + slot, self._threads)

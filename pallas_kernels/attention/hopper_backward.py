@@ -4,7 +4,7 @@ Weights are computed again from the logarithm of each query's sum (Dao et al. 20
 there are seven products where five would do. To sum dq in the kernel for dk and dv, it would have to be added to in memory by every tile
 of keys, in float32, and the L2 takes longer for that than the two products (docs/benchmarks/hopper-notes-attention.md).
 
-A thread block stays on its multiprocessor and takes one tile after another. One warp feeds it through the copy engine; two warpgroups own
+A thread block stays on its multiprocessor and takes one tile after another. One warpgroup feeds it through the copy engine; two own
 64 keys each, or 64 queries, and multiply independently of each other: while one computes weights, the tensor cores are the other's.
 
 ptxas keeps products in flight only where no branch is between their start and their end, not even that of a wait for a barrier. So all
@@ -150,40 +150,32 @@ def gradients_of_keys(
                 batch, kv_head, key, span = item(i)
                 steps = group * span.steps
 
-                @plgpu.warp_map
-                def _(warp: Any) -> None:
-                    @pl.when(warp == 0)
+                def step_of(j: Any, place: Any) -> Any:
+                    head_of, step = place
+                    slot = lax.rem(before + j, stages)
+                    copy_queries(batch, head_of, step, slot)
+
+                    @pl.when(j == 0)
                     def _() -> None:
-                        def step_of(j: Any, place: Any) -> Any:
-                            head_of, step = place
-                            slot = lax.rem(before + j, stages)
-                            copy_queries(batch, head_of, step, slot)
+                        free_tile.wait()
+                        at = pl.ds(key, TILE)
+                        plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
+                        plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
 
-                            @pl.when(j == 0)
-                            def _() -> None:
-                                free_tile.wait()
-                                at = pl.ds(key, TILE)
-                                plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
-                                plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
+                    at = pl.ds(step * rows, rows)
+                    free_cotangents.wait(slot)
+                    plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
+                    plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
+                    return following(span, head_of, step)
 
-                            at = pl.ds(step * rows, rows)
-                            free_cotangents.wait(slot)
-                            plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
-                            plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
-                            return following(span, head_of, step)
-
-                        lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
+                lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
 
                 return before + steps
 
             fed = lax.fori_loop(0, work.count, feed, jnp.int32(0))
 
             # Behind the last step those who multiply look for one more, as they do between tiles.
-            @plgpu.warp_map
-            def _(warp: Any) -> None:
-                @pl.when(warp == 0)
-                def _() -> None:
-                    copy_queries(0, 0, 0, lax.rem(fed, stages))
+            copy_queries(0, 0, 0, lax.rem(fed, stages))
 
         @pl.when(warpgroup < WARPGROUPS)
         def _() -> None:
@@ -241,7 +233,7 @@ def gradients_of_keys(
                         ds = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
                         plgpu.wgmma_wait(0)
                         free_cotangents.free(slot)
-                        # After the last step of a tile, for the first queries of the next one: without a condition, which would be a branch.
+                        # After the last step of a tile, for the first queries of the next one: a condition would be a branch.
                         plgpu.barrier_wait(q_full.at[next_slot])
 
                         def collect(scores: Any) -> jax.Array:
@@ -351,22 +343,18 @@ def gradient_of_queries(
                 batch, head_of, row, span = item(i)
                 kv_head = head_of // group
 
-                @plgpu.warp_map
-                def _(warp: Any) -> None:
-                    @pl.when(warp == 0)
-                    def _() -> None:
-                        free_tile.wait()
-                        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
-                        plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
+                free_tile.wait()
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
+                plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
 
-                        @pl.loop(span.first, span.last)
-                        def _(step: Any) -> None:
-                            slot = lax.rem(before + step - span.first, STAGES_OF_KEYS)
-                            at = pl.ds(step * STEP_OF_KEYS, STEP_OF_KEYS)
-                            free_keys.wait(slot)
-                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
-                            free_values.wait(slot)
-                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
+                @pl.loop(span.first, span.last)
+                def _(step: Any) -> None:
+                    slot = lax.rem(before + step - span.first, STAGES_OF_KEYS)
+                    at = pl.ds(step * STEP_OF_KEYS, STEP_OF_KEYS)
+                    free_keys.wait(slot)
+                    plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+                    free_values.wait(slot)
+                    plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
 
                 return before + span.steps
 

@@ -1,7 +1,7 @@
 """Attention for NVIDIA Hopper, forward: the softmax of one warpgroup runs while the tensor cores multiply for another.
 
-A thread block stays on its multiprocessor and takes one tile of queries after another. One warp feeds queries, keys and values through
-the copy engine and never waits for a tile to end. The other warpgroups own 64 queries each. A token goes round among them: who has it
+A thread block stays on its multiprocessor and takes one tile of queries after another. One warpgroup feeds queries, keys and values
+through the copy engine and never waits for a tile to end. The others own 64 queries each. A token goes round among them: who has it
 issues the product of its weights with the values and, right behind, that of its queries with the next keys, and passes it on; what
 lies between, the softmax, happens meanwhile (Shah et al. 2024, arXiv:2407.08608, section 3.1).
 """
@@ -139,21 +139,17 @@ def forward(
                 batch, head_of, row, span = item(i)
                 kv_head, q_slot = head_of // group, lax.rem(i, tiles.queries_ahead)
 
-                @plgpu.warp_map
-                def _(warp: Any) -> None:
-                    @pl.when(warp == 0)
-                    def _() -> None:
-                        free_queries.wait(q_slot)
-                        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, tiles.queries), head_of], q_ring.at[q_slot], q_full.at[q_slot])
+                free_queries.wait(q_slot)
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, tiles.queries), head_of], q_ring.at[q_slot], q_full.at[q_slot])
 
-                        @pl.loop(span.first, span.last)
-                        def _(step: Any) -> None:
-                            slot = lax.rem(before + step - span.first, tiles.stages)
-                            at = pl.ds(step * tiles.keys, tiles.keys)
-                            free_keys.wait(slot)
-                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
-                            free_values.wait(slot)
-                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
+                @pl.loop(span.first, span.last)
+                def _(step: Any) -> None:
+                    slot = lax.rem(before + step - span.first, tiles.stages)
+                    at = pl.ds(step * tiles.keys, tiles.keys)
+                    free_keys.wait(slot)
+                    plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+                    free_values.wait(slot)
+                    plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
 
                 return before + span.steps
 
