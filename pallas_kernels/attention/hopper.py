@@ -22,6 +22,7 @@ from jax import lax
 from kpt.ops.mask import Mask
 from pallas_kernels.attention.blocks import data_terms, visible_range
 from pallas_kernels.hopper_gemm import MULTIPROCESSORS, SWIZZLE
+from pallas_kernels.manual_axes import varying
 
 ROWS = 64
 """Of a warpgroup's block of scores: those of the tensor cores' instruction."""
@@ -319,14 +320,14 @@ class Work:
 
     @property
     def count(self) -> Any:
-        return self.table[self.block * self.width]
+        return loaded(self.table[self.block * self.width])
 
     def item(self, i: Any, fields: int) -> tuple[Any, Any, Any, list[Any]]:
         """Batch, head, tile, and what stands behind."""
         place = self.block * self.width + 1 + i * fields
-        code = self.table[place]
+        code = loaded(self.table[place])
         head_of_batch = code // self.tiles
-        behind = [self.table[place + j] for j in range(1, fields)]
+        behind = [loaded(self.table[place + j]) for j in range(1, fields)]
         return head_of_batch // self.heads, lax.rem(head_of_batch, self.heads), lax.rem(code, self.tiles), behind
 
 
@@ -358,6 +359,22 @@ class Buffers:
 
     def wait(self, slot: Any = 0) -> None:
         bar("sync", self.index + slot, self._threads)
+
+
+def loaded(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> jax.Array:
+    """`x`, read from device memory, of the type that values made in a kernel have.
+
+    Inside `shard_map` what is read is typed as differing from device to device, which branches and loops hold against the rest.
+    """
+    if not varying(x):
+        return x
+    out: Any = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=out)(lambda _, x: x)(x)
+
+
+def read(ref: Any, layout: Any) -> jax.Array:
+    """A part of a row in device memory, each thread what it needs of it."""
+    return loaded(plgpu.load(ref, layout=layout, optimized=False), layout)
 
 
 def padded(a: jax.Array, axis: int, multiple: int) -> jax.Array:

@@ -39,6 +39,7 @@ from pallas_kernels.attention.hopper import (
     padded,
     plan,
     plan_by_data,
+    read,
     span_of_keys,
     span_of_queries,
     spans_by_data,
@@ -194,7 +195,7 @@ def gradients_of_keys(
                 batch, kv_head, first_key, span = item(i)
                 steps, key = group * span.steps, first_key + warpgroup * ROWS
                 if numbers is not None:
-                    kv_numbers = plgpu.load(kv_numbers_ref.at[batch, pl.ds(key, ROWS)], layout=OF_ROWS, optimized=False)
+                    kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, ROWS)], OF_ROWS)
 
                 def hide(s: jax.Array, step: Any, slot: Any) -> jax.Array:
                     same = None
@@ -252,7 +253,7 @@ def gradients_of_keys(
                 plgpu.commit_smem()  # all warps have multiplied with what is written over
                 keys[...] = (dk * static.scale).astype(dk_ref.dtype)
                 if blind_ref is not None:
-                    share = plgpu.load(blind_ref.at[batch, kv_head], layout=OF_COLUMNS, optimized=False)
+                    share = read(blind_ref.at[batch, kv_head], OF_COLUMNS)
                     dv = dv + lax.broadcast_in_dim(share, dv.shape, [1])
                 values[...] = dv.astype(dv_ref.dtype)
                 plgpu.commit_smem()
@@ -377,14 +378,14 @@ def gradient_of_queries(
                 batch, head_of, first_row, span = item(i)
                 row = first_row + warpgroup * ROWS
                 at = (batch, head_of, pl.ds(row, ROWS))
-                lse, delta = (plgpu.load(ref.at[at], layout=OF_ROWS, optimized=False) for ref in (lse_ref, delta_ref))
+                lse, delta = (read(ref.at[at], OF_ROWS) for ref in (lse_ref, delta_ref))
                 if numbers is not None:
-                    q_numbers = plgpu.load(q_numbers_ref.at[batch, pl.ds(row, ROWS)], layout=OF_ROWS, optimized=False)
+                    q_numbers = read(q_numbers_ref.at[batch, pl.ds(row, ROWS)], OF_ROWS)
 
                 def hide(s: jax.Array, step: Any) -> jax.Array:
                     key, same = step * STEP_OF_KEYS, None
                     if numbers is not None:
-                        kv_numbers = plgpu.load(kv_numbers_ref.at[batch, pl.ds(key, STEP_OF_KEYS)], layout=OF_COLUMNS, optimized=False)
+                        kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, STEP_OF_KEYS)], OF_COLUMNS)
                         same = wide(q_numbers) == lax.broadcast_in_dim(kv_numbers, shape, [1])
                     return masked(static, s, row, key, 0, same)
 

@@ -36,6 +36,7 @@ from pallas_kernels.attention.hopper import (
     numbers_in_tiles,
     plan,
     plan_by_data,
+    read,
     span_of_keys,
     spans_by_data,
 )
@@ -174,7 +175,7 @@ def forward(
                 q_slot = lax.rem(i, tiles.queries_ahead)
                 queries = q_ring.at[q_slot, pl.ds(warpgroup * ROWS, ROWS)]
                 if numbers is not None:
-                    q_numbers = plgpu.load(q_numbers_ref.at[batch, pl.ds(row, ROWS)], layout=OF_ROWS, optimized=False)
+                    q_numbers = read(q_numbers_ref.at[batch, pl.ds(row, ROWS)], OF_ROWS)
 
                 def wide(x: jax.Array, like: tuple[int, ...] = shape) -> jax.Array:
                     return lax.broadcast_in_dim(x, like, [0])
@@ -186,7 +187,7 @@ def forward(
                     key, same = step * tiles.keys, None
                     if numbers is not None:
                         place = kv_numbers_ref.at[batch, pl.ds(key, tiles.keys)]
-                        kv_numbers = plgpu.load(place, layout=OF_COLUMNS, optimized=False)
+                        kv_numbers = read(place, OF_COLUMNS)
                         same = wide(q_numbers) == lax.broadcast_in_dim(kv_numbers, shape, [1])
                     return masked(static, s, row, key, 0, same)
 
@@ -262,7 +263,7 @@ def forward(
                         plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
                     out = acc[:, c : c + ROWS]
                     if blind_ref is not None:
-                        other = plgpu.load(blind_ref.at[batch, head_of // group, columns], layout=OF_COLUMNS, optimized=False)
+                        other = read(blind_ref.at[batch, head_of // group, columns], OF_COLUMNS)
                         out = jnp.where(wide(seen, out.shape), out, lax.broadcast_in_dim(other, out.shape, [1]))
                     buffer[...] = out.astype(out_ref.dtype)
                     plgpu.commit_smem()
