@@ -88,8 +88,9 @@ def attention(
     static = Static(mask, scale, logits_soft_cap, t, s)
     q, k, v, q_segment_ids, kv_segment_ids, kv_lengths = vary_alike(q, k, v, q_segment_ids, kv_segment_ids, kv_lengths)
     terms = {type(term) for term in mask.terms}
-    segments = (q_segment_ids, kv_segment_ids) if Segments in terms else (None, None)
-    data = numbers_of(static, *segments, kv_lengths if Lengths in terms else None, b) if static.by_data else None
+    if Segments not in terms:
+        q_segment_ids = kv_segment_ids = None
+    data = numbers_of(static, q_segment_ids, kv_segment_ids, kv_lengths if Lengths in terms else None, b) if static.by_data else None
     width = HEADS[0] if max(h, head_v) <= HEADS[0] else HEADS[1]
     q, k, v = (padded(padded(a, 1, 8), 3, width) for a in (q, k, v))
     return _attention(static, q, k, v, data)[:, :t, :, :head_v].astype(out_dtype or q.dtype)

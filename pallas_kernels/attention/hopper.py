@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import heapq
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,13 +23,15 @@ from jax import lax
 from kpt.ops.mask import Mask
 from pallas_kernels.attention.blocks import data_terms, visible_range
 from pallas_kernels.hopper_gemm import MULTIPROCESSORS, SWIZZLE
-from pallas_kernels.manual_axes import varying
+from pallas_kernels.manual_axes import in_shard_map, varying
 
 ROWS = 64
 """Of a warpgroup's block of scores: those of the tensor cores' instruction."""
 WARP, WARPGROUP = 32, 128
 OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-TILED: Any = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
+_tiled: Any = plgpu.TilingTransform  # abstract, by its annotations alone
+_swizzled: Any = plgpu.SwizzleTransform
+TILED = (_tiled((8, SWIZZLE // 2)), _swizzled(SWIZZLE))
 PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 L2_BYTES = 8 * 2**20
 """Of what is read again and again and is worked on at a time, in an L2 of 50 MiB."""
@@ -211,6 +214,7 @@ def _within(s: jax.Array, rows_axis: int, bounds: list[jax.Array], has_least: bo
         from jaxlib.mlir.dialects import arith, vector
 
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        constant: Any = arith.constant
 
         def number(x: int) -> Any:
             return utils.c(x, i32)
@@ -227,7 +231,7 @@ def _within(s: jax.Array, rows_axis: int, bounds: list[jax.Array], has_least: bo
         least = arith.subi(queue.pop(0), ahead) if has_least else None
         most = arith.subi(queue.pop(0), ahead) if has_most else None
         left = arith.subi(queue.pop(0), first_column if rows_axis == 0 else first_row) if has_left else None
-        hidden = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        hidden = constant(f32, ir.FloatAttr.get(f32, -math.inf))
         registers = s.registers.reshape(-1, 2)
         made = np.empty_like(registers)
         for (group, half), register in np.ndenumerate(registers):
@@ -343,22 +347,40 @@ def bar(operation: str, index: Any, threads: int) -> None:
     emit(jnp.asarray(index, jnp.int32))
 
 
+def feeders() -> int:
+    """Threads that feed a block: one warp; inside `shard_map`, where jax's `warp_map` takes no arrays, its whole warpgroup."""
+    return WARPGROUP if in_shard_map() else WARP
+
+
+def fed_by(threads: int) -> Callable[[Callable[[], None]], None]:
+    """Runs what it decorates in so many threads of a warpgroup."""
+
+    def run(body: Callable[[], None]) -> None:
+        if threads == WARPGROUP:
+            return body()
+
+        @plgpu.warp_map
+        def _(warp: Any) -> None:
+            pl.when(warp == 0)(body)
+
+        return None
+
+    return run
+
+
 @dataclasses.dataclass(frozen=True)
 class Buffers:
-    """Barriers for buffers that `warpgroups` have read and another one fills again; the first one is `index`."""
+    """Barriers for buffers that `readers` threads have read and `writers` fill again; the first one is `index`."""
 
     index: int
-    warpgroups: int
-
-    @property
-    def _threads(self) -> int:
-        return (self.warpgroups + 1) * WARPGROUP
+    readers: int
+    writers: int
 
     def free(self, slot: Any = 0) -> None:
-        bar("arrive", self.index + slot, self._threads)
+        bar("arrive", self.index + slot, self.readers + self.writers)
 
     def wait(self, slot: Any = 0) -> None:
-        bar("sync", self.index + slot, self._threads)
+        bar("sync", self.index + slot, self.readers + self.writers)
 
 
 def loaded(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> jax.Array:

@@ -4,7 +4,7 @@ Weights are computed again from the logarithm of each query's sum (Dao et al. 20
 there are seven products where five would do. To sum dq in the kernel for dk and dv, it would have to be added to in memory by every tile
 of keys, in float32, and the L2 takes longer for that than the two products (docs/benchmarks/hopper-notes-attention.md).
 
-A thread block stays on its multiprocessor and takes one tile after another. One warpgroup feeds it through the copy engine; two own
+A thread block stays on its multiprocessor and takes one tile after another. One warp feeds it through the copy engine; two warpgroups own
 64 keys each, or 64 queries, and multiply independently of each other: while one computes weights, the tensor cores are the other's.
 
 ptxas keeps products in flight only where no branch is between their start and their end, not even that of a wait for a barrier. So all
@@ -29,11 +29,14 @@ from pallas_kernels.attention.hopper import (
     PARAMS,
     ROWS,
     TILED,
+    WARPGROUP,
     Buffers,
     Numbers,
     Span,
     Static,
     Work,
+    fed_by,
+    feeders,
     masked,
     numbers_in_tiles,
     padded,
@@ -47,6 +50,7 @@ from pallas_kernels.attention.hopper import (
 from pallas_kernels.hopper_gemm import SHARED_BYTES
 
 WARPGROUPS = 2
+READERS = WARPGROUPS * WARPGROUP
 TILE = ROWS * WARPGROUPS
 """Keys, or queries, of a thread block."""
 TILE_COST = 2
@@ -112,16 +116,19 @@ def gradients_of_keys(
         table = plan_by_data(spans_by_data(static, *numbers, rows, TILE, of_keys=True), kv_heads)
     blocks, width = table.shape
     shape = (ROWS, rows)
-    free_tile = Buffers(WARPGROUPS + 2, WARPGROUPS)  # barrier 0 is the block's, and each warpgroup has one
-    free_queries = Buffers(free_tile.index + 1, WARPGROUPS)
-    free_cotangents = Buffers(free_queries.index + stages, WARPGROUPS)
+    writers = feeders()
+    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)  # barrier 0 is the block's, and each warpgroup has one
+    free_queries = Buffers(free_tile.index + 1, READERS, writers)
+    free_cotangents = Buffers(free_queries.index + stages, READERS, writers)
 
-    def body(*refs: Any) -> None:
+    def body(*given: Any) -> None:
+        refs: Any = given
+        absent: Any = (None, None)
         q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, table_ref, *refs = refs
-        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else ((None, None), refs)
+        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
         blind_ref, refs = (refs[0], refs[1:]) if blind is not None else (None, refs)
         dk_ref, dv_ref, k_tile, v_tile, q_ring, g_ring, lse_ring, delta_ring, tile_full, q_full, g_full, *refs = refs
-        (numbers_ring,) = refs or (None,)
+        numbers_ring: Any = refs[0] if refs else None
         warpgroup = lax.axis_index("warpgroup")
         work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
 
@@ -151,32 +158,36 @@ def gradients_of_keys(
                 batch, kv_head, key, span = item(i)
                 steps = group * span.steps
 
-                def step_of(j: Any, place: Any) -> Any:
-                    head_of, step = place
-                    slot = lax.rem(before + j, stages)
-                    copy_queries(batch, head_of, step, slot)
+                @fed_by(writers)
+                def _() -> None:
+                    def step_of(j: Any, place: Any) -> Any:
+                        head_of, step = place
+                        slot = lax.rem(before + j, stages)
+                        copy_queries(batch, head_of, step, slot)
 
-                    @pl.when(j == 0)
-                    def _() -> None:
-                        free_tile.wait()
-                        at = pl.ds(key, TILE)
-                        plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
-                        plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
+                        @pl.when(j == 0)
+                        def _() -> None:
+                            free_tile.wait()
+                            at = pl.ds(key, TILE)
+                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
+                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
 
-                    at = pl.ds(step * rows, rows)
-                    free_cotangents.wait(slot)
-                    plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
-                    plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
-                    return following(span, head_of, step)
+                        at = pl.ds(step * rows, rows)
+                        free_cotangents.wait(slot)
+                        plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
+                        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
+                        return following(span, head_of, step)
 
-                lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
+                    lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
 
                 return before + steps
 
             fed = lax.fori_loop(0, work.count, feed, jnp.int32(0))
 
             # Behind the last step those who multiply look for one more, as they do between tiles.
-            copy_queries(0, 0, 0, lax.rem(fed, stages))
+            @fed_by(writers)
+            def _() -> None:
+                copy_queries(0, 0, 0, lax.rem(fed, stages))
 
         @pl.when(warpgroup < WARPGROUPS)
         def _() -> None:
@@ -320,13 +331,16 @@ def gradient_of_queries(
         table = plan_by_data(spans_by_data(static, *numbers, TILE, STEP_OF_KEYS, of_keys=False), n)
     blocks, width = table.shape
     shape, may_mask = (ROWS, STEP_OF_KEYS), static.masks(STEP_OF_KEYS)
-    free_tile = Buffers(WARPGROUPS + 2, WARPGROUPS)
-    free_keys = Buffers(free_tile.index + 1, WARPGROUPS)
-    free_values = Buffers(free_keys.index + STAGES_OF_KEYS, WARPGROUPS)
+    writers = feeders()
+    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)
+    free_keys = Buffers(free_tile.index + 1, READERS, writers)
+    free_values = Buffers(free_keys.index + STAGES_OF_KEYS, READERS, writers)
 
-    def body(*refs: Any) -> None:
+    def body(*given: Any) -> None:
+        refs: Any = given
+        absent: Any = (None, None)
         q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, table_ref, *refs = refs
-        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else ((None, None), refs)
+        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
         dq_ref, q_tile, g_tile, k_ring, v_ring, tile_full, k_full, v_full = refs
         warpgroup = lax.axis_index("warpgroup")
         work = Work(table_ref, lax.axis_index("block"), width, n, row_tiles)
@@ -344,18 +358,20 @@ def gradient_of_queries(
                 batch, head_of, row, span = item(i)
                 kv_head = head_of // group
 
-                free_tile.wait()
-                plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
-                plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
+                @fed_by(writers)
+                def _() -> None:
+                    free_tile.wait()
+                    plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
+                    plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
 
-                @pl.loop(span.first, span.last)
-                def _(step: Any) -> None:
-                    slot = lax.rem(before + step - span.first, STAGES_OF_KEYS)
-                    at = pl.ds(step * STEP_OF_KEYS, STEP_OF_KEYS)
-                    free_keys.wait(slot)
-                    plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
-                    free_values.wait(slot)
-                    plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
+                    @pl.loop(span.first, span.last)
+                    def _(step: Any) -> None:
+                        slot = lax.rem(before + step - span.first, STAGES_OF_KEYS)
+                        at = pl.ds(step * STEP_OF_KEYS, STEP_OF_KEYS)
+                        free_keys.wait(slot)
+                        plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+                        free_values.wait(slot)
+                        plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
 
                 return before + span.steps
 

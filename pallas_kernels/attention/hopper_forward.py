@@ -1,9 +1,9 @@
 """Attention for NVIDIA Hopper, forward: the softmax of one warpgroup runs while the tensor cores multiply for another.
 
-A thread block stays on its multiprocessor and takes one tile of queries after another. One warpgroup feeds queries, keys and values
-through the copy engine and never waits for a tile to end. The others own 64 queries each. A token goes round among them: who has it
-issues the product of its weights with the values and, right behind, that of its queries with the next keys, and passes it on; what
-lies between, the softmax, happens meanwhile (Shah et al. 2024, arXiv:2407.08608, section 3.1).
+A thread block stays on its multiprocessor and takes one tile of queries after another. One warp feeds queries, keys and values
+through the copy engine and never waits for a tile to end. The other warpgroups own 64 queries each. A token goes round among them:
+who has it issues the product of its weights with the values and, right behind, that of its queries with the next keys, and passes it
+on; what lies between, the softmax, happens meanwhile (Shah et al. 2024, arXiv:2407.08608, section 3.1).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from pallas_kernels.attention.hopper import (
     Static,
     Work,
     bar,
+    fed_by,
+    feeders,
     masked,
     numbers_in_tiles,
     plan,
@@ -109,9 +111,10 @@ def forward(
     shape = (ROWS, tiles.keys)
     # Barrier 0 is the block's, and each warpgroup has one.
     token = tiles.warpgroups + 2
-    free_keys = Buffers(token + tiles.warpgroups, tiles.warpgroups)
-    free_values = Buffers(free_keys.index + tiles.stages, tiles.warpgroups)
-    free_queries = Buffers(free_values.index + tiles.stages, tiles.warpgroups)
+    writers, readers = feeders(), tiles.warpgroups * WARPGROUP
+    free_keys = Buffers(token + tiles.warpgroups, readers, writers)
+    free_values = Buffers(free_keys.index + tiles.stages, readers, writers)
+    free_queries = Buffers(free_values.index + tiles.stages, readers, writers)
 
     def take(warpgroup: Any) -> None:
         bar("sync", token + warpgroup, 2 * WARPGROUP)
@@ -119,9 +122,11 @@ def forward(
     def give(warpgroup: Any) -> None:
         bar("arrive", token + jnp.where(warpgroup == tiles.warpgroups - 1, 0, warpgroup + 1), 2 * WARPGROUP)
 
-    def body(*refs: Any) -> None:
+    def body(*given: Any) -> None:
+        refs: Any = given
+        absent: Any = (None, None)
         q_ref, k_ref, v_ref, table_ref, *refs = refs
-        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else ((None, None), refs)
+        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
         blind_ref, refs = (refs[0], refs[1:]) if blind is not None else (None, refs)
         out_ref, lse_ref, q_ring, k_ring, v_ring, out_buffer, lse_buffer, q_full, k_full, v_full = refs
         warpgroup = lax.axis_index("warpgroup")
@@ -140,17 +145,19 @@ def forward(
                 batch, head_of, row, span = item(i)
                 kv_head, q_slot = head_of // group, lax.rem(i, tiles.queries_ahead)
 
-                free_queries.wait(q_slot)
-                plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, tiles.queries), head_of], q_ring.at[q_slot], q_full.at[q_slot])
+                @fed_by(writers)
+                def _() -> None:
+                    free_queries.wait(q_slot)
+                    plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, tiles.queries), head_of], q_ring.at[q_slot], q_full.at[q_slot])
 
-                @pl.loop(span.first, span.last)
-                def _(step: Any) -> None:
-                    slot = lax.rem(before + step - span.first, tiles.stages)
-                    at = pl.ds(step * tiles.keys, tiles.keys)
-                    free_keys.wait(slot)
-                    plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
-                    free_values.wait(slot)
-                    plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
+                    @pl.loop(span.first, span.last)
+                    def _(step: Any) -> None:
+                        slot = lax.rem(before + step - span.first, tiles.stages)
+                        at = pl.ds(step * tiles.keys, tiles.keys)
+                        free_keys.wait(slot)
+                        plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+                        free_values.wait(slot)
+                        plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
 
                 return before + span.steps
 
