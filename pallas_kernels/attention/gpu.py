@@ -45,7 +45,8 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return f"rounds its output to {q.dtype}, and {params['out_dtype']} was asked for"
     if math.isfinite(mask.fill) and mask.fill > -1e9:
         return f"gives hidden keys no weight, and a score of {mask.fill} may have some"
-    if cudnn.refusal(specs, params) is None:
+    by_cudnn = mask.kinds <= {"causal", "window", "lengths"} and params.get("logits_soft_cap") is None
+    if by_cudnn and cudnn.refusal(specs, params) is None:
         if head not in HEADS:
             return f"pads head dims to {' or '.join(map(str, HEADS))}, and cuDNN takes {head} as it is"
         if not mask.terms:
