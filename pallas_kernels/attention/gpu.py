@@ -122,8 +122,14 @@ def _attention(static, q, k, v, data):
 
 
 def _fwd(static, q, k, v, data):
-    out, lse = _in_batch(functools.partial(_forward, static))(q, k, v, data)
+    out, lse = _run(_forward, static, q, k, v, data)
     return out, (q, k, v, data, out, lse)
+
+
+# Traced once for all layers that are alike: a kernel takes half a second to lower.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(fn, static, *arrays):
+    return _in_batch(functools.partial(fn, static))(*arrays)
 
 
 def _forward(static, q, k, v, data):
@@ -147,7 +153,7 @@ def _mean_value(static, v, data):
 
 
 def _bwd(static, residuals, g):
-    return *_in_batch(functools.partial(_backward, static))(*residuals, g), None
+    return *_run(_backward, static, *residuals, g), None
 
 
 def _backward(static, q, k, v, data, out, lse, g):

@@ -184,11 +184,21 @@ def lowered(fn, specs):
     return jax.jit(fn).trace({n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}).lower(lowering_platforms=("cuda",))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("mask", "shape"), [(m, "128") for m in MASKS] + [(m, s) for m in ("full", "causal", "segments") for s in SHAPES if s != "128"]
+)
 def test_lowers_for_cuda_in_both_passes(mask, shape):
     specs = attended(mask=MASKS[mask], **SHAPES[shape])
     assert lowered(both(MASKS[mask]), specs).as_text().count("@mosaic_gpu_v2") == 3
+
+
+def test_layers_that_are_alike_share_their_kernels():
+    fn = kpt.registry.load("attention.pallas_gpu")
+
+    def loss(arrays):
+        return fn(**arrays | {"q": fn(**arrays, mask=CAUSAL)}, mask=CAUSAL).astype("float32").sum()
+
+    assert lowered(jax.grad(loss), attended()).as_text().count("@mosaic_gpu_v2") == 3
 
 
 @pytest.mark.parametrize("params", [{"logits_soft_cap": 30.0}, {"scale": -0.5}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=str)
