@@ -221,9 +221,7 @@ BENCHES: dict[str, Bench] = {
     "attention": _attention(NO_MASK, HEADS),
     "attention_causal": _attention(CAUSAL, HEADS),
     "attention_window": _attention(WINDOW, ((1, 16384, 16, 16, 128),)),
-    "attention_documents": _attention(
-        DOCUMENTS, ((1, 8192, 16, 16, 128),), {"cuDNN, mask as an array": ("jax", _masked_cudnn)}
-    ),
+    "attention_documents": _attention(DOCUMENTS, ((1, 8192, 16, 16, 128),), {"cuDNN, mask as an array": ("jax", _masked_cudnn)}),
     "layer_norm": _norm("layer_norm", plain_layer_norm, ("weight", "bias")),
     "layer_norm_residual": _norm("layer_norm", plain_layer_norm, ("weight", "bias"), residual=True),
     "rms_norm": _norm("rms_norm", plain_rms_norm, ("weight",)),

@@ -19,7 +19,7 @@ from kpt.ops.base import Specs
 from kpt.ops.mask import Lengths, Mask, Segments
 from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.blocks import static_terms, visible_range
-from pallas_kernels.attention.hopper import Static, numbers_of, padded
+from pallas_kernels.attention.hopper import ROWS, Static, numbers_of, padded
 from pallas_kernels.attention.hopper_backward import gradient_of_queries, gradients_of_keys
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
@@ -45,6 +45,8 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return f"rounds its output to {q.dtype}, and {params['out_dtype']} was asked for"
     if math.isfinite(mask.fill) and mask.fill > -1e9:
         return f"gives hidden keys no weight, and a score of {mask.fill} may have some"
+    if q.shape[1] < ROWS:
+        return f"multiplies {ROWS} queries at a time, and these are {q.shape[1]}"
     by_cudnn = mask.kinds <= {"causal", "window", "lengths"} and params.get("logits_soft_cap") is None
     if by_cudnn and cudnn.refusal(specs, params) is None:
         if head not in HEADS:

@@ -240,6 +240,7 @@ REFUSED = [
     (attended("float32"), {}, H100, "computes in bfloat16, float16"),
     (attended() | {"k": Spec((2, 512, 2, 128), "float16")}, {}, H100, "of one dtype"),
     (attended(t=0, s=8), {}, H100, "no empty arrays"),
+    (attended(t=1, s=4096, mask=CAUSAL), {"mask": Mask((Causal(4095),))}, H100, "64 queries at a time, and these are 1"),
     (attended(h=256), {}, H100, "up to 128"),
     (attended(h=128, hv=192), {}, H100, "up to 128"),
     (attended(h=96), {"mask": CAUSAL}, H100, "cuDNN takes 96 as it is"),
