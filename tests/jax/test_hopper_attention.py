@@ -276,14 +276,20 @@ def test_refused_where_xla_may_partition(monkeypatch):
 @pytest.mark.parametrize(
     ("mask", "h", "kernel"),
     [
-        (CAUSAL, 128, "attention.pallas_gpu"),
-        (WINDOW, 128, "attention.pallas_gpu"),
-        (DOCUMENTS, 128, "attention.pallas_gpu"),
+        (CAUSAL, 128, "attention.cudnn"),
+        (WINDOW, 128, "attention.cudnn"),
         (CAUSAL, 80, "attention.cudnn"),
         (Mask(), 128, "attention.cudnn"),
         (CAUSAL, 256, "attention.cudnn_wide"),
     ],
 )
-def test_the_planner_takes_it_where_it_wins(mask, h, kernel):
+def test_no_estimate_takes_it(mask, h, kernel):
     chosen, _, _ = choose("attention", attended(t=4096, h=h, mask=mask), {"mask": mask}, hardware=H100, level="conservative")
     assert chosen.name == kernel
+
+
+def test_a_measurement_takes_it():
+    times = {"attention.pallas_gpu": 0.425e-3, "attention.cudnn": 0.473e-3}
+    chosen, why, _ = choose("attention", attended(t=4096, h=128, mask=CAUSAL), {"mask": CAUSAL}, hardware=H100, level="conservative",
+                            measurements=times)  # fmt: skip
+    assert chosen.name == "attention.pallas_gpu" and why.startswith("Measured")
