@@ -26,6 +26,8 @@ from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
 HEADS = (64, 128)
 """Head dims that there are kernels for; others are padded with zeros."""
+LONGEST_TILE = 192
+"""Queries or keys of one."""
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
@@ -95,7 +97,8 @@ def attention(
         q_segment_ids = kv_segment_ids = None
     data = numbers_of(static, q_segment_ids, kv_segment_ids, kv_lengths if Lengths in terms else None, b) if static.by_data else None
     width = HEADS[0] if max(h, head_v) <= HEADS[0] else HEADS[1]
-    q, k, v = (padded(padded(a, 1, 8), 3, width) for a in (q, k, v))
+    # A copy is of a whole tile: the engine reads zeros past the end of an array, but newer jax wants room for one.
+    q, k, v = (padded(padded(a, 1, 8 if a.shape[1] > LONGEST_TILE else LONGEST_TILE), 3, width) for a in (q, k, v))
     return _attention(static, q, k, v, data)[:, :t, :, :head_v].astype(out_dtype or q.dtype)
 
 
