@@ -202,8 +202,12 @@ def compile_programs(
             keep((n, on.name), made)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for started in [pool.submit(turn, *t) for t in turns]:
-            started.result()
+        try:
+            for started in [pool.submit(turn, *t) for t in turns]:
+                started.result()
+        except BaseException:  # what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [found[n, on.name] for n in range(len(programs)) for on in generations]
 
 
@@ -225,8 +229,9 @@ def _key(program: Program, on: Generation, libtpu: str, schedules: bool) -> str:
         for path in sorted(root.glob(pattern)):
             sources.update(path.read_bytes())
     return schedule_cache.key(
-        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, jax=metadata.version("jax"), sources=sources.hexdigest(),
-        schedules=schedules,
+        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, sources=sources.hexdigest(), schedules=schedules,
+        versions={n: metadata.version(n) for n in ("jax", "jaxlib", "tokamax") if unmet(n) is None},
+        flags={n: v for n, v in os.environ.items() if n == "XLA_FLAGS" or (n.startswith("JAX_") and n != "JAX_PLATFORMS")},
     )
 
 

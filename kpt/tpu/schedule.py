@@ -113,7 +113,7 @@ class Schedule:
       occupancy: by unit, used slots over all that the cycles offer; of the MXU, products over the peak rate.
       bound: the unit that limits it: "MXU", "VPU", "XLU", "EUP", "load", "store", "HBM" (bandwidth), "DMA latency", or "dependencies"
         where bundles are not full of anything.
-      unknown: branches that depend on data, counted as if nothing were skipped.
+      unknown: branches and DMAs that depend on data, counted as if nothing were skipped, and DMAs of unknown size, as if they cost nothing.
       stretches: the program from start to end.
     """
 

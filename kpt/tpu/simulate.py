@@ -65,7 +65,7 @@ class Run:
       stalled: of those, cycles that waited for a DMA.
       read, written: bytes between HBM and the core, each way.
       transfers: DMAs to and from HBM.
-      unknown: branches whose predicate depends on data.
+      unknown: branches and DMAs whose predicate, and DMAs whose size, depends on data.
     """
 
     issued: np.ndarray
@@ -177,9 +177,12 @@ class _Core:
             return step
         where, wanted, values, branch = self._at("%" + i.predicate[0]), i.predicate[1], self.values, i.op == "sbr.rel"
 
+        moves = i.op.startswith("dma.")
+
         def conditional() -> Any:
             holds = values[where]
             if holds is None:
+                self.unknown += moves
                 return self._guess(i, at) if branch else step()
             return step() if holds == wanted else None
 
@@ -332,7 +335,8 @@ class _Core:
     # The HBM -----------------------------------------------------------------------------------------------------
 
     def _transfer(self, op: str, size: Value, flag: Value) -> None:
-        if type(size) is not int:
+        if type(size) is not int:  # nobody knows what it takes, and the run says so
+            self.unknown += 1
             return
         size *= self.granule
         if op.endswith("_to_hbm"):

@@ -16,7 +16,7 @@ PROGRAM = """= control target key start
 LB: loop body
 = control target key end
 
-     0   :  { %s1_s0 = smov 0  ;;  %7 = vsyncpa [#allocation1], 0 } /* Start region 1 */
+     0   :  { %s1_s0 = smov 0  ;;  %7 = vsyncpa [#allocation1], 0  ;;  %p9_p9 = pmov 0 } /* Start region 1 */
    0x1 LB: > { %s9_s3 = sadd.s32 4294967295, %s2_s0  ;;  %s2_s0 = sphi %s1_s0, %s8_s0 /* iteration index */  ;;  %s5_s5 = scalar_lea.sflag [#allocation1], %s2_s0 } /* Start region 2 */
    0x2   : > { %20 = dma.hbm_to_vmem [thread:$0]  (!%p9_p9), /*hbm=*/%s7_s7, /*size_in_granules=*/64, /*vmem=*/%s6_s6, /*dst_syncflagno=*/%s5_s5, /*src_stride=*/%s4_s4 /* %1 = "x"
 minor: 1 */ }
@@ -152,3 +152,17 @@ def test_clocks():
     assert {n: round(g.clock / 1e9, 2) for n, g in GENERATIONS.items()} == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
     with pytest.raises(HardwareError, match="v4, v5e, v5p, v6e, v7x"):
         generation("v8")
+
+
+def test_a_transfer_that_depends_on_data_is_counted_as_unknown():
+    honest = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=1e9)
+    unsized = PROGRAM.replace("/*size_in_granules=*/64", "/*size_in_granules=*/%s99_s9")
+    found = simulate(parse(unsized, utilization()), bytes_per_cycle=1e9)
+    assert found.unknown == 5 and found.read == 0 and honest.unknown == 0
+    on_data = PROGRAM.replace("%p9_p9 = pmov 0", "%p9_p9 = scmp.eq.s32.totalorder %s99_s9, 2")
+    assert simulate(parse(on_data, utilization()), bytes_per_cycle=1e9).unknown == 5
+
+
+def test_numbers_in_hexadecimal():
+    program = parse(PROGRAM.replace("%s2_s0, 2", "%s2_s0, 0x2"), utilization())
+    assert program.instructions[4][0].operands == ("%s2_s0", 2)
