@@ -1,8 +1,9 @@
 """The tables of docs/benchmarks about TPUs, from the JSON beside them.
 
-    python -m kpt_jax.bench_tpu_tables docs/benchmarks
+    python -m kpt_jax.bench_tpu_tables docs/benchmarks [--compile]
 
-Writes what stands between `<!-- NAME -->` and `<!-- end -->` in tpu-static.md and tpu-kernels.md.
+Writes what stands between `<!-- NAME -->` and `<!-- end -->` in tpu-static.md and tpu-kernels.md. With --compile, every op's kernels are
+compiled for every generation first, in bfloat16, forward and backward (tpu-compile.json; `kpt tpu compile` does more, and writes nothing).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 GENERATIONS = ("v4", "v5e", "v5p", "v6e", "v7x")
+OPS = ("attention_causal", "layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy", "rope", "linear_act", "glu", "matmul",
+       "ragged_matmul")  # fmt: skip
+"""One benchmark of each."""
 Row = Mapping[str, Any]
 
 
@@ -118,7 +122,18 @@ def written(folder: Path) -> dict[Path, str]:
     return pages
 
 
+def compiled() -> list[Row]:
+    from kpt.tpu import GENERATIONS as CHIPS
+    from kpt_jax.tpu import compile_programs
+    from kpt_jax.tpu_programs import cases, program
+
+    found = compile_programs([program(name, dims) for name, dims in cases(()) if name in OPS], list(CHIPS.values()))
+    return [{**(told := m.to_json()), "schedules": [s | {"stretches": []} for s in told["schedules"]]} for m in found]
+
+
 def main() -> None:
+    if "--compile" in sys.argv:
+        Path(sys.argv[1], "tpu-compile.json").write_text(json.dumps(compiled(), indent=1) + "\n", encoding="utf-8")
     for page, text in written(Path(sys.argv[1])).items():
         page.write_text(text, encoding="utf-8")
 
