@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from kpt import cli, console
 from kpt.errors import KptError
+from kpt_jax.bench_tpu_tables import written
 from kpt_jax.tpu_programs import XLA, program
 from kpt_jax.tpu_tune import by_clock, search
 
@@ -78,3 +81,12 @@ def test_without_the_compiler_a_command_says_what_to_install(monkeypatch):
         run = CliRunner().invoke(cli.app, ["tpu", *command, "--gen", "v5e"])
         assert run.exit_code == console.MISSING, run.output
         assert "pip install 'kpt-kernels[tpu]'" in run.output and ("libtpu" in run.output or "jax>=0.11.2" in run.output)
+
+
+def test_the_tables_of_the_docs_are_those_of_the_data():
+    """And none is empty."""
+    pages = written(Path(__file__).parents[2] / "docs/benchmarks")
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"python -m kpt_jax.bench_tpu_tables docs/benchmarks renews {page.name}"
+        assert not re.search(r"<!-- [\w ]+ -->\n<!-- end -->", text)
+    assert len(pages) == 2
