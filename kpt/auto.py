@@ -10,13 +10,14 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kpt.errors import KptError, MissingDependencyError
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan
+from kpt.tuning import SIGMAS, gain, ratio
 
 if TYPE_CHECKING:
     from kpt.hardware import HardwareProfile
@@ -190,6 +191,23 @@ def as_written(plan: Plan, reason: str) -> Plan:
     return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
 
 
+def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence[float], what: str) -> tuple[bool, float, str]:
+    """Whether a rewrite is kept, the relative standard error of its speedup, and a sentence for the plan.
+
+    Args:
+      measured: "forward" or "forward and backward".
+      before, after: seconds, one figure a round, of the original and of the rewrite; the same where there is none.
+      what: of the plan was in the rewrite: "every site".
+    """
+    if not plan.sites:
+        return False, 0.0, "The original is kept: no site has a kernel."
+    won, noise = gain(before, after)
+    words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} ± {noise:.1%}"
+    if won > SIGMAS * noise:
+        return True, noise, f"Measured {words} with {what}."
+    return False, noise, f"The original is kept: nothing won by more than the noise ({words} with {what})."
+
+
 def auto_optimize(
     fn_or_model: Any, *example_inputs: Any, level: str | None = None, hardware: Any = "auto", budget: str | float = "30s",
     **example_keywords: Any,
@@ -197,8 +215,9 @@ def auto_optimize(
     """Optimizes, proves and measures; keeps a rewrite only where it is faster by more than the noise.
 
     First the kernels that could compute each kind of call in the program are timed against each other, in a process of their own: what
-    fails, hangs or crashes there is dropped and named. The times are kept, and later plans choose by them. Then the whole program is
-    proved, and timed against the original.
+    fails, hangs or crashes there is dropped and named. (A TPU has room for one process: there they run in this one, and nothing stops
+    one that hangs.) The times are kept, and later plans choose by them; nothing is timed for other hardware than is here. Then the whole
+    program is proved, and timed against the original.
 
     Args:
       fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
@@ -212,9 +231,15 @@ def auto_optimize(
       MissingDependencyError: the front end's framework is not installed.
       KptError: the object is neither a function nor a model.
     """
-    module = _front(fn_or_model, example_inputs)
-    result: Result = module.auto_optimize(fn_or_model, *example_inputs, level=level, hardware=hardware, budget=budget, **example_keywords)
-    return result
+    from kpt.tracking.hooks import record_report
+    from kpt.tuning.trials import seconds_of
+
+    seconds = seconds_of(budget)
+    steps = session(fn_or_model, example_inputs, example_keywords, level, hardware)
+    tuned = steps.tune(seconds)
+    report = steps.measure(*steps.validate(), tuned.notes())
+    record_report(report)
+    return steps.result(report)
 
 
 def _front(fn_or_model: Any, example_inputs: tuple) -> Any:

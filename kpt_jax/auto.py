@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from kpt.auto import Report, Result, as_written, showing
+from kpt.auto import Report, Result, as_written, compared, showing
+from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Tuned, tune
-from kpt.tracking.hooks import record_report
-from kpt.tuning import SIGMAS, gain, ratio
+from kpt.tuning import gain
 from kpt.tuning.measurements import BOTH, FORWARD
-from kpt.tuning.trials import seconds_of
 from kpt_jax.measure import Timing, loss_and_gradients, measure
 from kpt_jax.modules import function_of, is_linen, is_nnx
-from kpt_jax.optimize import Optimized, optimize, profile
+from kpt_jax.optimize import Optimized, here, optimize, profile
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
 from kpt_jax.whole import certify_whole, worst_difference
-
-
-def auto_optimize(
-    fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", budget: str | float = "30s", **keywords: Any
-) -> Result:
-    """See `kpt.auto_optimize`."""
-    seconds = seconds_of(budget)
-    session = Session(fn_or_model, inputs, keywords, level, hardware)
-    tuned = session.tune(seconds)
-    report = session.measure(*session.validate(), tuned.notes())
-    record_report(report)
-    return session.result(report)
 
 
 class Session:
@@ -61,7 +48,7 @@ class Session:
             # A TPU belongs to one process, which is this one.
             found = tune(plan.sites, self.hardware, framework="jax", level=plan.level, compilers=FRONT.compilers, passes=passes,
                          budget=budget, device=device, module="kpt_jax.trials", ready=ready if device == "tpu" else None,
-                         done=done)  # fmt: skip
+                         here=here(), done=done)  # fmt: skip
         if found.measured or found.dropped:
             self.follow(found.dropped)
         return found
@@ -96,21 +83,13 @@ class Session:
             measured, programs = BOTH, trained
         timings = measure(programs, arrays)
         before = timings[ORIGINAL]
-        gains = {n: gain(before.seconds, timings[n].seconds) for n in variants}
-        best = max(gains, key=lambda n: gains[n][0], default=ORIGINAL)
-        won, noise = gains.get(best, (0.0, 0.0))
-        kept = won > SIGMAS * noise and won > 0
-        words = f"{measured}, median of {len(before.seconds)} rounds side by side: {ratio(won)} ± {noise:.1%}"
+        best = max(variants, key=lambda n: gain(before.seconds, timings[n].seconds)[0], default=ORIGINAL)
+        kept, noise, note = compared(plan, measured, before.seconds, timings[best].seconds, best)
         if kept:
             fast.ban(left_out[best])
-            note = f"Measured {words} with {best}."
             chosen = fast.plan(*self.args, **self.kwargs)
-        elif plan.sites:
-            note = f"The original is kept: nothing won by more than the noise ({words} with {best})."
-            chosen = as_written(plan, note)
         else:
-            note = "The original is kept: no site has a kernel."
-            chosen = plan
+            chosen = as_written(plan, note)
         chosen = dataclasses.replace(chosen, notes=(*plan.notes, *notes, note))
         after: Timing = timings[best]
         return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
@@ -124,6 +103,9 @@ class Session:
 
         `orbax.checkpoint.StandardCheckpointer().restore(folder)` reads them.
         """
+        if importlib.util.find_spec("orbax") is None:
+            asked, install = "A checkpoint of a Flax module was asked for", "pip install orbax-checkpoint"
+            raise MissingDependencyError(asked, "orbax-checkpoint is not installed", install)
         if is_nnx(self.given):
             from flax import nnx
 
@@ -132,6 +114,3 @@ class Session:
             tree = self.inputs[0]
         with importlib.import_module("orbax.checkpoint").StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), tree)
-
-
-__all__ = ["Session", "auto_optimize"]

@@ -378,8 +378,7 @@ class Optimized:
         if self._given is not None:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         certify = self._certify or config().certify
-        here = _detected(_platform())
-        return Planner(FRONT, self._level, profile(self._hardware), wanted, self._banned, certify, here, dropped=self._dropped)
+        return Planner(FRONT, self._level, profile(self._hardware), wanted, self._banned, certify, here(), dropped=self._dropped)
 
 
 def _again(
@@ -490,6 +489,11 @@ def _readable(plan: Any) -> None:
 @functools.cache
 def _detected(platform: str) -> HardwareProfile:
     return hardware_room.detect_hardware(platform=platform)
+
+
+def here() -> HardwareProfile:
+    """The profile of what jax computes on, whatever plans are for."""
+    return _detected(_platform())
 
 
 def _platform() -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ from kpt.kernels.spec import resolve
 from kpt.strategy.certify import draw
 from kpt.tuning.measurements import BOTH
 from kpt.tuning.trials import Sample, Trial, serve
+from kpt_jax.measure import sample
 
 
 def ready(trial: Trial, kernel: str) -> Sample:
@@ -29,7 +28,7 @@ def _ready(trial: Trial, kernel: str) -> Sample:
     arrays = arrays_of(trial)
     moving = {n: a for n, a in arrays.items() if n in ops.op(trial.op).differentiable and jnp.issubdtype(a.dtype, jnp.floating)}
     if trial.passes != BOTH or not moving:
-        return functools.partial(_sample, jax.jit(lambda arrays: fn(**arrays)).lower(arrays).compile(), (arrays,))
+        return functools.partial(sample, jax.jit(lambda arrays: fn(**arrays)).lower(arrays).compile(), (arrays,))
     still = {n: a for n, a in arrays.items() if n not in moving}
 
     def both(moving: Any, still: Any, cotangents: Any) -> Any:
@@ -38,7 +37,7 @@ def _ready(trial: Trial, kernel: str) -> Sample:
 
     cotangents = jax.tree.map(lambda s: _normal("", s, 1), jax.eval_shape(lambda arrays: fn(**arrays), arrays))
     args = (moving, still, cotangents)
-    return functools.partial(_sample, jax.jit(both).lower(*args).compile(), args)
+    return functools.partial(sample, jax.jit(both).lower(*args).compile(), args)
 
 
 _held: list[tuple[Trial, dict[str, jax.Array]]] = []
@@ -61,14 +60,6 @@ def _normal(name: str, like: Any, seed: int) -> jax.Array:
     scale = like.shape[-2] ** -0.5 if name in ("w", "w_gate", "w_up") else 1.0
     make = jax.jit(lambda key: (scale * jax.random.normal(key, like.shape, "float32")).astype(like.dtype))
     return jax.block_until_ready(make(jax.random.key(seed)))
-
-
-def _sample(run: Any, args: Sequence[Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        out = run(*args)
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / repeats
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import jax
 from kpt.strategy.tune import Call, Tuned, tune
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt_jax.bench_ops import BENCHES
-from kpt_jax.optimize import profile
+from kpt_jax.optimize import here
 from kpt_jax.planner import FRONT
 from kpt_jax.tpu_programs import cases
 from kpt_jax.trials import ready
@@ -38,7 +38,7 @@ def fill(
     found = []
     for passes in (BOTH, FORWARD):
         more: dict[str, Any] = {"ready": ready} if device == "tpu" else {}
-        found.append(tune(given, profile("auto"), framework="jax", level=level, compilers=FRONT.compilers, passes=passes,
+        found.append(tune(given, here(), here=here(), framework="jax", level=level, compilers=FRONT.compilers, passes=passes,
                           budget=max(0.0, end - time.monotonic()), device=device, module="kpt_jax.trials", done=done, **more))  # fmt: skip
     both, forward = found
     sums = {f: getattr(both, f) + getattr(forward, f) for f in ("measured", "known", "left", "failed", "seconds")}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import time
+import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,20 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from kpt.auto import Report, Result, as_written, showing
+from kpt.auto import Report, Result, as_written, compared, showing
+from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Tuned, tune
-from kpt.tracking.hooks import record_report
-from kpt.tuning import SIGMAS, gain, ratio, rounds
+from kpt.tuning import rounds
 from kpt.tuning.measurements import BOTH, FORWARD
-from kpt.tuning.trials import seconds_of
 from kpt.validation import Certificate, compare
-from kpt_torch.backend import device_of, profile
+from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.capture import to_numpy
 from kpt_torch.optimized import optimize, unproved, without
 from kpt_torch.planner import Front
-from kpt_torch.trials import wait
-
-
-def auto_optimize(
-    fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", budget: str | float = "30s", **keywords: Any
-) -> Result:
-    """See `kpt.auto_optimize`. A module whose result is, or holds under `.loss`, one number is measured with its backward pass."""
-    seconds = seconds_of(budget)
-    session = Session(fn_or_model, inputs, keywords, level, hardware)
-    tuned = session.tune(seconds)
-    report = session.measure(*session.validate(), tuned.notes())
-    record_report(report)
-    return session.result(report)
+from kpt_torch.trials import sample
 
 
 class Session:
@@ -67,7 +54,7 @@ class Session:
         with showing("timing kernels") as done:
             found = tune(sites, self.hardware, framework="torch", level=plan.level, compilers=Front.compilers,
                          passes=BOTH if self.trained else FORWARD, budget=budget, device=self.on.type, module="kpt_torch.trials",
-                         done=done)  # fmt: skip
+                         here=detected(self.on), done=done)  # fmt: skip
         self.follow(found.dropped)
         return found
 
@@ -87,21 +74,12 @@ class Session:
 
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         sides = {ORIGINAL: self.given} | ({"every site": self.fast} if plan.sites else {})
-        taken = rounds({n: self._sampler(program) for n, program in sides.items()})
+        taken = rounds({n: functools.partial(sample, functools.partial(self._once, program), self.on) for n, program in sides.items()})
         memory = {n: self._peak(program) for n, program in sides.items()}
         best = "every site" if plan.sites else ORIGINAL
-        won, noise = gain(taken[ORIGINAL], taken[best])
-        kept = best != ORIGINAL and won > SIGMAS * noise
         measured = BOTH if self.trained else FORWARD
-        words = f"{measured}, median of {len(taken[ORIGINAL])} rounds side by side: {ratio(won)} ± {noise:.1%}"
-        if kept:
-            note, chosen = f"Measured {words} with every site.", plan
-        elif plan.sites:
-            note = f"The original is kept: nothing won by more than the noise ({words} with every site)."
-            chosen = as_written(plan, note)
-        else:
-            note, chosen = "The original is kept: no site has a kernel.", plan
-        chosen = dataclasses.replace(chosen, notes=(*plan.notes, *notes, note))
+        kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best], best)
+        chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         return Report(chosen.function, chosen.hardware, self.device, measured, taken[ORIGINAL], taken[best], memory[ORIGINAL], memory[best],
                       error, kept, noise, chosen)  # fmt: skip
 
@@ -110,6 +88,9 @@ class Session:
 
     def save(self, folder: Path) -> None:
         """The parameters and buffers of a module: `safetensors.torch.load_model(module, folder / "model.safetensors")`."""
+        if importlib.util.find_spec("safetensors") is None:
+            asked, install = "A checkpoint of a torch.nn.Module was asked for", "pip install 'kpt-kernels[torch]'"
+            raise MissingDependencyError(asked, "safetensors is not installed", install)
         folder.mkdir(parents=True)
         importlib.import_module("safetensors.torch").save_model(self.given, str(folder / "model.safetensors"))
 
@@ -117,17 +98,6 @@ class Session:
         out = program(*self.inputs, **self.keywords)
         loss = _loss(out) if self.trained else None
         return out, [] if loss is None else list(torch.autograd.grad(loss, self.moving, allow_unused=True, materialize_grads=True))
-
-    def _sampler(self, program: Callable[..., Any]) -> Callable[[int], float]:
-        def sample(repeats: int) -> float:
-            wait(self.on)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                self._once(program)
-            wait(self.on)
-            return (time.perf_counter() - start) / repeats
-
-        return sample
 
     def _peak(self, program: Callable[..., Any]) -> int | None:
         """Bytes that a call needs besides what is there before it; known on CUDA alone."""

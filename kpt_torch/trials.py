@@ -30,7 +30,7 @@ def ready(trial: Trial, kernel: str) -> Sample:
             return fn(**arrays)
 
     if trial.passes != BOTH or not moving:
-        return functools.partial(_sample, forward, device)
+        return functools.partial(sample, forward, device)
     given: Mapping[str, torch.Tensor] = {n: a.detach().requires_grad_(n in moving) for n, a in arrays.items()}
     out = forward()
     cotangents = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
@@ -39,7 +39,7 @@ def ready(trial: Trial, kernel: str) -> Sample:
         out = fn(**given)
         return torch.autograd.grad(out if isinstance(out, tuple) else (out,), [given[n] for n in moving], cotangents, allow_unused=True)
 
-    return functools.partial(_sample, both, device)
+    return functools.partial(sample, both, device)
 
 
 _held: list[tuple[Trial, dict[str, torch.Tensor]]] = []
@@ -61,16 +61,17 @@ def _arrays(trial: Trial, device: torch.device) -> dict[str, torch.Tensor]:
     return _held[0][1]
 
 
-def _sample(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    wait(device)
+def sample(call: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds a call, over as many calls."""
+    _wait(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    wait(device)
+    _wait(device)
     return (time.perf_counter() - start) / repeats
 
 
-def wait(device: torch.device) -> None:
+def _wait(device: torch.device) -> None:
     """Until all that was started on the device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -61,7 +61,6 @@ def tune(
         typer.echo(f"{found.measured} calls measured, {found.known} known already, {found.left} left for another run.{alone}")
 
 
-
 @app.command("export")
 def export(
     context: typer.Context,

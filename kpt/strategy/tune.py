@@ -68,6 +68,7 @@ def tune(
     calls: Iterable[Site | Call],
     hardware: HardwareProfile,
     *,
+    here: HardwareProfile,
     framework: str,
     level: str,
     compilers: tuple[str, ...],
@@ -82,6 +83,7 @@ def tune(
 
     Args:
       calls: sites of a plan, or calls that may be met in one.
+      here: what trials run on. For other hardware than this nothing is timed.
       framework: "jax" or "torch".
       level: of which the candidates are.
       compilers: packages on whose versions the time of a kernel depends.
@@ -92,6 +94,8 @@ def tune(
       ready: to run them in this process instead, where the device cannot be shared.
     """
     start = time.monotonic()
+    if hardware.name != here.name:
+        return Tuned(0, 0, 0, 0, {}, 0.0)
     place, table = place_of(hardware, compilers), Measurements()
     count: dict[tuple, int] = collections.Counter()
     kinds: dict[tuple, Site | Call] = {}

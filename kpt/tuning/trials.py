@@ -276,6 +276,7 @@ class _Child:
 
 def serve(ready: Ready) -> None:
     """In the other process: works on the trials that standard input tells, and answers line by line."""
+
     def started(kernel: str) -> None:
         _say(**({"started": kernel} if kernel else {"ready": True}))
 

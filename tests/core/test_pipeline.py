@@ -163,8 +163,8 @@ def test_the_page_of_the_docs(tmp_path):
 
 def test_an_nnx_module_is_saved_by_orbax(tmp_path):
     from flax import nnx
+    from orbax import checkpoint
 
-    checkpoint = pytest.importorskip("orbax.checkpoint")
     module = nnx.Sequential(nnx.RMSNorm(32, rngs=nnx.Rngs(0)), nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
     made = kpt.ProductionPipeline(module, (np.ones((4, 32), np.float32),), store=tmp_path, checkpoint_dir=tmp_path / "saved", budget=0).run()
     found = checkpoint.StandardCheckpointer().restore(made.checkpoint)
@@ -174,8 +174,9 @@ def test_an_nnx_module_is_saved_by_orbax(tmp_path):
 
 
 def test_a_torch_module_is_saved_by_safetensors(tmp_path):
-    torch = pytest.importorskip("torch")
-    load = pytest.importorskip("safetensors.torch").load_model
+    import torch
+    from safetensors.torch import load_model as load
+
     module = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 16))
     made = kpt.ProductionPipeline(module, (torch.ones(4, 32),), store=tmp_path, checkpoint_dir=tmp_path / "saved", budget=0).run()
     other = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 16))

@@ -122,8 +122,8 @@ def a_plan(*rows: int) -> Plan:
 
 
 def tuned(plan: Plan, **more):
-    given = {"passes": FORWARD, "budget": 60.0, "device": "cpu", "module": PROCESS} | more
-    return tune(plan.sites, CPU, framework="jax", level="balanced", compilers=("jax", "jaxlib"), **given)
+    given = {"hardware": CPU, "passes": FORWARD, "budget": 60.0, "device": "cpu", "module": PROCESS} | more
+    return tune(plan.sites, here=CPU, framework="jax", level="balanced", compilers=("jax", "jaxlib"), **given)
 
 
 def test_tuning_a_plan_changes_later_choices(registry, folder):
@@ -192,3 +192,8 @@ def test_in_this_process(registry, folder):
 
     found = tuned(a_plan(64), ready=ready, module="tests.core.no_such_module")
     assert found.measured == 1 and set(found.dropped) == {"rms_norm.hungry"}
+
+
+def test_what_runs_here_says_nothing_of_another_chip(registry, folder):
+    found = tuned(a_plan(64), hardware=kpt.hardware_profile("tpu-v6e"))
+    assert (found.measured, found.left, found.dropped, found.notes()) == (0, 0, {}, ()) and not (folder / "tuning.sqlite").exists()
