@@ -269,7 +269,7 @@ def run(
     dtype: str | None = None,
     peers: bool = False,
     seconds: float = 0.5,
-    report: Callable[[list[Row]], None] = lambda rows: None,
+    report: Callable[[list[Row], dict[str, Any]], None] = lambda rows, so_far: None,
 ) -> dict[str, Any]:
     """Measures ops, forward and forward with backward.
 
@@ -279,7 +279,7 @@ def run(
       dtype: bfloat16 by default, float32 on a CPU.
       peers: other libraries' kernels too, where they are installed.
       seconds: for each contender, about.
-      report: called with the rows of each shape as they are there.
+      report: called with the rows of each shape as they are there, and with what would be returned if they were the last.
 
     Returns:
       What `--json` prints.
@@ -299,21 +299,25 @@ def run(
                 raise KptError(asked, f"Its shapes are {BENCHES[name].dims.replace(' ', 'x')}", "Give one number for each")
     top = ceilings(seconds)
     rows: list[Row] = []
-    for name in names:
-        for shape in shapes or (BENCHES[name].cpu_shapes if cpu else BENCHES[name].shapes):
-            for backward in (False, True):
-                found = measure(name, tuple(shape), dtype, backward, top, peers=peers, seconds=seconds)
-                report(found)
-                rows += found
-    record_bench(rows, profile("auto").name, jax.devices()[0].device_kind, {"jax": jax.__version__})
-    return {
+    about = {
         "kind": "kpt.bench",
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "clock": "wall" if kernel_seconds(jnp.negative, (jnp.ones(8),)) is None else "kernels (CUPTI)",
         "ceilings": dataclasses.asdict(top),
-        "rows": [{k: v for k, v in dataclasses.asdict(r).items() if v == v and k != "seconds"} for r in rows],
     }
+
+    def result() -> dict[str, Any]:
+        return about | {"rows": [{k: v for k, v in dataclasses.asdict(r).items() if v == v and k != "seconds"} for r in rows]}
+
+    for name in names:
+        for shape in shapes or (BENCHES[name].cpu_shapes if cpu else BENCHES[name].shapes):
+            for backward in (False, True):
+                found = measure(name, tuple(shape), dtype, backward, top, peers=peers, seconds=seconds)
+                rows += found
+                report(found, result())
+    record_bench(rows, profile("auto").name, jax.devices()[0].device_kind, {"jax": jax.__version__})
+    return result()
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -327,9 +331,10 @@ def lines(rows: Sequence[Row]) -> list[str]:
             continue
         rate = f"{r.rate / 1e12:7.1f} TFLOP/s" if r.unit == "FLOP/s" else f"{r.rate / 1e9:7.1f} GB/s   "
         memory = "" if r.memory is None else f"{r.memory / 2**20:9.1f} MiB"
+        beside = f"{fastest_other / r.time:5.2f}x plain" if fastest_other == fastest_other else " " * 12
         out.append(
             f"  {r.contender:26} {r.time * 1e3:10.4f} ms [{r.low * 1e3:.4f}, {r.high * 1e3:.4f}]  wall {r.wall * 1e3:9.3f} ms  {rate}"
-            f" {r.of_ceiling:6.1%}  {fastest_other / r.time:5.2f}x plain {memory}  error {r.error:.1e}"
+            f" {r.of_ceiling:6.1%}  {beside} {memory}  error {r.error:.1e}"
         )
     return out
 
@@ -362,12 +367,16 @@ def main(names: Sequence[str], shapes: str | None, peers: bool, dtype: str | Non
         parsed = [tuple(int(n) for n in s.split("x")) for s in shapes.split(",")] if shapes else []
     except ValueError:
         raise KptError(f"Shapes {shapes!r} were given", "A shape is numbers with x between", "Write 16384x4096,32768x8192") from None
-    result = run(names, parsed, dtype=dtype, peers=peers, seconds=seconds, report=lambda rows: say("\n".join(lines(rows))))
+
+    def report(rows: list[Row], so_far: dict[str, Any]) -> None:
+        say("\n".join(lines(rows)))
+        if out:  # after each shape: what was measured outlives a run that is cut short
+            out.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
+
+    result = run(names, parsed, dtype=dtype, peers=peers, seconds=seconds, report=report)
     top = result["ceilings"]
     say(f"measured ceilings: copy {top['copy'] / 1e9:.0f} GB/s, matrix product {top['matmul'] / 1e12:.1f} TFLOP/s"
         f" ({result['device']}, {result['clock']} time)")  # fmt: skip
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if chart:
         plot(result, chart)
     return result

@@ -91,6 +91,8 @@ def _dot(attrs: Mapping[str, Any], args: list[Any], call: Call) -> Any:
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     (lc, rc), (lb, rb) = (attrs["lhs_contract"], attrs["rhs_contract"]), (attrs["lhs_batch"], attrs["rhs_batch"])
     left_rank, right_rank = attrs["ranks"]
+    if right_rank == 2 and not lb and tuple(lc) == (left_rank - 1,):  # a layer; einsum would go by a product of a batch of one
+        return call(aten.linear.default if tuple(rc) == (1,) else aten.matmul.default, *args)
     left, right = [next(letters) for _ in range(left_rank)], [""] * right_rank
     for i, j in (*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)):
         right[j] = left[i]

@@ -147,9 +147,12 @@ def numbers_of(
     return q_numbers, kv_numbers
 
 
-def numbers_in_tiles(q_numbers: jax.Array, kv_numbers: jax.Array, rows: int, keys: int) -> Numbers:
-    """As long as tiles are."""
-    more_rows, more_keys = -q_numbers.shape[1] % rows, -kv_numbers.shape[1] % keys
+def numbers_in_tiles(numbers: Numbers, q: jax.Array, k: jax.Array, rows: int, keys: int) -> Numbers:
+    """As long as the tiles of `q` and `k` are, which may be padded beyond what is seen."""
+    q_numbers, kv_numbers = numbers
+    more_rows, more_keys = (
+        pl.cdiv(a.shape[1], tile) * tile - of.shape[1] for a, tile, of in ((q, rows, q_numbers), (k, keys, kv_numbers))
+    )
     kv_numbers = jnp.pad(kv_numbers, ((0, 0), (0, more_keys)), constant_values=HIDDEN_KEY)
     return jnp.pad(q_numbers, ((0, 0), (0, more_rows)), mode="edge"), kv_numbers
 
@@ -293,12 +296,13 @@ def shares(items: np.ndarray, costs: np.ndarray, workers: int) -> np.ndarray:
     return table
 
 
-def plan_by_data(spans: jax.Array, heads: int) -> jax.Array:
+def plan_by_data(spans: jax.Array, heads: int, tiles: int) -> jax.Array:
     """As `plan`, from spans that the device knows, `[B, tiles, 4]`: behind each item its span.
 
     The most costly come first, and go to all workers in turn, there and back.
     """
-    batch, tiles, _ = spans.shape
+    batch = len(spans)
+    assert spans.shape == (batch, tiles, 4), (spans.shape, tiles)
     spans = spans.reshape(-1, 4)
     order = jnp.argsort(spans[:, 0] - spans[:, 1])
     workers = min(MULTIPROCESSORS, batch * tiles * heads)

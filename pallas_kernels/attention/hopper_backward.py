@@ -112,8 +112,8 @@ def gradients_of_keys(
         spans = span_of_queries(static, np.arange(key_tiles) * TILE, TILE, rows)
         table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
     else:
-        numbers = numbers_in_tiles(*numbers, rows, TILE)
-        table = plan_by_data(spans_by_data(static, *numbers, rows, TILE, of_keys=True), kv_heads)
+        numbers = numbers_in_tiles(numbers, q, k, rows, TILE)
+        table = plan_by_data(spans_by_data(static, *numbers, rows, TILE, of_keys=True), kv_heads, key_tiles)
     blocks, width = table.shape
     shape = (ROWS, rows)
     writers = feeders()
@@ -327,8 +327,8 @@ def gradient_of_queries(
         spans = span_of_keys(static, np.arange(row_tiles) * TILE, TILE, STEP_OF_KEYS)
         table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
     else:
-        numbers = numbers_in_tiles(*numbers, TILE, STEP_OF_KEYS)
-        table = plan_by_data(spans_by_data(static, *numbers, TILE, STEP_OF_KEYS, of_keys=False), n)
+        numbers = numbers_in_tiles(numbers, q, k, TILE, STEP_OF_KEYS)
+        table = plan_by_data(spans_by_data(static, *numbers, TILE, STEP_OF_KEYS, of_keys=False), n, row_tiles)
     blocks, width = table.shape
     shape, may_mask = (ROWS, STEP_OF_KEYS), static.masks(STEP_OF_KEYS)
     writers = feeders()

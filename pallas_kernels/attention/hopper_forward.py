@@ -104,8 +104,8 @@ def forward(
         spans = span_of_keys(static, np.arange(row_tiles) * tiles.queries, tiles.queries, tiles.keys)
         table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
     else:
-        numbers = numbers_in_tiles(*numbers, tiles.queries, tiles.keys)
-        table = plan_by_data(spans_by_data(static, *numbers, tiles.queries, tiles.keys, of_keys=False), n)
+        numbers = numbers_in_tiles(numbers, q, k, tiles.queries, tiles.keys)
+        table = plan_by_data(spans_by_data(static, *numbers, tiles.queries, tiles.keys, of_keys=False), n, row_tiles)
     blocks, width = table.shape
     feeding, multiplying = (40, 232) if tiles.warpgroups == 2 else (32, 160)
     shape = (ROWS, tiles.keys)

@@ -103,7 +103,8 @@ def test_spans_of_data_hold_what_is_visible(mask, kind, length):
     static = Static(mask, 1.0, None, length, length)
     see = visible(mask, 2, 1, length, length, arrays)[:, 0]
     given = {name: jax.numpy.asarray(a) if name in mask.operands else None for name, a in arrays.items()}
-    numbers = numbers_in_tiles(*numbers_of(static, *given.values(), 2), 128, 64)
+    of_length = np.empty((2, length))
+    numbers = numbers_in_tiles(numbers_of(static, *given.values(), 2), of_length, of_length, 128, 64)
     for of_keys in (False, True):
         spans = np.asarray(spans_by_data(static, *numbers, 128, 64, of_keys))
         for batch, per_tile in enumerate(spans):
@@ -117,7 +118,7 @@ def test_packed_documents_visit_their_own_tiles_alone():
 
     documents = np.repeat(np.arange(4), 256)[None]
     static = Static(DOCUMENTS, 1.0, None, 1024, 1024)
-    numbers = numbers_in_tiles(*numbers_of(static, documents, documents, None, 1), 128, 128)
+    numbers = numbers_in_tiles(numbers_of(static, documents, documents, None, 1), documents, documents, 128, 128)
     spans = np.asarray(spans_by_data(static, *numbers, 128, 128, of_keys=False))[0]
     assert spans[:, :2].tolist() == [[2 * (i // 2), i + 1] for i in range(8)]
 
@@ -140,7 +141,7 @@ def test_a_plan_of_data_gives_every_item_to_one_worker():
     rng = np.random.default_rng(0)
     spans = rng.integers(0, 9, (3, 20, 4)).astype(np.int32)
     spans[..., 1] = spans[..., 0] + rng.integers(1, 30, (3, 20))
-    table = np.asarray(plan_by_data(jax.numpy.asarray(spans), 5))
+    table = np.asarray(plan_by_data(jax.numpy.asarray(spans), 5, 20))
     rows = [row[1 : 1 + 5 * row[0]].reshape(-1, 5) for row in table]
     items = np.concatenate(rows)
     assert sorted(items[:, 0]) == list(range(3 * 20 * 5))
@@ -185,7 +186,7 @@ def lowered(fn, specs):
 
 
 @pytest.mark.parametrize(
-    ("mask", "shape"), [(m, "128") for m in MASKS] + [(m, s) for m in ("full", "causal", "segments") for s in SHAPES if s != "128"]
+    ("mask", "shape"), [(m, "128") for m in MASKS] + [(m, s) for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s != "128"]
 )
 def test_lowers_for_cuda_in_both_passes(mask, shape):
     specs = attended(mask=MASKS[mask], **SHAPES[shape])

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from functorch.compile import aot_function, nop
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpt
+from kpt.errors import KernelError
 from kpt.kernels.spec import refusal
 from kpt.ops import Causal, Lengths, Mask, Spec
 from kpt_torch.kernels import rows
@@ -126,3 +129,40 @@ def test_what_was_kept_is_written_over_once_at_most(compiled):
     assert first.stride() == second.stride() == x.stride()
     assert told[0] == "" and told[-1] == "x"
     assert last == [False, not compiled]
+
+
+class Seen(TorchDispatchMode):
+    """The custom ops that pass the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func.name()] if func.namespace == "kpt" else []
+        return func(*args, **(kwargs or {}))
+
+
+def test_both_ways_to_run_a_kernel_agree():
+    """Straight where nobody watches; through the dispatcher for modes and tracers, with the same bits."""
+    x, w = normal(4, D), normal(D)
+
+    def both(x, w):
+        loss = (rows.rms_norm(x=x, weight=w, eps=1e-5) ** 2).sum()
+        return loss, *torch.autograd.grad(loss, [x, w])
+
+    straight = both(x, w)
+    assert type(rows.rms_norm(x=x, weight=w).grad_fn).__name__ == "rms_norm_torchBackward"
+    with Seen() as seen:
+        watched = both(x, w)
+    assert seen.names == ["kpt::rms_norm_torch", "kpt::rms_norm_torch_backward"]
+    assert all(torch.equal(a, b) for a, b in zip(straight, watched, strict=True))
+    traced = make_fx(lambda x: rows.rms_norm(x=x, weight=w.detach()))(x.detach())
+    assert any(n.target is torch.ops.kpt.rms_norm_torch.default for n in traced.graph.nodes)
+
+
+def test_a_gradient_of_a_gradient_is_refused_in_words():
+    x, w = normal(4, D), normal(D)
+    (g,) = torch.autograd.grad((rows.rms_norm(x=x, weight=w) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(KernelError, match="gradient of a gradient"):
+        g.sum().backward()
