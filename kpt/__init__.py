@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kpt.auto import auto_optimize
     from kpt.hardware import HardwareProfile, detect_hardware, hardware_profile
     from kpt.kernels import KernelRegistry, KernelSpec, registry
+    from kpt.pipeline import ProductionPipeline
     from kpt.strategy import Plan, Site
     from kpt.validation import Certificate
 
@@ -19,6 +20,7 @@ _HOMES = {
     "KernelRegistry": "kpt.kernels",
     "KernelSpec": "kpt.kernels",
     "Plan": "kpt.strategy",
+    "ProductionPipeline": "kpt.pipeline",
     "Site": "kpt.strategy",
     "auto_optimize": "kpt.auto",
     "detect_hardware": "kpt.hardware",
@@ -32,6 +34,7 @@ __all__ = [
     "KernelRegistry",
     "KernelSpec",
     "Plan",
+    "ProductionPipeline",
     "Site",
     "__version__",
     "auto_optimize",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import statistics
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kpt.errors import KptError, MissingDependencyError
+from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan
+from kpt.tuning import SIGMAS, gain, ratio
+
+if TYPE_CHECKING:
+    from kpt.hardware import HardwareProfile
+    from kpt.strategy.tune import Tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +69,14 @@ class Report:
     def peak_memory(self) -> tuple[int | None, int | None]:
         """Bytes before and after."""
         return self.memory_before, self.memory_after if self.kept else self.memory_before
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Inverse of `to_json`."""
+        data = json.loads(text)
+        fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+        seconds = {n: tuple(fields[n]) for n in ("seconds_before", "seconds_after")}
+        return cls(**{**fields, **seconds, "plan": Plan.from_json(json.dumps(data["plan"]))})
 
     def to_json(self) -> str:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
@@ -123,31 +140,132 @@ class Result:
         return self.fn
 
 
+class Session(Protocol):
+    """The steps of `auto_optimize`, which a front end does on one program and its example inputs.
+
+    Attributes:
+      hardware: of the plan.
+      device: what the arrays are on, by the name that its maker gives it.
+      saves: whether the program is a model, whose parameters can be saved.
+    """
+
+    hardware: HardwareProfile
+    device: str
+    saves: bool
+
+    def plan(self) -> Plan:
+        """What would be swapped, with no kernel run for it."""
+
+    def tune(self, budget: float) -> Tuned:
+        """Times the kernels that could compute the sites, within so many seconds; from then on the fastest are chosen."""
+
+    def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
+        """Takes up what earlier steps found, perhaps in another process: kernels not to be used, and the plan that was validated."""
+
+    def validate(self) -> tuple[Plan, float | None]:
+        """The plan whose sites are proved, each and all together, and the largest relative difference of the whole program."""
+
+    def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
+        """The program as planned beside the original; what is not faster by more than the noise is not kept."""
+
+    def result(self, report: Report) -> Result:
+        """What to use from now on."""
+
+    def save(self, folder: Path) -> None:
+        """Writes a model's parameters, under their own names, into a new folder."""
+
+
+def session(fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level: str | None, hardware: Any) -> Session:
+    """The session of the framework that the object is of.
+
+    Raises:
+      As `auto_optimize`.
+    """
+    made: Session = _front(fn_or_model, inputs).Session(fn_or_model, inputs, keywords, level, hardware)
+    return made
+
+
+def as_written(plan: Plan, reason: str) -> Plan:
+    """The plan that leaves every site as it is."""
+    left = tuple(dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason) for s in plan.sites)
+    return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
+
+
+def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence[float], what: str) -> tuple[bool, float, str]:
+    """Whether a rewrite is kept, the relative standard error of its speedup, and a sentence for the plan.
+
+    Args:
+      measured: "forward" or "forward and backward".
+      before, after: seconds, one figure a round, of the original and of the rewrite; the same where there is none.
+      what: of the plan was in the rewrite: "every site".
+    """
+    if not plan.sites:
+        return False, 0.0, "The original is kept: no site has a kernel."
+    won, noise = gain(before, after)
+    words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} ± {noise:.1%}"
+    if won > SIGMAS * noise:
+        return True, noise, f"Measured {words} with {what}."
+    return False, noise, f"The original is kept: nothing won by more than the noise ({words} with {what})."
+
+
 def auto_optimize(
-    fn_or_model: Any, *example_inputs: Any, level: str | None = None, hardware: Any = "auto", **example_keywords: Any
-) -> Result:
+    fn_or_model: Any, *example_inputs: Any, level: str | None = None, hardware: Any = "auto", budget: str | float = "30s",
+    **example_keywords: Any,
+) -> Result:  # fmt: skip
     """Optimizes, proves and measures; keeps a rewrite only where it is faster by more than the noise.
+
+    First the kernels that could compute each kind of call in the program are timed against each other, in a process of their own: what
+    fails, hangs or crashes there is dropped and named. (A TPU has room for one process: there they run in this one, and nothing stops
+    one that hangs.) The times are kept, and later plans choose by them; nothing is timed for other hardware than is here. Then the whole
+    program is proved, and timed against the original.
 
     Args:
       fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
       example_inputs, example_keywords: arguments of one typical call. For a linen module, its variables first.
       level: "conservative", "balanced" or "aggressive".
       hardware: "auto", a profile's name, or a `HardwareProfile`.
+      budget: for timing kernels: seconds, or "30s", "10m"; 0 to choose by what is known already. The whole program is measured besides.
 
     Raises:
+      ConfigError: the budget is no duration.
       MissingDependencyError: the front end's framework is not installed.
       KptError: the object is neither a function nor a model.
     """
+    from kpt.tracking.hooks import record_report
+    from kpt.tuning.trials import seconds_of
+
+    seconds = seconds_of(budget)
+    steps = session(fn_or_model, example_inputs, example_keywords, level, hardware)
+    tuned = steps.tune(seconds)
+    report = steps.measure(*steps.validate(), tuned.notes())
+    record_report(report)
+    return steps.result(report)
+
+
+def _front(fn_or_model: Any, example_inputs: tuple) -> Any:
+    """The front end's part of this module."""
     name = front_end(fn_or_model, example_inputs)
     try:
-        module = importlib.import_module(f"{name}.auto")
+        return importlib.import_module(f"{name}.auto")
     except ImportError as e:
         framework = {"kpt_jax": "jax", "kpt_torch": "torch"}[name]
         raise MissingDependencyError(
             f"auto_optimize was given {framework} code", f"{name} cannot be imported here: {e}",
             f"Install {framework}, or the part of kpt for it"
         ) from e  # fmt: skip
-    return module.auto_optimize(fn_or_model, *example_inputs, level=level, hardware=hardware, **example_keywords)
+
+
+@contextlib.contextmanager
+def showing(what: str) -> Iterator[Callable[..., None]]:
+    """Shows on a terminal which trials are done; elsewhere nothing."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        yield lambda *_: None
+        return
+    from kpt.console import progress
+
+    with progress() as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda trial, outcome: bar.update(task, advance=1, description=f"{what}: {trial}")
 
 
 def front_end(fn_or_model: Any, example_inputs: tuple) -> str:

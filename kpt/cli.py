@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
-import os
 import platform
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kpt._version import __version__
-from kpt.commands import history, tune
+from kpt.commands import history, pipeline, tune
+from kpt.commands.named import attribute as _attribute
+from kpt.commands.named import call as _call
 from kpt.config import config, start_logging
-from kpt.console import NO, AsJson, answering
+from kpt.console import DISTRIBUTION, NO, AsJson, answering
 from kpt.console import flops as _flops
+from kpt.console import front_end as _front_end
 from kpt.console import make_console as _console
 from kpt.console import print_json as _print_json
 from kpt.console import print_table as _print_table
+from kpt.console import progress as _progress
 from kpt.console import rate as _rate
 from kpt.console import size as _bytes
 from kpt.console import words as _words
-from kpt.errors import ConfigError, KptError, MissingDependencyError
+from kpt.errors import KptError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,6 @@ Exit codes: 0 done; 1 done, and the answer is no (curves do not coincide, twins 
 2 the request cannot be met (wrong usage, unknown name, a function that cannot be planned); 3 an optional package
 is missing; 4 an unexpected error, in kpt or in your code (--debug shows where).
 """
-DISTRIBUTION = "kpt-kernels"
 # What the numbers depend on, in the order in which `kpt doctor` lists it.
 PACKAGES = (
     "numpy",
@@ -70,6 +69,7 @@ app.add_typer(hardware_app, name="hardware")
 app.add_typer(kernels_app, name="kernels")
 app.add_typer(tpu_app, name="tpu")
 app.add_typer(tune.app, name="tune")
+app.add_typer(pipeline.app, name="pipeline")
 history.add_to(app)
 
 ArgsFrom = Annotated[
@@ -240,7 +240,8 @@ def tpu_compile(
         unmade = [m for m in found if m.error is not None]
         refused = [m for m in unmade if m.refused]
         if as_json:
-            _print_json([m.to_json() for m in found])
+            # What happens bundle by bundle is `kpt tpu schedule`'s to tell.
+            _print_json([{**(told := m.to_json()), "schedules": [s | {"stretches": []} for s in told["schedules"]]} for m in found])
         else:
             rows = []
             for m in found:
@@ -336,7 +337,7 @@ def tpu_tune(
     jobs: Jobs = None,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which no further round of candidates begins; 0: no limit.")] = 0,
     write: Annotated[
-        Path | None, typer.Option(help="A table to put the results into; pallas_kernels/tuned_tpu.json is what kernels read.")
+        Path | None, typer.Option(help="A table to put better blocks into; pallas_kernels/tuned_tpu.json is what kernels read.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -368,7 +369,8 @@ def tpu_tune(
         if write is not None:
             make_row, write_rows = _front_end("kpt_jax.tpu_tune", "row"), _front_end("kpt_jax.tpu_tune", "write")
             command = " ".join(["kpt tpu tune", *(f"--op {n}" for n in op or ()), *([f"--shape {shape}"] if shape else []), f"--gen {gen}"])
-            write_rows(write, [make_row(t, on) for t, (_, _, on) in zip(found, todo, strict=True)], command)
+            better = [make_row(t, on) for t, (_, _, on) in zip(found, todo, strict=True) if t.best != t.default]
+            write_rows(write, better, command)
         if as_json:
             _print_json([dataclasses.asdict(t) for t in found])
             return
@@ -396,13 +398,6 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(n) for n in text.split("x")) if text else None
     except ValueError:
         raise KptError(f"Shape {text!r} was given", "A shape is numbers with x between", "Write 4096x4096x4096") from None
-
-
-def _progress() -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=_console(stderr=True), transient=True)
 
 
 def _compiled(programs: Sequence[Any], generations: Sequence[Any], jobs: int | None) -> list[Any]:
@@ -543,105 +538,6 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
 def main() -> None:
     """The console script."""
     app()
-
-
-def _front_end(module: str, name: str) -> Callable[..., Any]:
-    """A function of a front end, "kpt_jax..." or "kpt_torch...".
-
-    Raises:
-      MissingDependencyError: jax, flax, optax or torch is not installed.
-    """
-    try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        return function
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("jax", "jaxlib", "flax", "optax", "torch"):
-            raise
-        name, extra = ("PyTorch", "torch") if module.startswith("kpt_torch") else ("JAX", "jax")
-        raise MissingDependencyError(
-            f"The {name} front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[{extra}]'"
-        ) from None
-
-
-def _attribute(reference: str) -> Any:
-    """What "module:name" or "module:name.attribute" names."""
-    module, _, path = reference.partition(":")
-    if not module or not path:
-        raise ConfigError(
-            f"{reference!r} was given", "It is not of the form MODULE:FUNCTION", "Write it like train:loss"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # A module that is missing inside the user's own is another matter, and is reported as it is.
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
-            raise
-        raise KptError(
-            f"{reference!r} was given", f"There is no module {error.name!r} in {os.getcwd()} or on the path",
-            f"Modules are named without .py: {module[:-3]}:{path}" if module.endswith(".py")
-            else "Run kpt where the module is, or install it",
-        ) from None  # fmt: skip
-    for name in path.split("."):
-        if not hasattr(found, name):
-            public = [n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n))]
-            raise KptError(
-                f"{reference!r} was given",
-                f"{module} has no {path!r}; it has {', '.join(public) or 'no functions'}",
-                "Correct the name",
-            )
-        found = getattr(found, name)
-    return found
-
-
-def _call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[Any, ...]]:
-    """A function by name, and its arguments from the one that returns them.
-
-    Raises:
-      KptError: there is no such name, or the function does not take these arguments.
-    """
-    target = _attribute(function)
-    if args_from is not None:
-        arguments = _attribute(args_from)()
-        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
-        if (problem := _does_not_take(target, arguments)) is not None:
-            raise KptError(
-                f"{what} of {function} was asked for, with what {args_from} returned",
-                f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
-                "Return all of them as one tuple, in the order of the function's parameters",
-            )
-        return target, arguments
-    if required := _required_parameters(target):
-        raise KptError(
-            f"{what} of {function} was asked for",
-            f"It takes {', '.join(required)}, and what it does depends on their shapes and dtypes",
-            "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
-        )
-    return target, ()
-
-
-def _does_not_take(function: Any, arguments: tuple[Any, ...]) -> str | None:
-    """Why the function cannot be called with these arguments, as far as their number tells; None if it can."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return None
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        return str(error)
-    return None
-
-
-def _required_parameters(function: Any) -> list[str]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
 
 
 def _kernel(kernel: KernelSpec) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ from kpt.errors import KptError, MissingDependencyError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
+DISTRIBUTION = "kpt-kernels"
 OK, NO, REFUSED, MISSING, CRASHED = range(5)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -68,6 +71,33 @@ def make_console(stderr: bool = False) -> Console:
     console = Console(stderr=stderr)
     # A pipe has no width; a reader's grep should not meet wrapped lines.
     return console if console.is_terminal else Console(stderr=stderr, width=200)
+
+
+def progress() -> Progress:
+    """A bar on standard error that goes away when it is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=make_console(stderr=True), transient=True)
+
+
+def front_end(module: str, name: str) -> Callable[..., Any]:
+    """A function of a front end, "kpt_jax..." or "kpt_torch...".
+
+    Raises:
+      MissingDependencyError: jax, flax, optax or torch is not installed.
+    """
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("jax", "jaxlib", "flax", "optax", "torch"):
+            raise
+        name, extra = ("PyTorch", "torch") if module.startswith("kpt_torch") else ("JAX", "jax")
+        raise MissingDependencyError(
+            f"The {name} front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[{extra}]'"
+        ) from None
 
 
 def print_json(value: Any) -> None:

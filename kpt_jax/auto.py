@@ -3,69 +3,114 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from kpt.auto import Report, Result
+from kpt.auto import Report, Result, as_written, compared, showing
+from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.plan import ORIGINAL
-from kpt.tracking.hooks import record_report
-from kpt.tuning import SIGMAS, gain, ratio
+from kpt.strategy.tune import Tuned, tune
+from kpt.tuning import gain
+from kpt.tuning.measurements import BOTH, FORWARD
 from kpt_jax.measure import Timing, loss_and_gradients, measure
-from kpt_jax.modules import function_of
-from kpt_jax.optimize import Optimized, optimize
+from kpt_jax.modules import function_of, is_linen, is_nnx
+from kpt_jax.optimize import Optimized, here, optimize, profile
+from kpt_jax.planner import FRONT
+from kpt_jax.trials import ready
 from kpt_jax.whole import certify_whole, worst_difference
 
 
-def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", **keywords: Any) -> Result:
-    """See `kpt.auto_optimize`."""
-    usable = optimize(fn_or_model, level, hardware)
-    fast, args, kwargs = function_of(usable, *inputs, **keywords)
-    plan = certify_whole(fast, args, kwargs)
-    error = worst_difference(fast, args, kwargs, plan) if plan.sites else None
-    signature, arrays = fast.split(args, kwargs)
+class Session:
+    """The steps of `auto_optimize` on one program and its example inputs, see `kpt.auto.Session`."""
 
-    def flat(fn: Any) -> Any:
-        return lambda *xs: signature.call(fn, xs)
+    def __init__(self, fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level: str | None, hardware: Any):
+        self.given, self.inputs, self.hardware = fn_or_model, inputs, profile(hardware)
+        self.saves = is_nnx(fn_or_model) or is_linen(fn_or_model)
+        self.device = jax.devices()[0].device_kind
+        self.usable = optimize(fn_or_model, level, hardware)
+        self.fast: Optimized
+        self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
 
-    paths = {s.path for s in plan.sites}
-    ops = sorted({s.op for s in plan.sites})
-    # All of the sites, and where there are several ops, those of each op alone.
-    left_out: dict[str, set[str]] = {"every site": set()} if plan.sites else {}
-    if len(ops) > 1:
-        left_out |= {f"{op} alone": paths - {s.path for s in plan.sites if s.op == op} for op in ops}
-    variants: dict[str, Optimized] = {n: fast.without(out) if out else fast for n, out in left_out.items()}
-    programs = {ORIGINAL: flat(fast.original)} | {n: flat(v) for n, v in variants.items()}
-    measured = "forward"
-    trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
-    if all(f is not None for f in trained.values()):
-        measured, programs = "forward and backward", trained
-    timings = measure(programs, arrays)
-    before = timings[ORIGINAL]
-    gains = {n: gain(before.seconds, timings[n].seconds) for n in variants}
-    best = max(gains, key=lambda n: gains[n][0], default=ORIGINAL)
-    won, noise = gains.get(best, (0.0, 0.0))
-    kept = won > SIGMAS * noise and won > 0
-    words = f"{measured}, median of {len(before.seconds)} rounds side by side: {ratio(won)} ± {noise:.1%}"
-    if kept:
-        fast.ban(left_out[best])
-        note = f"Measured {words} with {best}."
-        chosen = fast.plan(*args, **kwargs)
-    elif plan.sites:
-        note = f"The original is kept: nothing won by more than the noise ({words} with {best})."
-        chosen = _as_written(plan, note)
-    else:
-        note = "The original is kept: no site has a kernel."
-        chosen = plan
-    chosen = dataclasses.replace(chosen, notes=(*plan.notes, note))
-    after: Timing = timings[best]
-    report = Report(chosen.function, chosen.hardware, jax.devices()[0].device_kind, measured, before.seconds,
-                    after.seconds, before.memory, after.memory, error, kept, noise, chosen)  # fmt: skip
-    record_report(report)
-    return Result(usable if kept else fn_or_model, chosen, report)
+    def plan(self) -> Plan:
+        return self.fast.unproved().plan(*self.args, **self.kwargs)
 
+    def tune(self, budget: float) -> Tuned:
+        signature, arrays = self.fast.split(self.args, self.kwargs)
+        trained = loss_and_gradients(lambda *xs: signature.call(self.fast.original, xs), arrays) is not None
+        device, plan = jax.default_backend(), self.plan()
+        passes = BOTH if trained else FORWARD
+        with showing("timing kernels") as done:
+            # A TPU belongs to one process, which is this one.
+            found = tune(plan.sites, self.hardware, framework="jax", level=plan.level, compilers=FRONT.compilers, passes=passes,
+                         budget=budget, device=device, module="kpt_jax.trials", ready=ready if device == "tpu" else None,
+                         here=here(), done=done)  # fmt: skip
+        if found.measured or found.dropped:
+            self.follow(found.dropped)
+        return found
 
-def _as_written(plan: Plan, reason: str) -> Plan:
-    left = tuple(dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason) for s in plan.sites)
-    return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
+    def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
+        self.fast.drop(dropped)
+        if plan is not None:
+            self.fast.ban({s.path for s in plan.skipped})
+
+    def validate(self) -> tuple[Plan, float | None]:
+        plan = certify_whole(self.fast, self.args, self.kwargs)
+        return plan, worst_difference(self.fast, self.args, self.kwargs, plan) if plan.sites else None
+
+    def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
+        fast = self.fast
+        signature, arrays = fast.split(self.args, self.kwargs)
+
+        def flat(fn: Any) -> Any:
+            return lambda *xs: signature.call(fn, xs)
+
+        paths = {s.path for s in plan.sites}
+        ops = sorted({s.op for s in plan.sites})
+        # All of the sites, and where there are several ops, those of each op alone.
+        left_out: dict[str, set[str]] = {"every site": set()} if plan.sites else {}
+        if len(ops) > 1:
+            left_out |= {f"{op} alone": paths - {s.path for s in plan.sites if s.op == op} for op in ops}
+        variants: dict[str, Optimized] = {n: fast.without(out) if out else fast for n, out in left_out.items()}
+        programs = {ORIGINAL: flat(fast.original)} | {n: flat(v) for n, v in variants.items()}
+        measured = FORWARD
+        trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
+        if all(f is not None for f in trained.values()):
+            measured, programs = BOTH, trained
+        timings = measure(programs, arrays)
+        before = timings[ORIGINAL]
+        best = max(variants, key=lambda n: gain(before.seconds, timings[n].seconds)[0], default=ORIGINAL)
+        kept, noise, note = compared(plan, measured, before.seconds, timings[best].seconds, best)
+        if kept:
+            fast.ban(left_out[best])
+            chosen = fast.plan(*self.args, **self.kwargs)
+        else:
+            chosen = as_written(plan, note)
+        chosen = dataclasses.replace(chosen, notes=(*plan.notes, *notes, note))
+        after: Timing = timings[best]
+        return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
+                      error, kept, noise, chosen)  # fmt: skip
+
+    def result(self, report: Report) -> Result:
+        return Result(self.usable if report.kept else self.given, report.plan, report)
+
+    def save(self, folder: Path) -> None:
+        """By orbax: of an `nnx.Module` its state, of a linen module the variables that came with the inputs.
+
+        `orbax.checkpoint.StandardCheckpointer().restore(folder)` reads them.
+        """
+        if importlib.util.find_spec("orbax") is None:
+            asked, install = "A checkpoint of a Flax module was asked for", "pip install orbax-checkpoint"
+            raise MissingDependencyError(asked, "orbax-checkpoint is not installed", install)
+        if is_nnx(self.given):
+            from flax import nnx
+
+            tree = nnx.to_pure_dict(nnx.state(self.given))
+        else:
+            tree = self.inputs[0]
+        with importlib.import_module("orbax.checkpoint").StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), tree)

@@ -160,7 +160,17 @@ def _tokamax_attention(implementation: str, mask: Mask) -> Callable[[Any], Call]
     return make
 
 
-def _attention(mask: Mask, shapes: tuple[tuple[int, ...], ...]) -> Bench:
+def _masked_cudnn(m: Any) -> Call:
+    """What cuDNN offers for documents: an array of the whole mask."""
+
+    def attention(q: Any, k: Any, v: Any, q_segment_ids: Any, kv_segment_ids: Any) -> Any:
+        same = (q_segment_ids[:, :, None] == kv_segment_ids[:, None])[:, None]
+        return m.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
+
+    return attention
+
+
+def _attention(mask: Mask, shapes: tuple[tuple[int, ...], ...], more: Mapping[str, tuple[str, Callable[[Any], Call]]] = {}) -> Bench:
     def specs(dtype: str, b: int, s: int, n: int, k: int, h: int) -> dict[str, Spec]:
         ids = {f"{side}_segment_ids": Spec((b, s), "int32") for side in ("q", "kv")} if Segments() in mask.terms else {}
         return _specs(dtype, q=(b, s, n, h), k=(b, s, k, h), v=(b, s, k, h)) | ids
@@ -174,7 +184,7 @@ def _attention(mask: Mask, shapes: tuple[tuple[int, ...], ...]) -> Bench:
         cpu_shapes=((1, 2048, 8, 8, 64),),
         small=lambda b, s, n, k, h: (1, min(s, 384), 2 * n // k, 2, h),
         plain=functools.partial(plain_attention, mask=mask),
-        peers={f"tokamax {i}": ("tokamax", _tokamax_attention(i, mask)) for i in ("mosaic", "triton")},
+        peers={f"tokamax {i}": ("tokamax", _tokamax_attention(i, mask)) for i in ("mosaic", "triton")} | dict(more),
         backward=lambda given, made: (2.5, 2 * nbytes(given) + 2 * nbytes(made)),
     )
 
@@ -211,7 +221,7 @@ BENCHES: dict[str, Bench] = {
     "attention": _attention(NO_MASK, HEADS),
     "attention_causal": _attention(CAUSAL, HEADS),
     "attention_window": _attention(WINDOW, ((1, 16384, 16, 16, 128),)),
-    "attention_documents": _attention(DOCUMENTS, ((1, 8192, 16, 16, 128),)),
+    "attention_documents": _attention(DOCUMENTS, ((1, 8192, 16, 16, 128),), {"cuDNN, mask as an array": ("jax", _masked_cudnn)}),
     "layer_norm": _norm("layer_norm", plain_layer_norm, ("weight", "bias")),
     "layer_norm_residual": _norm("layer_norm", plain_layer_norm, ("weight", "bias"), residual=True),
     "rms_norm": _norm("rms_norm", plain_rms_norm, ("weight",)),

@@ -2,8 +2,9 @@
 
     python -m kpt_jax.bench_tpu_peers [--gen v5e,v6e] [--json docs/benchmarks/tpu-peers.json]
 
-Each peer is taken at the best of several block sizes, found at the first shape of each op. XLA's time is its own estimate, which counts
-no kernel's schedule. Results are cached: an interrupted run goes on.
+Each peer is taken at the best of several block sizes, searched anew for every shape of a product, and for every length and head dim of
+attention: at the first row that has them. XLA's time is its own estimate, and none where it does not know some operation. Results are
+cached: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from kpt.tpu import Generation, generation
+from kpt.tpu import Generation, Schedule, generation
+from kpt_jax.bench_ops import BENCHES
 from kpt_jax.tpu import Compiled, compile_programs
 from kpt_jax.tpu_programs import MOE, OURS, XLA, installed_peers, program
 
@@ -44,27 +46,39 @@ _BACKWARD = re.compile("transpose|bwd|dkv|_dq|tgmm")
 
 def compare(on: Generation, rows: Any = ROWS, say: Any = print) -> list[dict[str, Any]]:
     """One result for each row and provider."""
-    best: dict[tuple[str, str], dict[str, Any] | None] = {}
+    best: dict[Any, dict[str, Any] | None] = {}
     found = []
     for name, dims, passes in rows:
         peers = installed_peers(name)
         for peer, its in peers.items():
-            if (place := (name.split("_causal")[0], peer)) not in best:
+            if (place := (peer, *_alike(name, dims))) not in best:
                 settings = list(its.settings())
                 tried = compile_programs([program(name, dims, passes=passes, provider=peer, blocks=b) for b in settings], [on])
                 works = [(m.cycles, b) for m, b in zip(tried, settings, strict=True) if m.error is None]
                 best[place] = min(works, key=lambda w: w[0])[1] if works else None
-        providers = [(OURS, None), (XLA, None), *((p, best[name.split("_causal")[0], p]) for p in peers)]
-        programs = [program(name, dims, passes=passes, provider=p, blocks=b) for p, b in providers if p in (OURS, XLA) or b is not None]
-        for made in compile_programs(programs, [on]):
+        providers = [(OURS, None), *((p, best[p, *_alike(name, dims)]) for p in peers)]
+        programs = [program(name, dims, passes=passes, provider=p, blocks=b) for p, b in providers if p == OURS or b is not None]
+        plain = program(name, dims, passes=passes, provider=XLA)
+        for made in (*compile_programs(programs, [on]), *compile_programs([plain], [on], schedules=False)):
             found.append(_result(made, name, dims, passes))
             say(json.dumps(found[-1]))
         for p, b in providers:
-            if p not in (OURS, XLA) and b is None:
+            if p != OURS and b is None:
                 nothing = {"provider": p, "generation": on.name, "error": "no blocks work"}
                 found.append({"bench": name, "dims": dims, "passes": passes, **nothing})
                 say(json.dumps(found[-1]))
     return found
+
+
+def of_pass(made: Compiled, name: str) -> list[Schedule]:
+    """The kernels of the "forward" or the "backward" pass, told by the names that they are given."""
+    return [s for s in made.schedules if bool(_BACKWARD.search(s.kernel)) == (name == "backward")]
+
+
+def _alike(name: str, dims: tuple[int, ...]) -> tuple[Any, ...]:
+    """What rows have in common that share a peer's best blocks."""
+    op = BENCHES[name].op
+    return (op, dims[1], dims[-1]) if op == "attention" else (op, *dims)
 
 
 def _result(made: Compiled, name: str, dims: tuple[int, ...], passes: str) -> dict[str, Any]:
@@ -75,8 +89,7 @@ def _result(made: Compiled, name: str, dims: tuple[int, ...], passes: str) -> di
     if provider == XLA:
         ms = None if made.estimated is None else 1e3 * made.estimated
         return said | {"ms": ms, "temporaries": made.temporaries, "accessed": made.accessed}
-    forward = [s for s in made.schedules if not _BACKWARD.search(s.kernel)]
-    backward = [s for s in made.schedules if _BACKWARD.search(s.kernel)]
+    forward, backward = of_pass(made, "forward"), of_pass(made, "backward")
     return said | {
         "blocks": made.program.given["blocks"],
         "ms": 1e3 * made.seconds,

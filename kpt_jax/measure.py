@@ -27,11 +27,12 @@ def measure(
 ) -> dict[str, Timing]:
     """Times functions of the same arrays, in turn (`kpt.tuning.rounds`)."""
     compiled = {n: jax.jit(f).lower(*inputs).compile() for n, f in programs.items()}
-    taken = rounds({n: functools.partial(_sample, run, inputs) for n, run in compiled.items()}, seconds)
+    taken = rounds({n: functools.partial(sample, run, inputs) for n, run in compiled.items()}, seconds)
     return {n: Timing(taken[n], _memory(compiled[n])) for n in compiled}
 
 
-def _sample(run: Callable[..., Any], inputs: Sequence[Any], repeats: int) -> float:
+def sample(run: Callable[..., Any], inputs: Sequence[Any], repeats: int) -> float:
+    """Seconds a call, over as many calls."""
     start = time.perf_counter()
     for _ in range(repeats):
         out = run(*inputs)

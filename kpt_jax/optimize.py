@@ -8,7 +8,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,6 +110,8 @@ class Optimized:
         self._foreign = False  # whether some result is no array: jax.jit cannot return it
         self._over_state: Optimized | None = None  # where arguments are nnx objects
         self._banned: frozenset[str] = frozenset()
+        self._dropped: Mapping[str, str] = {}
+        self._certify: str | None = None  # instead of the setting
         with contextlib.suppress(AttributeError, TypeError):
             functools.update_wrapper(self, fn, updated=())
 
@@ -120,7 +122,7 @@ class Optimized:
             found = getattr(found, name, None)
         if found is self:
             return self.__qualname__
-        return _again, (self._fn, self._level, self._hardware, self._given, self._banned)
+        return _again, (self._fn, self._level, self._hardware, self._given, self._banned, dict(self._dropped))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -245,6 +247,8 @@ class Optimized:
         """This function of values: what it changes in its objects comes back as state, and is written to them."""
         if self._over_state is None:
             self._over_state = Optimized(modules.over_state(self._fn), self._level, self._hardware, self._given)
+            for name in ("_banned", "_dropped", "_certify"):
+                setattr(self._over_state, name, getattr(self, name))
         return self._over_state
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,11 +260,28 @@ class Optimized:
         other = Optimized(self._fn, self._level, self._hardware, self._given)
         other._static_scalars = self._static_scalars
         other._banned = self._banned | frozenset(sites)
+        other._dropped = self._dropped
         return other
 
     def ban(self, sites: Collection[str]) -> None:
         """From now on, these sites run as they were written."""
         self._banned |= frozenset(sites)
+        self._forget()
+
+    def drop(self, kernels: Mapping[str, str]) -> None:
+        """From now on, these kernels are not used, for the reasons given; what was measured meanwhile is heeded."""
+        self._dropped = {**self._dropped, **kernels}
+        self._forget()
+        if self._over_state is not None:
+            self._over_state.drop(kernels)
+
+    def unproved(self) -> Optimized:
+        """The same function, whose plans run no kernel."""
+        other = self.without(())
+        other._certify = "off"
+        return other
+
+    def _forget(self) -> None:
         self._traces.clear()
         self._calls.clear()
         self._jitted = None
@@ -356,13 +377,15 @@ class Optimized:
         wanted = None
         if self._given is not None:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
-        c = config()
-        return Planner(FRONT, self._level, profile(self._hardware), wanted, self._banned, c.certify, _detected(_platform()))
+        certify = self._certify or config().certify
+        return Planner(FRONT, self._level, profile(self._hardware), wanted, self._banned, certify, here(), dropped=self._dropped)
 
 
-def _again(fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str]) -> Optimized:
+def _again(
+    fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str], dropped: Mapping[str, str]
+) -> Optimized:
     made = Optimized(fn, level, hardware, plan)
-    made._banned = banned
+    made._banned, made._dropped = banned, dropped
     return made
 
 
@@ -466,6 +489,11 @@ def _readable(plan: Any) -> None:
 @functools.cache
 def _detected(platform: str) -> HardwareProfile:
     return hardware_room.detect_hardware(platform=platform)
+
+
+def here() -> HardwareProfile:
+    """The profile of what jax computes on, whatever plans are for."""
+    return _detected(_platform())
 
 
 def _platform() -> str:

@@ -28,6 +28,7 @@ from kpt_jax.certify import certify_site, rules_text, uncertifiable
 class _Jax:
     framework = "jax"
     packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
+    compilers: tuple[str, ...] = ("jax", "jaxlib")
 
     def backend(self) -> str:
         return jax.default_backend()

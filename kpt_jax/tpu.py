@@ -181,8 +181,8 @@ def compile_programs(
     keys: dict[tuple[int, str], str] = {}
     for n, program in enumerate(programs):
         for on in generations:
-            if program.sources and schedules:
-                keys[n, on.name] = key = _key(program, on, version)
+            if program.sources:
+                keys[n, on.name] = key = _key(program, on, version, schedules)
                 if (kept := schedule_cache.load(key)) is not None:
                     keep((n, on.name), Compiled.from_json(kept))
                     continue
@@ -202,8 +202,12 @@ def compile_programs(
             keep((n, on.name), made)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for started in [pool.submit(turn, *t) for t in turns]:
-            started.result()
+        try:
+            for started in [pool.submit(turn, *t) for t in turns]:
+                started.result()
+        except BaseException:  # what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [found[n, on.name] for n in range(len(programs)) for on in generations]
 
 
@@ -217,7 +221,7 @@ def _jobs() -> int:
     return max(1, min(cores, free // _MEMORY))
 
 
-def _key(program: Program, on: Generation, libtpu: str) -> str:
+def _key(program: Program, on: Generation, libtpu: str, schedules: bool) -> str:
     """Of all that decides what the compiler makes of a program of kpt's own."""
     sources = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
@@ -225,7 +229,9 @@ def _key(program: Program, on: Generation, libtpu: str) -> str:
         for path in sorted(root.glob(pattern)):
             sources.update(path.read_bytes())
     return schedule_cache.key(
-        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, jax=metadata.version("jax"), sources=sources.hexdigest()
+        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, sources=sources.hexdigest(), schedules=schedules,
+        versions={n: metadata.version(n) for n in ("jax", "jaxlib", "tokamax") if unmet(n) is None},
+        flags={n: v for n, v in os.environ.items() if n == "XLA_FLAGS" or (n.startswith("JAX_") and n != "JAX_PLATFORMS")},
     )
 
 

@@ -28,8 +28,12 @@ DOCUMENTS = 8
 MOE = (65536, 2048, 1408, 64)
 """A shape of ragged_matmul beside that of `kpt bench`: 64 experts."""
 # What decides a schedule.
-_SOURCES = ("kpt/tpu/[bs]*.py", "kpt_jax/tpu.py", "kpt_jax/prefetched.py", "kpt_jax/tpu_programs.py", "kpt_jax/bench_ops.py")
-_KERNELS = ("pallas_kernels/**/*.py", "kpt/ops/*.py")
+_SOURCES = (
+    "kpt/tpu/[bs]*.py", "kpt/hardware/*.py", "kpt/ops/*.py", "kpt_jax/tpu.py", "kpt_jax/prefetched.py", "kpt_jax/tpu_programs.py",
+    "kpt_jax/bench_ops.py",
+)  # fmt: skip
+_KERNELS = ("pallas_kernels/**/*.py",)
+_DEFAULTS = ("pallas_kernels/tuned_tpu.json",)
 Make = Callable[..., Call]
 
 
@@ -81,7 +85,8 @@ def program(
         raise KptError(f"Passes {passes!r} were asked for", f"There are {' and '.join(PASSES)}", "Choose one")
     given = {"name": name, "dims": list(dims), "dtype": dtype, "passes": passes, "provider": provider, "blocks": blocks}
     label = f"{name} {'x'.join(map(str, dims))} {dtype} {passes}" + ("" if provider == OURS else f" by {provider}")
-    return Program(label, "kpt_jax.tpu_programs:make", given, (*_SOURCES, *(_KERNELS if provider == OURS else ())))
+    sources = _SOURCES if provider != OURS else (*_SOURCES, *_KERNELS, *(_DEFAULTS if blocks is None else ()))
+    return Program(label, "kpt_jax.tpu_programs:make", given, sources)
 
 
 def make(
@@ -91,7 +96,7 @@ def make(
     bench = BENCHES[name]
     specs = bench.specs(dtype, *dims)
     fn = _function(bench, provider, blocks)
-    arrays = {n: _argument(n, s) for n, s in specs.items()}
+    arrays = {n: _argument(n, s, specs) for n, s in specs.items()}
     if passes == "forward":
         return lambda arrays: fn(**arrays), (arrays,)
     moving = {n: a for n, a in arrays.items() if n in kpt.ops.op(bench.op).differentiable and jnp.issubdtype(a.dtype, jnp.floating)}
@@ -105,13 +110,13 @@ def make(
     return both, (moving, still, outputs)
 
 
-def _argument(name: str, spec: Spec) -> Any:
+def _argument(name: str, spec: Spec, specs: Specs) -> Any:
     """Integers that decide which blocks count are real, others are a shape."""
     if name.endswith("segment_ids"):
         return np.broadcast_to(np.arange(spec.shape[1], dtype=np.int32) // (spec.shape[1] // DOCUMENTS), spec.shape)
     if name == "group_sizes":
         groups = spec.shape[0]
-        return np.full(groups, MOE[0] // groups, np.int32)
+        return np.full(groups, specs["x"].shape[0] // groups, np.int32)
     return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
 
 

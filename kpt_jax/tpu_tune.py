@@ -29,7 +29,8 @@ from pallas_kernels import tuned
 WORTH = 0.99
 """Blocks replace others that take more than this share of their time."""
 Sizes = dict[str, int]
-Evaluate = Callable[[Sequence[Sizes]], Sequence[float | None]]
+Evaluate = Callable[[Sequence[Sizes | None]], Sequence[float | None]]
+"""The cost of each blocks, None where they cannot be; for None, that of the kernel's own rule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Tuned:
 
     Attributes:
       bench, dims, dtype, generation: what was searched for.
-      default, best: blocks.
+      default, best: blocks: what the kernel's rule starts from (it cuts them for each of its products to what VMEM holds), and what the
+        search found better; the same where it found nothing.
       default_cost, cost: cycles, or seconds where a TPU measured.
       tried, failed: how many blocks were, and how many of them the kernel or the compiler refused.
       finished: False where the budget ended the search.
@@ -63,28 +65,33 @@ def neighbours(sizes: Sizes) -> list[Sizes]:
 
 
 def search(start: Sizes, evaluate: Evaluate, *, more: Callable[[], bool] = lambda: True) -> tuple[Sizes, float, float, int, int, bool]:
-    """Walks to better neighbours until there is none.
+    """Walks to better neighbours until there is none, from the first of `start`, halved where it is largest, that can be.
 
     Args:
-      evaluate: the cost of each, None where it cannot be.
       more: whether there is time for another round.
 
     Returns:
-      The best sizes, their cost, that of the start, how many were tried, how many failed, and whether the walk came to its end.
+      The best sizes, their cost, that of the rule, how many were tried, how many failed, and whether the walk came to its end. Where
+      nothing is better than the rule, `start` and the rule's cost.
 
     Raises:
-      KptError: the start itself cannot be.
+      KptError: the rule itself cannot be, or nothing that is smaller than the start.
     """
     costs: dict[tuple[int, ...], float | None] = {}
 
     def key(sizes: Sizes) -> tuple[int, ...]:
         return tuple(sizes.values())
 
+    (rule,) = evaluate([None])
     best = start
-    (first,) = evaluate([start])
-    if first is None:
+    while rule is not None:
+        (costs[key(best)],) = evaluate([best])
+        largest = max(best, key=lambda n: best[n])
+        if costs[key(best)] is not None or best[largest] < 16:
+            break
+        best = {**best, largest: best[largest] // 2}
+    if rule is None or costs[key(best)] is None:
         raise KptError(f"Blocks were to be tuned from {start}", "The kernel cannot be compiled with these", "See `kpt tpu compile`")
-    costs[key(start)] = first
     while True:
         new = [n for n in neighbours(best) if key(n) not in costs]
         if not new or not more():
@@ -97,7 +104,9 @@ def search(start: Sizes, evaluate: Evaluate, *, more: Callable[[], bool] = lambd
         best = found
     cost = costs[key(best)]
     assert cost is not None
-    return best, cost, first, len(costs), sum(c is None for c in costs.values()), not new
+    if cost >= WORTH * rule:
+        best, cost = start, rule
+    return best, cost, rule, len(costs), sum(c is None for c in costs.values()), not new
 
 
 def tune(
@@ -123,10 +132,10 @@ def tune(
         compiler_version()
     start = default_blocks(bench, dims, dtype, on)
 
-    def programs(candidates: Sequence[Sizes]) -> list[Program]:
+    def programs(candidates: Sequence[Sizes | None]) -> list[Program]:
         return [program(bench, dims, dtype=dtype, blocks=c) for c in candidates]
 
-    def by_schedule(candidates: Sequence[Sizes]) -> list[float | None]:
+    def by_schedule(candidates: Sequence[Sizes | None]) -> list[float | None]:
         made = compile_programs(programs(candidates), [on], jobs=jobs, done=done)
         return [m.cycles if m.error is None else None for m in made]
 

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kpt_torch.optimize import Optimized, explain, optimize, plan
+    from kpt_torch.optimized import Optimized, explain, optimize, plan
 
 __all__ = ["Optimized", "explain", "optimize", "plan"]
 
@@ -15,6 +15,6 @@ __all__ = ["Optimized", "explain", "optimize", "plan"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'kpt_torch' has no attribute {name!r}")
-    module = importlib.import_module("kpt_torch.optimize")
+    module = importlib.import_module("kpt_torch.optimized")
     globals().update({n: getattr(module, n) for n in __all__})
     return globals()[name]

@@ -3,65 +3,110 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from kpt.auto import Report, Result
+from kpt.auto import Report, Result, as_written, compared, showing
+from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.plan import ORIGINAL
-from kpt.tracking.hooks import record_report
-from kpt.tuning import SIGMAS, gain, ratio, rounds
+from kpt.strategy.tune import Tuned, tune
+from kpt.tuning import rounds
+from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.validation import Certificate, compare
-from kpt_torch.backend import device_of
+from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.capture import to_numpy
-from kpt_torch.optimize import optimize
+from kpt_torch.optimized import optimize, unproved, without
+from kpt_torch.planner import Front
+from kpt_torch.trials import sample
 
 
-def auto_optimize(fn_or_model: Any, *inputs: Any, level: str | None = None, hardware: Any = "auto", **keywords: Any) -> Result:
-    """See `kpt.auto_optimize`. A module whose result is, or holds under `.loss`, one number is measured with its backward pass."""
-    fast = optimize(fn_or_model, level, hardware)
-    plan = fast.plan(*inputs, **keywords)
-    leaves = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, torch.Tensor)]
-    weights = list(fn_or_model.parameters()) if isinstance(fn_or_model, torch.nn.Module) else []
-    moving = [t for t in (*weights, *leaves) if t.requires_grad]
-    device = device_of([*weights, *leaves])
-    trained = bool(moving) and _loss(fn_or_model(*inputs, **keywords)) is not None
+class Session:
+    """The steps of `auto_optimize` on one program and its example inputs, see `kpt.auto.Session`."""
 
-    def once(program: Callable[..., Any]) -> tuple[Any, list[torch.Tensor]]:
-        out = program(*inputs, **keywords)
-        loss = _loss(out) if trained else None
-        return out, [] if loss is None else list(torch.autograd.grad(loss, moving, allow_unused=True, materialize_grads=True))
+    def __init__(self, fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level: str | None, hardware: Any):
+        self.given, self.inputs, self.keywords = fn_or_model, inputs, keywords
+        self.saves = isinstance(fn_or_model, torch.nn.Module)
+        leaves = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, torch.Tensor)]
+        weights = list(fn_or_model.parameters()) if isinstance(fn_or_model, torch.nn.Module) else []
+        self.moving = [t for t in (*weights, *leaves) if t.requires_grad]
+        self.on = device_of([*weights, *leaves])
+        self.device = torch.cuda.get_device_name(self.on) if self.on.type == "cuda" else self.on.type
+        self.hardware = profile(hardware, self.on)
+        self.fast = optimize(fn_or_model, level, hardware)
+        self.trained = bool(self.moving) and _loss(fn_or_model(*inputs, **keywords)) is not None
 
-    verdict = _verdict(once(fn_or_model), lambda: once(fast), plan, device) if plan.sites else None
-    sides = {ORIGINAL: fn_or_model} | ({"every site": fast} if verdict is not None and verdict.passed else {})
-    taken = rounds({n: _sampler(once, program, device) for n, program in sides.items()})
-    memory = {n: _peak(once, program, device) for n, program in sides.items()}
-    best = "every site" if "every site" in taken else ORIGINAL
-    won, noise = gain(taken[ORIGINAL], taken[best])
-    kept = best != ORIGINAL and won > SIGMAS * noise
-    measured = "forward and backward" if trained else "forward"
-    words = f"{measured}, median of {len(taken[ORIGINAL])} rounds side by side: {ratio(won)} ± {noise:.1%}"
-    notes = list(plan.notes)
-    if verdict is not None:
-        notes.append(f"The whole program on example inputs: {verdict.summary()}.")
-    if kept:
-        notes.append(f"Measured {words} with every site.")
-    elif best != ORIGINAL:
-        notes.append(f"The original is kept: nothing won by more than the noise ({words} with every site).")
-    else:
-        notes.append("The original is kept: " + ("the whole program disagreed." if plan.sites else "no site has a kernel."))
-    chosen = dataclasses.replace(plan if kept else _as_written(plan, notes[-1]), notes=tuple(notes))
-    found = [w for w in (verdict.worst(gradient=False), verdict.worst(gradient=True)) if w is not None] if verdict is not None else []
-    report = Report(chosen.function, chosen.hardware, _device_name(device), measured, taken[ORIGINAL], taken[best], memory[ORIGINAL],
-                    memory[best], max(found, default=None), kept, noise, chosen)  # fmt: skip
-    record_report(report)
-    return Result(fast if kept else fn_or_model, chosen, report)
+    def plan(self) -> Plan:
+        return unproved(self.fast).plan(*self.inputs, **self.keywords)
+
+    def tune(self, budget: float) -> Tuned:
+        plan = self.plan()
+        # An XLA device belongs to one process.
+        sites = plan.sites if self.on.type in ("cpu", "cuda") else ()
+        with showing("timing kernels") as done:
+            found = tune(sites, self.hardware, framework="torch", level=plan.level, compilers=Front.compilers,
+                         passes=BOTH if self.trained else FORWARD, budget=budget, device=self.on.type, module="kpt_torch.trials",
+                         here=detected(self.on), done=done)  # fmt: skip
+        self.follow(found.dropped)
+        return found
+
+    def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
+        self.fast = without(self.fast, dropped)
+
+    def validate(self) -> tuple[Plan, float | None]:
+        plan = self.fast.plan(*self.inputs, **self.keywords)
+        if not plan.sites:
+            return plan, None
+        verdict = _verdict(self._once(self.given), lambda: self._once(self.fast), plan, self.on)
+        note = f"The whole program on example inputs: {verdict.summary()}."
+        if not verdict.passed:
+            plan = as_written(plan, "The original is kept: the whole program disagreed.")
+        found = [w for w in (verdict.worst(gradient=False), verdict.worst(gradient=True)) if w is not None]
+        return dataclasses.replace(plan, notes=(*plan.notes, note)), max(found, default=None)
+
+    def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
+        sides = {ORIGINAL: self.given} | ({"every site": self.fast} if plan.sites else {})
+        taken = rounds({n: functools.partial(sample, functools.partial(self._once, program), self.on) for n, program in sides.items()})
+        memory = {n: self._peak(program) for n, program in sides.items()}
+        best = "every site" if plan.sites else ORIGINAL
+        measured = BOTH if self.trained else FORWARD
+        kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best], best)
+        chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
+        return Report(chosen.function, chosen.hardware, self.device, measured, taken[ORIGINAL], taken[best], memory[ORIGINAL], memory[best],
+                      error, kept, noise, chosen)  # fmt: skip
+
+    def result(self, report: Report) -> Result:
+        return Result(self.fast if report.kept else self.given, report.plan, report)
+
+    def save(self, folder: Path) -> None:
+        """The parameters and buffers of a module: `safetensors.torch.load_model(module, folder / "model.safetensors")`."""
+        if importlib.util.find_spec("safetensors") is None:
+            asked, install = "A checkpoint of a torch.nn.Module was asked for", "pip install 'kpt-kernels[torch]'"
+            raise MissingDependencyError(asked, "safetensors is not installed", install)
+        folder.mkdir(parents=True)
+        importlib.import_module("safetensors.torch").save_model(self.given, str(folder / "model.safetensors"))
+
+    def _once(self, program: Callable[..., Any]) -> tuple[Any, list[torch.Tensor]]:
+        out = program(*self.inputs, **self.keywords)
+        loss = _loss(out) if self.trained else None
+        return out, [] if loss is None else list(torch.autograd.grad(loss, self.moving, allow_unused=True, materialize_grads=True))
+
+    def _peak(self, program: Callable[..., Any]) -> int | None:
+        """Bytes that a call needs besides what is there before it; known on CUDA alone."""
+        if self.on.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(self.on)
+        before = torch.cuda.memory_allocated(self.on)
+        self._once(program)
+        return torch.cuda.max_memory_allocated(self.on) - before
 
 
 def _verdict(want: Any, run: Callable[[], Any], plan: Plan, device: torch.device) -> Certificate:
@@ -88,41 +133,3 @@ def _loss(out: Any) -> torch.Tensor | None:
     found = out if isinstance(out, torch.Tensor) else getattr(out, "loss", None)
     ok = isinstance(found, torch.Tensor) and found.dim() == 0 and found.is_floating_point() and found.requires_grad
     return found if ok else None
-
-
-def _sampler(once: Callable[..., Any], program: Any, device: torch.device) -> Callable[[int], float]:
-    def sample(repeats: int) -> float:
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            once(program)
-        _wait(device)
-        return (time.perf_counter() - start) / repeats
-
-    return sample
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _peak(once: Callable[..., Any], program: Any, device: torch.device) -> int | None:
-    """Bytes that a call needs besides what is there before it; known on CUDA alone."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    once(program)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _as_written(plan: Plan, reason: str) -> Plan:
-    left = tuple(dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason) for s in plan.sites)
-    return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
-
-

@@ -34,6 +34,8 @@ class Backend:
     Attributes:
       inner: compiles the rewritten graph; None runs it as it is.
       plans: one for each graph so far, in the order of compilation.
+      dropped: kernels that are not to be used, by name, and why.
+      certify: instead of the setting.
       foreign: sites of a given plan of another framework that have found no counterpart yet.
     """
 
@@ -43,6 +45,8 @@ class Backend:
     inner: Compiler | None = None
     banned: frozenset[str] = frozenset()
     name: str = "function"
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    certify: str | None = None
     plans: list[Plan] = dataclasses.field(default_factory=list)
     foreign: list[Site] | None = None
 
@@ -74,7 +78,8 @@ class Backend:
         device = device_of(inputs)
         here = detected(device)
         front = Front(gm, None, device)  # the graph that is planned first brings its own
-        return Planner(front, self.level, profile(self.hardware, device), wanted, self.banned, config().certify, here, self.foreign)
+        return Planner(front, self.level, profile(self.hardware, device), wanted, self.banned,
+                       self.certify or config().certify, here, self.foreign, self.dropped)  # fmt: skip
 
     def _rewritten(self, planner: Planner, gm: fx.GraphModule, inputs: Sequence[Any], path: str) -> fx.GraphModule | None:
         holders = [n for n in gm.graph.nodes if n.op == "placeholder"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kpt import ops
+from kpt.errors import KernelError
 from kpt.ops.base import Op, Spec
 from kpt.strategy import wire
 
@@ -130,6 +131,12 @@ def _differentiable(definition: Any, op: Op, names: Sequence[str], tensors: str,
     schema = f"({tensors}, Tensor[] made, Tensor[] cotangents, str params, str wanted) -> Tensor[]"
     pulled = torch.library.custom_op(f"{definition._qualname}_backward", run, mutates_args=(), schema=schema)
     pulled.register_fake(fake)
+
+    def twice(ctx: Any, *cotangents: Any) -> Any:
+        raise KernelError(f"A gradient of a gradient was asked for through {definition._qualname}", "A kernel's backward pass has none",
+                          "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
+
+    pulled.register_autograd(twice)
 
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large

@@ -40,6 +40,7 @@ class Front:
     device: torch.device
     framework: str = "torch"
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "numpy")
+    compilers: tuple[str, ...] = ("torch", "triton")
 
     def backend(self) -> str:
         return str(self.device.type)

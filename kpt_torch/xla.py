@@ -37,10 +37,27 @@ def run(fn: Callable[..., Any], tensors: Sequence[torch.Tensor], key: str) -> li
             f"A kernel for XLA devices was called with a tensor on {other[0]}", "All tensors are on one XLA device",
             "Move module and inputs there: x.to('xla'), after import torch_xla",
         )  # fmt: skip
-    from torch_xla.core import xla_builder
+    from torch_xla.core import xla_builder, xla_model
 
-    made = xla_builder.call_jax(fn, tuple(tensors), override_hash=key)
+    kind = xla_model.xla_device_kind(tensors[0].device) if tensors else ""
+    made = xla_builder.call_jax(_on(kind, fn), tuple(tensors), override_hash=f"{key} {kind}")
     return list(made) if isinstance(made, tuple | list) else [made]
+
+
+def _on(kind: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is traced for a chip: torch_xla holds the TPU, so that what a kernel asks jax about its chip is told here."""
+    if not kind.startswith("TPU"):
+        return fn
+    import jax
+
+    about = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=about)
+
+    def traced(*arrays: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return fn(*arrays)
+
+    return traced
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def unpartitioned() -> str | None:
     return f"runs on one device, and XLA may spread this program over {jax.device_count()}; optimize what a jax.shard_map runs"
 
 
-def _varying(a: Any) -> frozenset[str]:
+def varying(a: Any) -> frozenset[str]:
     """Mesh axes over which `a` varies; none outside `shard_map`, and none where it does not check them."""
     kind = jax.typeof(a)
     if hasattr(kind, "vma"):  # until jax 0.9
@@ -35,10 +35,10 @@ def _varying(a: Any) -> frozenset[str]:
 
 def vary_alike(*arrays: Any) -> tuple[Any, ...]:
     """The arrays, each varying over the axes that any of them varies over; None stays None."""
-    axes = frozenset().union(*(_varying(a) for a in arrays if a is not None))
+    axes = frozenset().union(*(varying(a) for a in arrays if a is not None))
 
     def cast(a: Any) -> Any:
-        missing = () if a is None else tuple(sorted(axes - _varying(a)))
+        missing = () if a is None else tuple(sorted(axes - varying(a)))
         if not missing:
             return a
         if hasattr(jax.lax, "pcast"):

@@ -147,9 +147,10 @@ def _fwd(static: Norm, x, residual, weight, bias):
 def _bwd(static: Norm, residuals, cotangents):
     h, weight, bias = residuals
     dy, *dh = cotangents
-    (rows, width), parts = h.shape, tensorcore.generation().cores
+    rows, width = h.shape
     block = _rows(static, h)
     blocks = pl.cdiv(rows, block)
+    parts = min(tensorcore.generation().cores, blocks)  # two cores must not write one block
     steps = pl.cdiv(blocks, parts)
     given = [h, dy, *dh, *([] if weight is None else [weight])]
     summed = [a for a in (weight, bias) if a is not None]

@@ -1,16 +1,64 @@
-"""`kpt tune export` and `kpt tune import`: measurements from one machine for another."""
+"""`kpt tune`: kernels timed ahead; `kpt tune export` and `kpt tune import`: measurements from one machine for another."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kpt.console import AsJson, answering, print_json
 from kpt.errors import StoreError
 
-app = typer.Typer(help="Measurements of kernels: move them between machines.", no_args_is_help=True)
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def tune(
+    context: typer.Context,
+    op: Annotated[list[str] | None, typer.Option(help="An op, or a benchmark of `kpt bench`; again for more. All by default.")] = None,
+    budget: Annotated[str, typer.Option(help='How long it may take: seconds, or "30s", "10m", "1h".')] = "10m",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, or float32 on a CPU, unless given.")] = None,
+    level: Annotated[str, typer.Option(help="conservative, balanced or aggressive.")] = "balanced",
+    as_json: AsJson = False,
+) -> None:
+    """Time the kernels that could compute an op against each other, on this machine, before a program asks.
+
+    At the shapes of `kpt bench`, forward and with the backward pass. What is measured already is not measured again: an interrupted
+    run goes on where it was. Plans choose by what is found here (`kpt plan` says "measured"), and without it by estimate.
+
+    Example: kpt tune --op attention --budget 5m
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with answering(context, as_json):
+        import dataclasses
+
+        from kpt.console import front_end, print_table, progress
+        from kpt.console import seconds as words
+        from kpt.strategy.levels import level_named
+        from kpt.tuning.trials import seconds_of
+
+        time, rows = seconds_of(budget), []
+        with progress() as bar:
+            task = bar.add_task("timing kernels", total=None)
+
+            def done(trial: Any, outcome: Any) -> None:
+                bar.update(task, advance=1, description=str(trial))
+                best = sorted((statistics.median(s), kernel) for kernel, s in outcome.seconds.items())
+                rows.append((str(trial), "  ".join(f"{kernel} {words(t)}" for t, kernel in best)))
+
+            found = front_end("kpt_jax.tune_ahead", "fill")(op or (), dtype, level_named(level).name, time, done)
+        if as_json:
+            print_json(dataclasses.asdict(found))
+            return
+        if rows:
+            print_table(("call", "fastest first"), rows)
+        for kernel, why in found.dropped.items():
+            typer.echo(f"{kernel} {why}.")
+        alone = "" if rows or found.known else " Where one kernel alone can compute an op, there is nothing to compare."
+        typer.echo(f"{found.measured} calls measured, {found.known} known already, {found.left} left for another run.{alone}")
 
 
 @app.command("export")

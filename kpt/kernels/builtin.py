@@ -153,6 +153,16 @@ def _sum_outside(specs: Specs, params: Mapping[str, Any]) -> str | None:
 KERNELS: tuple[KernelSpec, ...] = (
     # Its blocks suit the caches of a CPU: 18 TFLOP/s on an H100, a third of plain code's.
     _xla("attention", version=2, masks=EVERY_MASK, additive=True, efficiency_on={"cuda": 0.02}),
+    # No estimate chooses it yet: its last backward pass ran on a chip at two shapes only, and was slower than cuDNN's at one of them
+    # (docs/benchmarks/hopper-notes-attention.md). `auto_optimize` and `kpt tune` measure it, in a process of its own, and then it counts.
+    _hopper(
+        "attention",
+        HALVES,
+        jax="0.11.2",
+        masks=frozenset({"causal", "window", "segments", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
+        efficiency=0.05,
+    ),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refusal_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refusal_to_256"),
     _xla("rms_norm", accepts=_sum_outside),

@@ -117,6 +117,18 @@ class KernelRegistry:
             )
         return resolve(spec.loader)
 
+    def able(
+        self, op: str, hardware: Any, dtype: str, specs: Specs, params: Mapping[str, Any], level: str, framework: str
+    ) -> tuple[list[KernelSpec], dict[str, str]]:
+        """The kernels that take this call, and for each other one of the op, by name, why it does not."""
+        found, reasons = [], {}
+        for kernel in self.kernels(op):
+            if reason := _refusal(kernel, op, hardware, dtype, specs, params, level, framework):
+                reasons[kernel.name] = reason
+            else:
+                found.append(kernel)
+        return found, reasons
+
     def select(
         self,
         op: str,
@@ -128,19 +140,22 @@ class KernelRegistry:
         level: str = "balanced",
         framework: str = "jax",
         measurements: Mapping[str, Measurement] | None = None,
+        dropped: Mapping[str, str] | None = None,
     ) -> Selection:
         """Chooses a kernel for one call; ties go to the first name.
 
         With a measurement of the original, a kernel is chosen only if it was measured too, and is faster by more than
         the noise of both. Without one, the roofline estimates rank the candidates, and the original is kept where no
-        kernel is estimated to be faster. Where there is no estimate either, any kernel that accepts the call is taken,
-        the most efficient one first.
+        kernel is estimated to be faster; where kernels were measured against each other, the fastest of these is taken
+        instead of the one that is estimated to be. Where there is no estimate either, any kernel that accepts the call is
+        taken, the most efficient one first.
 
         Args:
           hardware: a `HardwareProfile`.
           dtype: of the first array.
           shapes: the arrays of the call, by name: specs, or shapes of arrays of that dtype.
           measurements: by kernel name ("original" for the user's own code): seconds, or (seconds, half width of noise).
+          dropped: kernels that are no candidates, by name, and why.
 
         Raises:
           KernelError: no such level.
@@ -149,14 +164,9 @@ class KernelRegistry:
             raise KernelError(f"Level {level!r} was asked for", f"Levels are {', '.join(LEVELS)}", "Pass one of them")
         params = params or {}
         specs: Specs = {n: s if isinstance(s, Spec) else Spec(tuple(s), dtype) for n, s in shapes.items()}
-        own = original(op, framework)
-        able, reasons = [own], {}
-        for kernel in self.kernels(op):
-            reason = _refusal(kernel, op, hardware, dtype, specs, params, level, framework)
-            if reason:
-                reasons[kernel.name] = reason
-            else:
-                able.append(kernel)
+        able, reasons = self.able(op, hardware, dtype, specs, params, level, framework)
+        reasons |= {k.name: dropped[k.name] for k in able if dropped and k.name in dropped}
+        able = [original(op, framework), *(k for k in able if k.name not in reasons)]
         times: Mapping[str, float | None]
         measured = measurements is not None and ORIGINAL in measurements
         if measurements is not None and ORIGINAL in measurements:
@@ -166,6 +176,9 @@ class KernelRegistry:
             cost = known.cost if known else None
             times = {k.name: estimate(k, cost, specs, params, hardware, dtype) for k in able}
             choice, why = _fastest_estimated(able, times, hardware)
+            if measurements and choice.name in measurements:
+                measured = True
+                choice, why, times = _fastest_of([k for k in able if k.name in measurements], measurements)
         for kernel in able:
             if kernel is not choice:
                 reasons[kernel.name] = _slower(times.get(kernel.name), times.get(choice.name), measured)
@@ -240,6 +253,19 @@ def _fastest_measured(
     time = pairs[choice.name][0]
     why = f"measured {seconds(time)} against {seconds(own)} for the original ({own / time:.2f} times as fast)"
     return choice, why, times
+
+
+def _fastest_of(
+    rivals: list[KernelSpec], measurements: Mapping[str, Measurement]
+) -> tuple[KernelSpec, str, dict[str, float | None]]:
+    """Among kernels that were measured against each other, with no measurement of the user's own code."""
+    times: dict[str, float | None] = {}
+    for k in rivals:
+        m = measurements[k.name]
+        times[k.name] = m[0] if isinstance(m, tuple) else m
+    first, *others = sorted(rivals, key=lambda k: (times[k.name], k.name))
+    against = f" against {seconds(times[others[0].name] or 0.0)} for {others[0].name}" if others else ""
+    return first, f"measured {seconds(times[first.name] or 0.0)}{against}", times
 
 
 def _fastest_estimated(

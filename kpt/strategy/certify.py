@@ -116,17 +116,20 @@ def sample(program: Program, match: Match, seed: int) -> dict[int, np.ndarray]:
     out = {}
     for v, name in sorted(role.items()):
         spec = program.graph.specs[v]
-        out[v] = _draw(rng, spec, name, specs)
+        out[v] = draw(rng, spec, name, specs)
     return out
 
 
-def _draw(rng: np.random.Generator, spec: Spec, name: str, specs: Mapping[str, Spec]) -> np.ndarray:
+def draw(rng: np.random.Generator, spec: Spec, name: str, specs: Mapping[str, Spec]) -> np.ndarray:
+    """Random values of the array `name` of an op whose arrays are `specs`, in its domain."""
     dtype = numpy_dtype(spec.dtype)
     if spec.dtype == "bool":
         return rng.random(spec.shape) < 0.85
     if dtype.kind in "iu":
         if name == "labels":
             high = specs["logits"].shape[-1] if "logits" in specs else specs["w"].shape[-1]
+        elif name == "group_sizes":
+            return np.full(spec.shape, specs["x"].shape[0] // max(1, spec.shape[0]), dtype)
         elif name == "kv_lengths":
             return rng.integers(1, specs["k"].shape[1] + 1, spec.shape).astype(dtype)
         elif name.endswith("segment_ids"):

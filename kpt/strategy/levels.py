@@ -62,6 +62,7 @@ def choose(
     registry: KernelRegistry | None = None,
     framework: str = "jax",
     measurements: Mapping[str, Measurement] | None = None,
+    dropped: Mapping[str, str] | None = None,
 ) -> tuple[KernelSpec | None, str, dict[str, str]]:
     """Chooses the kernel of one site, under a level.
 
@@ -69,6 +70,7 @@ def choose(
       specs: the op's arrays; the first of them carries the dtype.
       registry: `kpt.registry` by default.
       measurements: seconds by kernel name, "original" for the user's own code.
+      dropped: kernels that are no candidates, by name, and why.
 
     Returns:
       The kernel, or None where the user's own code stays; a sentence that says why; and for each other candidate, by
@@ -83,7 +85,7 @@ def choose(
         return None, f"Level {level!r} leaves {op} as it is: {allowed.meaning}. Pass level={lowest!r} to allow it.", {}
     dtype = next(iter(specs.values())).dtype
     found = (registry or process_registry).select(
-        op, hardware, dtype, specs, params=params, level=level, framework=framework, measurements=measurements
+        op, hardware, dtype, specs, params=params, level=level, framework=framework, measurements=measurements, dropped=dropped
     )
     reasons = dict(found.reasons)
     if found.choice.provider != ORIGINAL:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from kpt import kernels as kernel_room
 from kpt import ops
 from kpt.config import config
-from kpt.errors import KernelError
+from kpt.errors import KernelError, StoreError
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.fusion.registry import FusionRegistry, default_fusion
 from kpt.fusion.site import fingerprint, original_bytes, reduced_specs, specs_of
@@ -26,6 +26,7 @@ from kpt.ops.base import Spec
 from kpt.strategy.certify import digest
 from kpt.strategy.levels import choose
 from kpt.strategy.plan import Plan, Site
+from kpt.tuning import Measurements, trials
 from kpt.validation import Certificate
 
 log = logging.getLogger("kpt")
@@ -43,10 +44,12 @@ class FrontEnd(Protocol):
     Attributes:
       framework: "jax" or "torch", as `KernelSpec.framework` spells it.
       packages: whose versions a plan records.
+      compilers: those of them on whose versions the time of a kernel depends.
     """
 
     framework: str
     packages: tuple[str, ...]
+    compilers: tuple[str, ...]
 
     def backend(self) -> str:
         """What proofs are made on: a proof made on a CPU is none for a GPU."""
@@ -82,6 +85,7 @@ class Planner:
         is followed is taken off the list; what is left has no counterpart.
       here: what the program runs on, where that may be something else.
       wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
+      dropped: kernels that are not to be used, by name, and why.
     """
 
     front: FrontEnd
@@ -92,6 +96,7 @@ class Planner:
     certify: str = "full"
     here: HardwareProfile | None = None
     foreign: list[Site] | None = None
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sites: list[Site] = dataclasses.field(default_factory=list)
     skipped: list[Site] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -130,8 +135,7 @@ class Planner:
             specs = specs_of(match)
             call = match.op, tuple(specs.items()), repr(match.params)
             if call not in choices:  # layers are alike
-                choices[call] = choose(match.op, specs, match.params, hardware=self.hardware, level=self.level,
-                                       framework=self.front.framework)  # fmt: skip
+                choices[call] = self._choose(match, specs, self.dropped)
             kernel, reason, others = choices[call]
             if kernel is None:
                 refusals[next(iter(match.results))] = others
@@ -148,22 +152,57 @@ class Planner:
         for i, match in enumerate(sorted(matches, key=lambda m: max(m.results))):
             kernel, fn, reason, others = chosen[id(match)]
             where = f"{path}/{match.op}{i}" if path else f"{match.op}{i}"
-            site = _site(program, match, kernel, where, reason, others)
-            why = self._unwanted(site) or fits(program, match, kernel)
-            if why is None and (elsewhere := self._elsewhere(kernel, site)) is not None:
-                self.sites.append(dataclasses.replace(site, reason=f"{site.reason} {elsewhere}"))
-                continue
-            if why is None:
+            failed = dict(self.dropped)
+            while True:
+                site = _site(program, match, kernel, where, reason, others)
+                why = self._unwanted(site) or fits(program, match, kernel)
+                if why is not None or (elsewhere := self._elsewhere(kernel, site)) is not None:
+                    break
                 site, why = self._proved(program, match, kernel, fn, site, leaves)
+                if why is None or (other := self._instead(match, failed, kernel, why)) is None:
+                    break
+                kernel, fn, reason, others = other
             if why is not None:
                 self._skip(match.op, where, match.source, why, site)
-                continue
-            kept.append((match, fn))
-            self.sites.append(site)
+            elif elsewhere is not None:
+                self.sites.append(dataclasses.replace(site, reason=f"{site.reason} {elsewhere}"))
+            else:
+                kept.append((match, fn))
+                self.sites.append(site)
         for miss in missed:
             if not seen(miss):
                 self._skip(miss.op, path, miss.source, miss.reason, None, refusals.get(miss.value, {}))
         return program, kept
+
+    def _choose(
+        self, match: Match, specs: Mapping[str, Spec], dropped: Mapping[str, str]
+    ) -> tuple[KernelSpec | None, str, dict[str, str]]:
+        known = self._known(match.op, specs, match.params)
+        return choose(match.op, specs, match.params, hardware=self.hardware, level=self.level, framework=self.front.framework,
+                      measurements=known, dropped=dropped)  # fmt: skip
+
+    def _known(self, op: str, specs: Mapping[str, Spec], params: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+        """What was measured of an op's kernels on such a chip, under this driver and these compilers."""
+        place = place_of(self.hardware, self.front.compilers)
+        kernels = [k for k in kernel_room.registry.kernels(op) if k.framework == self.front.framework]
+        try:
+            return trials.known(Measurements(), place, kernels, specs, params)
+        except StoreError as problem:  # a file that cannot be read costs what it knows, never the user's run
+            log.warning("%s", problem)
+            return {}
+
+    def _instead(
+        self, match: Match, failed: dict[str, str], kernel: KernelSpec, why: str
+    ) -> tuple[KernelSpec, Kernel, str, dict[str, str]] | None:
+        """The next best kernel for a site whose first one failed its proof, unless a plan asks for that one."""
+        if self.wanted is not None or self.foreign is not None or kernel.name in failed:
+            return None
+        failed[kernel.name] = why
+        other, reason, others = self._choose(match, specs_of(match), failed)
+        try:
+            return None if other is None else (other, kernel_room.registry.load(other), reason, others)
+        except KernelError:
+            return None
 
     def bodies_of(self, graph: Graph, path: str) -> Iterable[tuple[Any, list[tuple[str, Graph]]]]:
         """The nodes of a graph that have bodies, and these with their paths: "scan0", "cond1.0", "cond1.1"."""
@@ -281,6 +320,11 @@ class Planner:
 
 _CERTIFICATES: dict[Any, Certificate] = {}
 """Proofs made in this process: equal code with the same kernel is proved once."""
+
+
+def place_of(hardware: HardwareProfile, compilers: tuple[str, ...]) -> trials.Place:
+    """Where measurements of kernels for that hardware hold, under the versions of these packages."""
+    return trials.Place.of(hardware.name, hardware.platform, versions(compilers))
 
 
 def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason: str, others: dict[str, str]) -> Site:

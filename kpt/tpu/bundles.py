@@ -122,13 +122,13 @@ def _instruction(text: str) -> Instruction | None:
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)
-    operands = tuple(_operand(o) for o in re.findall(r"\[[^\]]*\[[^\]]*\][^\]]*\]|\[[^\]]*\]|!?%\w+|-?\d+|0x[0-9a-f]+", rest))
+    operands = tuple(_operand(o) for o in re.findall(r"\[[^\]]*\[[^\]]*\][^\]]*\]|\[[^\]]*\]|!?%\w+|0x[0-9a-f]+|-?\d+", rest))
     return Instruction(result, op, operands, predicate)
 
 
 def _operand(text: str) -> str | int:
-    if text.lstrip("-").isdigit():
-        n = int(text)
+    if text.lstrip("-").isdigit() or text.startswith("0x"):
+        n = int(text, 0)
         return n - (1 << 32) if n >= 1 << 31 else n
     return text
 

@@ -12,7 +12,7 @@ import numpy as np
 from kpt.errors import HardwareError
 from kpt.hardware import hardware_profile
 from kpt.tpu.bundles import parse
-from kpt.tpu.simulate import simulate
+from kpt.tpu.simulate import DELAY_SLOTS, simulate
 
 # Seconds between the end of a transfer and its wait. From one published measurement: the matmul of the Pallas documentation with
 # blocks of 128, which waits for a DMA in every grid step, reaches 6% of a v5e's peak at 4096.
@@ -31,6 +31,7 @@ class Generation:
       flops_per_cycle: bfloat16 operations of one TensorCore's MXUs in a cycle: 2 for each of their cells.
       mxu: rows and columns of one.
       granule: bytes in which DMA instructions count.
+      delay_slots: bundles issued after a branch before it takes effect: the last of them that schedules predicate by the branch.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Generation:
     flops_per_cycle: int
     mxu: int
     granule: int
+    delay_slots: int = DELAY_SLOTS
 
     @property
     def clock(self) -> float:
@@ -60,7 +62,7 @@ GENERATIONS = MappingProxyType({
         Generation("v5e", "tpu-v5e", "TPU v5 lite", "v5e:2x2", 2 * 4 * 128**2, 128, 32),
         Generation("v5p", "tpu-v5p", "TPU v5", "v5p:2x2x1", 2 * 4 * 128**2, 128, 32),
         Generation("v6e", "tpu-v6e", "TPU v6 lite", "v6e:2x2", 2 * 4 * 256**2, 256, 32),
-        Generation("v7x", "tpu-v7x", "TPU7x", "tpu7x:2x2x1", 2 * 4 * 256**2, 256, 32),
+        Generation("v7x", "tpu-v7x", "TPU7x", "tpu7x:2x2x1", 2 * 4 * 256**2, 256, 32, delay_slots=6),
     )
 })  # fmt: skip
 # Slots of a bundle, by the unit they belong to.
@@ -111,7 +113,7 @@ class Schedule:
       occupancy: by unit, used slots over all that the cycles offer; of the MXU, products over the peak rate.
       bound: the unit that limits it: "MXU", "VPU", "XLU", "EUP", "load", "store", "HBM" (bandwidth), "DMA latency", or "dependencies"
         where bundles are not full of anything.
-      unknown: branches that depend on data, counted as if nothing were skipped.
+      unknown: branches and DMAs that depend on data, counted as if nothing were skipped, and DMAs of unknown size, as if they cost nothing.
       stretches: the program from start to end.
     """
 
@@ -159,7 +161,8 @@ def schedule(
     device_cores = (chip.cores or 1) // chip.devices
     cores = device_cores if shared else 1
     bandwidth = (chip.memory_bandwidth or 0.0) / chip.devices / cores
-    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule, scalars=scalars)
+    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule,
+                   delay_slots=on.delay_slots, scalars=scalars)  # fmt: skip
     column = {name: i for i, name in enumerate(program.slots)}
     used = (run.issued[:, None] * program.use).sum(0)
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from kpt.tpu.bundles import Bundles, Instruction, ScheduleError
 
-DELAY_SLOTS = 4  # bundles issued after a branch before it takes effect
+DELAY_SLOTS = 4
+"""Bundles that most generations issue after a branch before it takes effect."""
 MOST = 50_000_000  # bundles with scalar instructions
 
 Value = Any  # an int, a bool, (allocation, offset), or None where it is not known
@@ -64,7 +65,7 @@ class Run:
       stalled: of those, cycles that waited for a DMA.
       read, written: bytes between HBM and the core, each way.
       transfers: DMAs to and from HBM.
-      unknown: branches whose predicate depends on data.
+      unknown: branches and DMAs whose predicate, and DMAs whose size, depends on data.
     """
 
     issued: np.ndarray
@@ -77,7 +78,13 @@ class Run:
 
 
 def simulate(
-    bundles: Bundles, *, bytes_per_cycle: float, latency: float = 0.0, granule: int = 32, scalars: Sequence[np.ndarray | None] = ()
+    bundles: Bundles,
+    *,
+    bytes_per_cycle: float,
+    latency: float = 0.0,
+    granule: int = 32,
+    delay_slots: int = DELAY_SLOTS,
+    scalars: Sequence[np.ndarray | None] = (),
 ) -> Run:
     """Runs the scalar instructions of a schedule beside an HBM.
 
@@ -86,12 +93,13 @@ def simulate(
       bytes_per_cycle: that the HBM moves for this core.
       latency: cycles between the end of a transfer and the moment a wait for it may pass.
       granule: bytes in which DMA instructions count.
+      delay_slots: bundles issued after a branch before it takes effect.
 
     Raises:
       ScheduleError: a loop whose end depends on data, a branch to a place that the dump does not name, or more than
         50 million bundles with scalar instructions.
     """
-    core = _Core(bundles, bytes_per_cycle, latency, granule, scalars)
+    core = _Core(bundles, bytes_per_cycle, latency, granule, delay_slots, scalars)
     core.run()
     return Run(np.cumsum(core.edges[:-1]), core.now, core.stalled, core.read, core.written, core.transfers, core.unknown)
 
@@ -99,9 +107,11 @@ def simulate(
 class _Core:
     """The scalar unit: each instruction compiled to a function that reads and writes `values`."""
 
-    def __init__(self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int, scalars: Sequence[np.ndarray | None]):
+    def __init__(
+        self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int, delay_slots: int, scalars: Sequence[np.ndarray | None]
+    ):
         self.regions, self.rate, self.latency, self.granule = bundles.regions, bytes_per_cycle, latency, granule
-        self.scalars = scalars
+        self.delay_slots, self.scalars = delay_slots, scalars
         self.values: list[Value] = []
         self.defined: list[int] = []  # when each was, for phis
         self.place: dict[str | int, int] = {}
@@ -136,7 +146,7 @@ class _Core:
             for step in self.steps[at]:
                 taken = step()
                 if taken is not None and until < 0:
-                    until, target = at + 1 + DELAY_SLOTS, taken
+                    until, target = at + 1 + self.delay_slots, taken
             pc = at + 1
             if self.clock > MOST:
                 raise ScheduleError("A TPU schedule was run", f"it issues over {MOST} bundles of the scalar unit", "use a smaller shape")
@@ -167,9 +177,12 @@ class _Core:
             return step
         where, wanted, values, branch = self._at("%" + i.predicate[0]), i.predicate[1], self.values, i.op == "sbr.rel"
 
+        moves = i.op.startswith("dma.")
+
         def conditional() -> Any:
             holds = values[where]
             if holds is None:
+                self.unknown += moves
                 return self._guess(i, at) if branch else step()
             return step() if holds == wanted else None
 
@@ -181,9 +194,10 @@ class _Core:
         self.unknown += 1
 
     def _target(self, i: Instruction) -> int:
-        if not i.operands or i.operands[0] not in self.regions:
-            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a region that the dump lacks", "dump it again")
-        return self.regions[i.operands[0]]
+        if not i.operands:
+            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a place that is not named", "dump it again")
+        # The dump names regions beside their first bundle; the one that has none is what comes after the last.
+        return self.regions.get(int(i.operands[0]), self.size)
 
     def _unconditional(self, i: Instruction, at: int) -> Step:
         values, defined, op = self.values, self.defined, i.op
@@ -267,6 +281,8 @@ class _Core:
             return choose
         if len(places) == 1 and (op == "smov" or op.startswith("int_to_ptr")):
             return lambda: values[places[0]]
+        if op == "pmov" and len(places) == 1:
+            return lambda: None if values[places[0]] is None else bool(values[places[0]]) != negated[0]
         if op == "pneg":
             return lambda: None if values[places[0]] is None else not values[places[0]]
         if len(places) != 2:
@@ -319,7 +335,8 @@ class _Core:
     # The HBM -----------------------------------------------------------------------------------------------------
 
     def _transfer(self, op: str, size: Value, flag: Value) -> None:
-        if type(size) is not int:
+        if type(size) is not int:  # nobody knows what it takes, and the run says so
+            self.unknown += 1
             return
         size *= self.granule
         if op.endswith("_to_hbm"):

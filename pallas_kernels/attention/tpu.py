@@ -28,6 +28,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from kpt.errors import KernelError
 from kpt.ops.base import Spec, Specs
 from kpt.ops.mask import Causal, Lengths, Mask, Segments, Window
 from pallas_kernels import tensorcore, tuned
@@ -94,13 +95,16 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     blocks = default_blocks(specs, params)
     if (need := _need(blocks, q.shape[3], v.shape[3], q.dtype)) > budget():
         return f"holds {blocks.q} queries and {blocks.kv} keys in VMEM, which take {need} bytes of {budget()}"
-    # Four integers a step, and what is left of it in each batch entry where data hide.
-    entries = 4 + (q.shape[0] if data_terms(mask) else 1)
+    if (count := _integers(blocks, q, k, mask)) > MOST_INTEGERS:
+        return f"lists at most {MOST_INTEGERS} integers on blocks of scores, and there are {count}"
+    return None
+
+
+def _integers(blocks: Blocks, q: Spec, k: Spec, mask: Mask) -> int:
+    """In scalar memory: four a step, and what is left of it in each batch entry where data hide."""
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     steps = pl.cdiv(rows, min(blocks.q, blocks.q_bwd)) * pl.cdiv(k.shape[1], min(blocks.kv, blocks.kv_bwd))
-    if entries * steps > MOST_INTEGERS:
-        return f"lists at most {MOST_INTEGERS} integers on blocks of scores, and there are {entries * steps}"
-    return None
+    return steps * (4 + (q.shape[0] if data_terms(mask) else 1))
 
 
 def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
@@ -183,12 +187,20 @@ def attention(
     found = blocks or tuned.blocks("attention", Blocks, {"mask": mask}, q=q, k=k, v=v, **ids)
     chosen = found or default_blocks(given, {"mask": mask})
     require_fit(chosen, _need(chosen, h, head_v, q.dtype))
+    if (count := _integers(chosen, given["q"], given["k"], mask)) > MOST_INTEGERS:
+        raise KernelError(f"{chosen} was asked for: {4 * count} bytes of scalar memory", f"Lists of blocks have {4 * MOST_INTEGERS} bytes",
+                          "Pass larger blocks, or none for the defaults")  # fmt: skip
     scale = 1 / math.sqrt(h) if scale is None else float(scale)
     if scale <= 0:  # the softmax multiplies differences of scores with a positive number
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     static = _Static(mask, scale, logits_soft_cap, str(jnp.dtype(out_dtype or q.dtype)), chosen, group, t, s)
     segments = [None, None] if q_segment_ids is None or kv_segment_ids is None else [q_segment_ids, kv_segment_ids]
     terms = {type(term) for term in mask.terms}
+    needs = {Segments: (q_segment_ids, kv_segment_ids), Lengths: (kv_lengths,)}
+    for term in terms & needs.keys():
+        if any(a is None for a in needs[term]):
+            raise KernelError(f"attention with {term.__name__} was called", "The arrays that they are in were not given",
+                              "Pass q_segment_ids and kv_segment_ids, or kv_lengths")  # fmt: skip
     data = [*(segments if Segments in terms else [None, None]), kv_lengths if Lengths in terms else None]
     q, k, v, *data = vary_alike(q, k, v, *data)
     if data[0] is not None:

@@ -50,7 +50,10 @@ def _rule(compute: Any) -> Blocks:
     """By the operations a byte that the chip can do: 240 on v5e, 560 on v6e. In float32, where a product is six of bfloat16, 40 and 93."""
     if compute == jnp.float32:
         return Blocks(512, 512, 512)
-    return Blocks(512, 1024, 1024) if tensorcore.generation().mxu == 128 else Blocks(1024, 2048, 1024)
+    chip = tensorcore.generation()
+    if chip.mxu == 128:
+        return Blocks(512, 1024, 1024)
+    return Blocks(2048, 2048, 1024) if chip.vmem >= 128 << 20 else Blocks(1024, 2048, 1024)
 
 
 Sums = Sequence[Sequence[tuple[int, int]]]

@@ -36,10 +36,11 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
 
 
 def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
-    """All of a matrix where VMEM holds it, so that it comes once for all blocks of its group; few rows, since a block that groups share
-    is computed for each of them."""
+    """All of a matrix where VMEM holds it, so that it comes once for all blocks of its group, or half of its columns for each of two
+    cores; few rows, since a block that groups share is computed for each of them."""
     x, w = specs["x"], specs["w"]
-    blocks = Blocks(512, 2048, 2048)
+    share = pl.cdiv(pl.cdiv(w.shape[2], tensorcore.generation().cores), LANES) * LANES
+    blocks = Blocks(512, min(2048, share), 2048)
 
     def need() -> int:
         m, n, k = cut(x.shape[0], blocks.m), cut(w.shape[2], blocks.n), cut(w.shape[1], blocks.k)

@@ -158,7 +158,7 @@ def test_a_missing_framework_is_told_with_the_install_line(monkeypatch, absent):
     def refuse(name):
         raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
 
-    monkeypatch.setattr("kpt.cli.importlib.import_module", refuse)
+    monkeypatch.setattr("kpt.console.importlib.import_module", refuse)
     result = call("demo")
     assert result.exit_code == MISSING
     assert absent in result.stderr and "pip install 'kpt-kernels[jax]'" in result.stderr

@@ -16,7 +16,7 @@ PROGRAM = """= control target key start
 LB: loop body
 = control target key end
 
-     0   :  { %s1_s0 = smov 0  ;;  %7 = vsyncpa [#allocation1], 0 } /* Start region 1 */
+     0   :  { %s1_s0 = smov 0  ;;  %7 = vsyncpa [#allocation1], 0  ;;  %p9_p9 = pmov 0 } /* Start region 1 */
    0x1 LB: > { %s9_s3 = sadd.s32 4294967295, %s2_s0  ;;  %s2_s0 = sphi %s1_s0, %s8_s0 /* iteration index */  ;;  %s5_s5 = scalar_lea.sflag [#allocation1], %s2_s0 } /* Start region 2 */
    0x2   : > { %20 = dma.hbm_to_vmem [thread:$0]  (!%p9_p9), /*hbm=*/%s7_s7, /*size_in_granules=*/64, /*vmem=*/%s6_s6, /*dst_syncflagno=*/%s5_s5, /*src_stride=*/%s4_s4 /* %1 = "x"
 minor: 1 */ }
@@ -65,6 +65,25 @@ def test_every_bundle_is_counted():
     assert (run.read, run.written, run.transfers, run.unknown) == (5 * 64 * 32, 0, 5, 0)
 
 
+def test_delay_slots_are_issued_whether_the_branch_is_taken_or_not():
+    """Of six, the bundles that step 2 skips behind four are the last two."""
+    program = PROGRAM.replace("  0x14   :  {", "  0x14   :  {}\n  0x15   :  {}\n  0x16   :  {")
+    run = simulate(parse(program, utilization(23)), bytes_per_cycle=1e9, delay_slots=6)
+    assert run.issued.tolist() == [1, *[5] * 21, 1]
+
+
+def test_a_branch_to_what_the_dump_has_no_bundle_for_ends_the_kernel():
+    run = simulate(parse(PROGRAM.replace("$region3", "$region77"), utilization()), bytes_per_cycle=1e9)
+    assert run.issued.tolist() == [1, *[3] * 9, 2, 2, *[2] * 8, 0]
+
+
+@pytest.mark.parametrize("constant, steps", [(1, 1), (0, 5)])
+def test_a_predicate_that_is_a_constant(constant, steps):
+    program = PROGRAM.replace("%p2_p0 = scmp.ge.s32.totalorder %s8_s0, 5", f"%p3_p0 = scmp.ge.s32.totalorder %s8_s0, 5  ;;  %p4_p1 = pmov {constant}"
+                              "  ;;  %p2_p0 = por %p3_p0, %p4_p1")  # fmt: skip
+    assert simulate(parse(program, utilization()), bytes_per_cycle=1e9).issued[1] == steps
+
+
 def test_a_wait_lasts_until_its_transfer_is_done():
     swift = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=1e9)
     slow = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=64.0, latency=100.0)
@@ -99,7 +118,7 @@ def test_bytes_share_a_word_with_those_of_the_next_three_rows():
 
 @pytest.mark.parametrize("change, says", [
     (("%s8_s0, 5", "%s99_s9, 5"), "data decides when the loop"),
-    (("$region2", "$region77"), "a region that the dump lacks"),
+    (("target = $region2", "target = %s1_s1"), "a place that is not named"),
     (("   0x3 ", "   0x4 "), "numbered"),
 ])  # fmt: skip
 def test_what_cannot_be_run(change, says):
@@ -133,3 +152,17 @@ def test_clocks():
     assert {n: round(g.clock / 1e9, 2) for n, g in GENERATIONS.items()} == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
     with pytest.raises(HardwareError, match="v4, v5e, v5p, v6e, v7x"):
         generation("v8")
+
+
+def test_a_transfer_that_depends_on_data_is_counted_as_unknown():
+    honest = simulate(parse(PROGRAM, utilization()), bytes_per_cycle=1e9)
+    unsized = PROGRAM.replace("/*size_in_granules=*/64", "/*size_in_granules=*/%s99_s9")
+    found = simulate(parse(unsized, utilization()), bytes_per_cycle=1e9)
+    assert found.unknown == 5 and found.read == 0 and honest.unknown == 0
+    on_data = PROGRAM.replace("%p9_p9 = pmov 0", "%p9_p9 = scmp.eq.s32.totalorder %s99_s9, 2")
+    assert simulate(parse(on_data, utilization()), bytes_per_cycle=1e9).unknown == 5
+
+
+def test_numbers_in_hexadecimal():
+    program = parse(PROGRAM.replace("%s2_s0, 2", "%s2_s0, 0x2"), utilization())
+    assert program.instructions[4][0].operands == ("%s2_s0", 2)

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from typer.testing import CliRunner
 
 import kpt
+import kpt_jax
+from kpt import cli, console
 from kpt.auto import front_end
 from kpt.errors import KptError
 from kpt.kernels import KernelSpec, registry
@@ -153,3 +156,60 @@ def test_importing_kpt_auto_imports_no_framework():
 
     code = "import kpt, sys; kpt.auto_optimize; assert not {'jax', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def rms_norm_kernel(name, function, efficiency):
+    return KernelSpec(f"rms_norm.{name}", "rms_norm", 1, "test", "jax", ("cpu",), f"tests.slow_kernels:{function}", ("float32",),
+                      arrays=frozenset({"x", "weight"}), efficiency=efficiency)  # fmt: skip
+
+
+@pytest.fixture
+def with_slow(monkeypatch, tmp_path):
+    """A kernel that is said to be the best and is not, one that hangs, and where measurements go."""
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
+    monkeypatch.setattr("kpt.tuning.trials.PATIENCE", 20.0)
+    registry.register(rms_norm_kernel("slow", "rms_norm", 1.0))
+
+
+def test_candidates_are_timed_and_the_faster_one_is_taken(with_slow):
+    before = kpt_jax.plan(loss, *arrays())
+    assert [s.kernel for s in before.sites] == ["rms_norm.slow"] and "not measured" in before.sites[0].reason
+    result = kpt.auto_optimize(loss, *arrays())
+    after = kpt_jax.plan(loss, *arrays())
+    assert [s.kernel for s in after.sites] == ["rms_norm.xla"] and after.sites[0].reason.startswith("Measured ")
+    assert "measured" in after.sites[0].alternatives["rms_norm.slow"]
+    assert any("Kernels of 1 kind of call were timed" in n for n in result.plan.notes)
+    again = kpt.auto_optimize(loss, *arrays())
+    assert not any("were timed" in n for n in again.plan.notes)
+
+
+def test_a_kernel_that_hangs_is_dropped_and_named(with_slow):
+    registry.register(rms_norm_kernel("hanging", "hanging", 1.0))
+    result = kpt.auto_optimize(loss, *arrays(), budget="100s")
+    assert any(n.startswith("rms_norm.hanging is not used: it was not ready after 20 s") for n in result.plan.notes)
+    assert all(s.kernel != "rms_norm.hanging" for s in result.plan.sites)
+
+
+def test_without_a_budget_nothing_is_timed(with_slow, tmp_path):
+    result = kpt.auto_optimize(loss, *arrays(), budget=0)
+    assert any("chosen by estimate" in n for n in result.plan.notes) and not (tmp_path / "tuning.sqlite").exists()
+    with pytest.raises(KptError, match="30s"):
+        kpt.auto_optimize(loss, *arrays(), budget="soon")
+
+
+def test_the_next_kernel_takes_the_place_of_a_wrong_one(with_slow):
+    registry.register(rms_norm_kernel("wrong", "wrong", 1.0))
+    del registry._kernels["rms_norm.slow"]
+    (site,) = kpt_jax.plan(loss, *arrays()).sites
+    assert site.kernel == "rms_norm.xla" and "disagrees with the original" in site.alternatives["rms_norm.wrong"]
+
+
+def test_kpt_tune_goes_on_where_it_was(with_slow):
+    command = ["tune", "--op", "rms_norm", "--budget", "60s", "--json"]
+    first, again = (json.loads(CliRunner().invoke(cli.app, command).stdout) for _ in range(2))
+    assert first["measured"] == 2 and first["known"] == first["left"] == 0 and not first["dropped"]  # two passes
+    assert again["measured"] == 0 and again["known"] == 2
+    shown = CliRunner().invoke(cli.app, ["tune", "--op", "layer_norm"])
+    assert shown.exit_code == 0 and "nothing to compare" in shown.output
+    assert CliRunner().invoke(cli.app, ["tune", "--op", "abacus"]).exit_code == console.REFUSED

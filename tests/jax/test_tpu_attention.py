@@ -102,3 +102,20 @@ def test_blocks_that_cannot_be():
 )
 def test_refused(specs, params, why):
     assert why in refused("attention", specs, params)
+
+
+def test_lists_that_scalar_memory_does_not_hold_are_refused_before_anything_is_compiled():
+    import jax
+
+    q = jax.ShapeDtypeStruct((1, 65536, 1, 64), "bfloat16")
+    with pytest.raises(KernelError, match="bytes of scalar memory"):
+        jax.eval_shape(lambda a: tpu.attention(q=a, k=a, v=a, **SMALL), q)
+
+
+@pytest.mark.parametrize("term", [Segments(), Lengths()])
+def test_a_mask_without_its_arrays(term):
+    import jax
+
+    q = jax.ShapeDtypeStruct((1, 128, 1, 64), "bfloat16")
+    with pytest.raises(KernelError, match="not given"):
+        jax.eval_shape(lambda a: tpu.attention(q=a, k=a, v=a, mask=Mask((term,))), q)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import kpt
 import kpt_torch
 from kpt import Plan
-from kpt.errors import ConfigError, KptError, PlanError
+from kpt.errors import ConfigError, KernelError, KptError, PlanError
+from kpt.kernels import KernelSpec, registry
 from kpt_torch.backend import kpt as compile_backend
 
 
@@ -363,3 +366,45 @@ def test_auto_optimize_measures_and_keeps_what_wins():
     assert (result.fn is attend) != result.report.kept
     nothing = kpt.auto_optimize(F.relu, torch.randn(8))
     assert nothing.fn is F.relu and "no site has a kernel" in nothing.plan.notes[-1]
+
+
+def test_candidates_are_timed_and_the_faster_one_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
+    registry.register(KernelSpec("rms_norm.slow", "rms_norm", 1, "test", "torch", ("cpu",), "tests.slow_kernels:torch_rms_norm", ("float32",),
+                                 efficiency=1.0))  # fmt: skip
+
+    def normalised(x, w):
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w).sum()
+
+    x, w = torch.randn(64, 32), torch.ones(32, requires_grad=True)
+    assert [s.kernel for s in kpt_torch.plan(normalised, x, w).sites] == ["rms_norm.slow"]
+    result = kpt.auto_optimize(normalised, x, w)
+    (site,) = kpt_torch.plan(normalised, x, w).sites
+    assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
+    assert any("Kernels of 1 kind of call were timed" in n for n in result.plan.notes)
+
+
+def test_a_hook_that_a_submodule_gets_later_runs():
+    model = block().eval()
+    fast = kpt_torch.optimize(model)
+    before = fast(inputs())
+    with_hook = next(m for m in model.modules() if m is not model and not list(m.children())).register_forward_hook(lambda m, i, o: o * 3)
+    assert not torch.allclose(fast(inputs()), before)
+    torch.testing.assert_close(fast(inputs()), model(inputs()))
+    with_hook.remove()
+    torch.testing.assert_close(fast(inputs()), before)
+
+
+def test_a_gradient_of_a_gradient_is_refused_in_words():
+    x = torch.randn(4, 32, requires_grad=True)
+    fast = kpt_torch.optimize(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+    (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
+    with pytest.raises(KernelError, match="gradient of a gradient"):
+        torch.autograd.grad(g.square().sum(), x)
+
+
+def test_optimize_is_a_function_whatever_was_imported_before():
+    code = "import kpt, torch; kpt.auto_optimize(torch.nn.ReLU(), torch.ones(2), budget=0); import kpt_torch; kpt_torch.optimize(torch.nn.ReLU())"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

@@ -179,3 +179,21 @@ def test_refused():
     ):
         kernel("matmul.xla")(a=torch.ones(2, 2), b=torch.ones(2, 2))
     assert jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize("kind, chip", [("TPU v4", "tpu-v4"), ("TPU v6 lite", "tpu-v6e")])
+def test_blocks_are_for_the_chip_that_torch_has(monkeypatch, kind, chip):
+    """jax sees no TPU beside torch_xla; what a kernel asks about its chip is answered for the device of the tensors."""
+    from torch_xla.core import xla_model
+
+    from pallas_kernels import tensorcore
+
+    seen = []
+
+    def ask(x):
+        seen.append(tensorcore.generation().name)
+        return [x * 2]
+
+    monkeypatch.setattr(xla_model, "xla_device_kind", lambda device: kind)
+    (doubled,) = xla.run(ask, [tensor(np.ones((4, 8), np.float32))], f"ask {kind}")
+    assert set(seen) == {chip} and array(doubled).sum() == 64

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +50,11 @@ def optimize(
         if hasattr(module, "_kpt_original"):  # optimized already: planned anew, from what it was made of
             original: Any = module._kpt_original
             module = original()
-        return _module(module, level, hardware, plan)
+        return _module(module, Settings(level, hardware, plan))
     if not callable(module):
         raise KptError(f"kpt_torch.optimize was given an object of type {type(module).__name__}", "it takes an nn.Module or a function",
                        "pass the module, or the function that computes")  # fmt: skip
-    return Optimized(module, level, hardware, plan)
+    return Optimized(module, Settings(level, hardware, plan))
 
 
 def plan(
@@ -80,15 +80,30 @@ class Settings:
     hardware: str | HardwareProfile
     given: Plan | None
     banned: frozenset[str] = frozenset()
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
+    certify: str | None = None
 
     def backend(self, name: str, inner: Any = None) -> Backend:
-        return Backend(self.level, self.hardware, self.given, inner, self.banned, name)
+        return Backend(self.level, self.hardware, self.given, inner, self.banned, name, self.dropped, self.certify)
+
+    def without(self, kernels: Mapping[str, str]) -> Settings:
+        return dataclasses.replace(self, dropped={**self.dropped, **kernels})
 
 
 def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:
     """`fn` under a backend of its own."""
     backend = settings.backend(name, inner)
-    return torch.compile(_fresh(fn), backend=backend), backend
+    run = torch.compile(_fresh(fn), backend=backend)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        # By default Dynamo does not look again whether a submodule has got hooks since it was captured.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return run(*args, **kwargs)
+
+    return call, backend
 
 
 def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,8 +167,8 @@ def whole(backend: Backend, settings: Settings, name: str) -> Plan:
 class Optimized:
     """A function with kernels in place of what they compute. Made by `optimize`; call it like the original."""
 
-    def __init__(self, fn: Callable[..., Any], level: str, hardware: str | HardwareProfile, plan: Plan | None):
-        self._fn, self._settings = fn, Settings(level, hardware, plan)
+    def __init__(self, fn: Callable[..., Any], settings: Settings):
+        self._fn, self._settings = fn, settings
         functools.update_wrapper(self, fn, updated=())
         self._run, self._backend = compiled(fn, self._settings, self._name)
 
@@ -165,10 +180,13 @@ class Optimized:
         return self._run(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return Optimized, (self._fn, self._settings.level, self._settings.hardware, self._settings.given)
+        return Optimized, (self._fn, self._settings)
 
     def __deepcopy__(self, memo: dict) -> Optimized:
-        return Optimized(copy.deepcopy(self._fn, memo), self._settings.level, self._settings.hardware, self._settings.given)
+        return Optimized(copy.deepcopy(self._fn, memo), self._settings)
+
+    def _kpt_with(self, change: Callable[[Settings], Settings]) -> Optimized:
+        return Optimized(self._fn, change(self._settings))
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these inputs."""
@@ -186,10 +204,19 @@ class Optimized:
 # -- modules -------------------------------------------------------------------------------------------------------------------
 
 
-def _module(module: torch.nn.Module, level: str, hardware: Any, given: Plan | None, banned: frozenset[str] = frozenset()) -> Any:
+def without(optimized: Any, kernels: Mapping[str, str]) -> Any:
+    """The same, planned anew: without these kernels, for the reasons given, and by what was measured meanwhile."""
+    return optimized._kpt_with(lambda settings: settings.without(kernels))
+
+
+def unproved(optimized: Any) -> Any:
+    """The same, whose plans run no kernel."""
+    return optimized._kpt_with(lambda settings: dataclasses.replace(settings, certify="off"))
+
+
+def _module(module: torch.nn.Module, settings: Settings) -> Any:
     """An instance of a subclass of the module's class that shares all that the module holds, with a rewritten forward."""
     base: Any = type(module)
-    settings = Settings(level, hardware, given, banned)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = vars(self).get("_kpt_run")
@@ -201,10 +228,13 @@ def _module(module: torch.nn.Module, level: str, hardware: Any, given: Plan | No
 
     def again(self: Any, protocol: Any = None) -> Any:
         """For pickle and copy: the class is made here, and cannot be found by name."""
-        return _module, (as_base(self), level, hardware, given, banned)
+        return _module, (as_base(self), settings)
 
     def deep(self: Any, memo: dict) -> Any:
-        return _module(copy.deepcopy(as_base(self), memo), level, hardware, given, banned)
+        return _module(copy.deepcopy(as_base(self), memo), settings)
+
+    def with_(self: Any, change: Callable[[Settings], Settings]) -> Any:
+        return _module(as_base(self), change(settings))
 
     def as_base(self: Any) -> Any:
         twin = object.__new__(base)
@@ -220,7 +250,7 @@ def _module(module: torch.nn.Module, level: str, hardware: Any, given: Plan | No
         return plan_(self, *args, **kwargs).explain()
 
     members: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__, "__reduce_ex__": again,
-               "__deepcopy__": deep, "_kpt_original": as_base, "_kpt_settings": settings}  # fmt: skip
+               "__deepcopy__": deep, "_kpt_original": as_base, "_kpt_settings": settings, "_kpt_with": with_}  # fmt: skip
     for name, method in (("plan", plan_), ("explain", explain_)):
         if not hasattr(base, name):
             members[name] = method

@@ -1,0 +1,91 @@
+"""What a user names on a command line or in a file as MODULE:FUNCTION."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+from kpt.errors import ConfigError, KptError
+
+
+def attribute(reference: str) -> Any:
+    """What "module:name" or "module:name.attribute" names."""
+    module, _, path = reference.partition(":")
+    if not module or not path:
+        raise ConfigError(
+            f"{reference!r} was given", "It is not of the form MODULE:FUNCTION", "Write it like train:loss"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # A module that is missing inside the user's own is another matter, and is reported as it is.
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        raise KptError(
+            f"{reference!r} was given", f"There is no module {error.name!r} in {os.getcwd()} or on the path",
+            f"Modules are named without .py: {module[:-3]}:{path}" if module.endswith(".py")
+            else "Run kpt where the module is, or install it",
+        ) from None  # fmt: skip
+    for name in path.split("."):
+        if not hasattr(found, name):
+            public = [n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n))]
+            raise KptError(
+                f"{reference!r} was given",
+                f"{module} has no {path!r}; it has {', '.join(public) or 'no functions'}",
+                "Correct the name",
+            )
+        found = getattr(found, name)
+    return found
+
+
+def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[Any, ...]]:
+    """A function by name, and its arguments from the one that returns them.
+
+    Raises:
+      KptError: there is no such name, or the function does not take these arguments.
+    """
+    target = attribute(function)
+    if args_from is not None:
+        arguments = attribute(args_from)()
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        if (problem := _does_not_take(target, arguments)) is not None:
+            raise KptError(
+                f"{what} of {function} was asked for, with what {args_from} returned",
+                f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
+                "Return all of them as one tuple, in the order of the function's parameters",
+            )
+        return target, arguments
+    if required := _required_parameters(target):
+        raise KptError(
+            f"{what} of {function} was asked for",
+            f"It takes {', '.join(required)}, and what it does depends on their shapes and dtypes",
+            "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
+        )
+    return target, ()
+
+
+def _does_not_take(function: Any, arguments: tuple[Any, ...]) -> str | None:
+    """Why the function cannot be called with these arguments, as far as their number tells; None if it can."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _required_parameters(function: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]

@@ -1,0 +1,332 @@
+"""Candidates of one call, timed side by side in a process of their own: one that hangs, crashes or takes all memory costs itself alone."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from kpt.errors import ConfigError
+from kpt.kernels.spec import KernelSpec
+from kpt.ops.base import Spec
+from kpt.strategy import wire
+from kpt.tuning.bucket import bucket
+from kpt.tuning.measurements import BOTH, FORWARD, Key, Measurement, Measurements
+from kpt.tuning.rounds import rounds
+
+PATIENCE = 120.0
+"""Seconds that one candidate may take to be compiled and to run once."""
+SECONDS = 0.3
+"""For which each candidate of a trial runs."""
+_ANSWER = "KPT: "
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+log = logging.getLogger("kpt")
+Sample = Callable[[int], float]
+Ready = Callable[["Trial", str], Sample]
+"""`ready(trial, kernel)` compiles a candidate and returns `sample(repeats)`, seconds a call."""
+
+
+def seconds_of(budget: str | float) -> float:
+    """Seconds in a duration: 30, "30s", "500ms", "10m", "1h".
+
+    Raises:
+      ConfigError: it is none.
+    """
+    text = str(budget).strip().lower()
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    try:
+        found = float(number) * _UNITS[text[len(number) :].strip() or "s"]
+    except (ValueError, KeyError):
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise ConfigError(f"A budget of {budget!r} was given", 'It is a number of seconds, or a text like "30s", "10m", "1h"', "Correct it")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where measurements hold.
+
+    Attributes:
+      chip: name of the hardware profile.
+      driver: version of the driver or runtime that decides, "" where there is none.
+      framework: "jax 0.11.2, jaxlib 0.11.2".
+    """
+
+    chip: str
+    driver: str
+    framework: str
+
+    @classmethod
+    def of(cls, chip: str, platform: str, versions: Mapping[str, str]) -> Place:
+        return cls(chip, driver(platform), ", ".join(f"{n} {v}" for n, v in versions.items()))
+
+    def key(self, kernel: KernelSpec, specs: Mapping[str, Spec], params: Mapping[str, Any], passes: str) -> Key:
+        at = bucket(specs, params)
+        return Key(kernel.name, kernel.version, self.chip, self.driver, self.framework, at.dtype, at.shape, at.mask, passes)
+
+
+def driver(platform: str) -> str:
+    """Version of the kernel driver of NVIDIA's or AMD's GPUs; "" elsewhere, or where it does not say."""
+    module = {"cuda": "nvidia", "rocm": "amdgpu"}.get(platform)
+    try:
+        return Path("/sys/module", module, "version").read_text().strip() if module else ""
+    except OSError:
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One call of one op, and who could compute it.
+
+    Attributes:
+      kernels: the candidates: "module:function" by name.
+      passes: "forward" or "forward and backward".
+      device: that the arrays are on, as the framework calls its kind: "cpu", "gpu", "cuda".
+    """
+
+    op: str
+    specs: Mapping[str, Spec]
+    params: Mapping[str, Any]
+    kernels: Mapping[str, str]
+    passes: str
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"op": self.op, "specs": wire.encode(dict(self.specs)), "params": wire.encode(dict(self.params)),
+                "kernels": dict(self.kernels), "passes": self.passes, "device": self.device}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        return cls(**{**data, "specs": wire.decode(data["specs"]), "params": wire.decode(data["params"])})
+
+    def __str__(self) -> str:
+        at = bucket(self.specs, self.params)
+        return f"{self.op} {at}, {self.passes}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a trial.
+
+    Attributes:
+      seconds: of a call, one figure a round, by kernel.
+      dropped: kernels that cannot compute the call after all, and why, in one clause.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    dropped: Mapping[str, str]
+
+
+def known(
+    table: Measurements, place: Place, kernels: Iterable[KernelSpec], specs: Mapping[str, Spec], params: Mapping[str, Any],
+    passes: Sequence[str] = (BOTH, FORWARD),
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """`(seconds, half the spread of the middle half)` by kernel, as measured here, for the first of `passes` in which two kernels were."""
+    if not table.store.path.exists() and not table.store.in_memory:
+        return {}
+    kernels = tuple(kernels)
+    for which in passes:
+        found = {k.name: table.best(place.key(k, specs, params, which)) for k in kernels}
+        times = {n: (m.seconds, (m.high - m.low) / 2) for n, m in found.items() if m is not None}
+        if len(times) > 1:
+            return times
+    return {}
+
+
+def keep(table: Measurements, place: Place, trial: Trial, outcome: Outcome, kernels: Mapping[str, KernelSpec]) -> None:
+    """Puts what was measured into the table."""
+    table.put(*(Measurement.of(place.key(kernels[n], trial.specs, trial.params, trial.passes), s) for n, s in outcome.seconds.items()))
+
+
+def run(
+    trials: Sequence[Trial],
+    module: str,
+    budget: float,
+    done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
+    patience: float | None = None,
+) -> list[Outcome | None]:
+    """Times the candidates of each trial against each other, in other processes, until the budget is spent.
+
+    Args:
+      module: run as `python -m module`; it calls `serve`.
+      budget: seconds.
+      done: called after each trial.
+      patience: seconds for one candidate to be ready; `PATIENCE` by default.
+
+    Returns:
+      By trial; None for those that the budget did not reach. A candidate that fails, hangs or ends its process is named in `dropped`.
+    """
+    end = time.monotonic() + budget
+    patience = PATIENCE if patience is None else patience
+    outcomes: list[Outcome | None] = [None] * len(trials)
+    dropped: dict[int, dict[str, str]] = collections.defaultdict(dict)
+    left = list(range(len(trials)))
+    while left and time.monotonic() < end:
+        told = [dataclasses.replace(trials[i], kernels={k: at for k, at in trials[i].kernels.items() if k not in dropped[i]}) for i in left]
+        with _Child(module, told) as child:
+            at = ""  # the candidate under way
+            while left:
+                until = min(end, time.monotonic() + patience)
+                answer = child.answer(until)
+                if answer is None:
+                    break
+                i = left[0]
+                if "started" in answer:
+                    at = answer["started"]
+                elif "ready" in answer:
+                    at = ""
+                elif "failed" in answer:
+                    dropped[i][answer["failed"]] = answer["why"]
+                    at = ""
+                elif "seconds" in answer:
+                    outcomes[i] = Outcome({n: tuple(s) for n, s in answer["seconds"].items()}, dropped[i])
+                    done(trials[i], outcomes[i])  # type: ignore[arg-type]
+                    left.pop(0)
+            if not left or time.monotonic() >= end:
+                break
+            problem = child.problem(patience)
+        i = left[0]
+        if at:
+            dropped[i][at] = problem
+        else:  # all had run once: whichever it was, this call stays unmeasured
+            log.warning("The process that timed %s %s", trials[i], problem)
+            outcomes[i] = Outcome({}, dropped[i])
+            done(trials[i], outcomes[i])  # type: ignore[arg-type]
+            left.pop(0)
+    return outcomes
+
+
+def run_here(
+    trials: Sequence[Trial], ready: Ready, budget: float, done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None
+) -> list[Outcome | None]:
+    """As `run`, in this process: for devices that belong to one process. A candidate that hangs is not stopped."""
+    end = time.monotonic() + budget
+    outcomes: list[Outcome | None] = [None] * len(trials)
+    for i, trial in enumerate(trials):
+        if time.monotonic() >= end:
+            break
+        dropped: dict[str, str] = {}
+        made = outcomes[i] = Outcome(one(trial, ready, failed=dropped.__setitem__), dropped)
+        done(trial, made)
+    return outcomes
+
+
+class _Child:
+    """A process that works on trials, and its answers."""
+
+    def __init__(self, module: str, trials: Sequence[Trial]):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed on exit)
+        # Beside a parent that may hold most of the device's memory.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen([sys.executable, "-m", module], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.log, text=True)  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps([t.to_json() for t in trials]))
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended at once; what it said is in the log
+        self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.late = False
+        threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True).start()
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            if line.startswith(_ANSWER):
+                self.answers.put(json.loads(line.removeprefix(_ANSWER)))
+        self.answers.put(None)
+
+    def answer(self, until: float) -> dict[str, Any] | None:
+        try:
+            return self.answers.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            self.late = True
+            return None
+
+    def problem(self, patience: float) -> str:
+        if self.late:
+            return f"was not ready after {patience:.0f} s"
+        code = self.process.wait()
+        self.log.seek(0)
+        said = [line.strip() for line in self.log if line.strip()]
+        return f"ended its process ({f'signal {-code}' if code < 0 else f'exit code {code}'}){': ' + said[-1][:200] if said else ''}"
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.log.close()
+
+
+def serve(ready: Ready) -> None:
+    """In the other process: works on the trials that standard input tells, and answers line by line."""
+
+    def started(kernel: str) -> None:
+        _say(**({"started": kernel} if kernel else {"ready": True}))
+
+    for trial in map(Trial.from_json, json.load(sys.stdin)):
+        _say(seconds=one(trial, ready, started, lambda k, why: _say(failed=k, why=why)))
+
+
+def one(
+    trial: Trial,
+    ready: Ready,
+    started: Callable[[str], None] = lambda kernel: None,
+    failed: Callable[[str, str], None] = lambda kernel, why: None,
+) -> dict[str, tuple[float, ...]]:
+    """The candidates of one trial, in this process.
+
+    Args:
+      started: called before each candidate is made ready, and with "" before they are timed.
+      failed: called with a candidate that raised, and how.
+    """
+    samples: dict[str, Sample] = {}
+    at = ""
+
+    def named(kernel: str, sample: Sample) -> Sample:
+        def call(repeats: int) -> float:
+            nonlocal at
+            at = kernel
+            return sample(repeats)
+
+        return call
+
+    def drop(kernel: str, problem: Exception) -> None:
+        failed(kernel, f"failed: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}")
+
+    for kernel in trial.kernels:
+        started(kernel)
+        try:
+            samples[kernel] = named(kernel, ready(trial, kernel))
+            samples[kernel](1)
+        except Exception as problem:  # a candidate that cannot be is what this is to find out
+            samples.pop(kernel, None)
+            drop(kernel, problem)
+    started("")
+    while samples:
+        try:
+            return rounds(samples, SECONDS)
+        except Exception as problem:  # beside the others, one may have too little memory
+            del samples[at]
+            drop(at, problem)
+    return {}
+
+
+def _say(**words: Any) -> None:
+    print(_ANSWER + json.dumps(words), flush=True)

@@ -1,0 +1,405 @@
+"""What the attention kernels for NVIDIA Hopper share: which tiles of scores are made, by which multiprocessor, and what is hidden in them.
+
+Causality and windows are arithmetic on positions. Segments and lengths become one thing, a number for each query and each key that must
+be equal; from the least and the largest number of a tile follows, on the device, which tiles are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kpt.ops.mask import Mask
+from pallas_kernels.attention.blocks import data_terms, visible_range
+from pallas_kernels.hopper_gemm import MULTIPROCESSORS, SWIZZLE
+from pallas_kernels.manual_axes import in_shard_map, varying
+
+ROWS = 64
+"""Of a warpgroup's block of scores: those of the tensor cores' instruction."""
+WARP, WARPGROUP = 32, 128
+OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+_tiled: Any = plgpu.TilingTransform  # abstract, by its annotations alone
+_swizzled: Any = plgpu.SwizzleTransform
+TILED = (_tiled((8, SWIZZLE // 2)), _swizzled(SWIZZLE))
+PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
+L2_BYTES = 8 * 2**20
+"""Of what is read again and again and is worked on at a time, in an L2 of 50 MiB."""
+MOST_PLANNED = 1 << 16
+"""Items that are given out by their costs; beyond, in turn."""
+HIDDEN_KEY = -(2**31)
+"""The number of a key that no query sees."""
+
+Numbers = tuple[jax.Array, jax.Array]
+"""Of queries `[B, T]` and keys `[B, S]`, int32: a query sees the keys that have its own one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What is known before tracing. Scores are `scale q k^T` or `cap tanh(scale / cap q k^T)`; `scale` is positive."""
+
+    mask: Mask
+    scale: float
+    cap: float | None
+    queries: int
+    keys: int
+
+    @property
+    def unit(self) -> float:
+        """What a product, or its tanh, is multiplied with before an exponential to base 2."""
+        return (self.scale if self.cap is None else self.cap) * math.log2(math.e)
+
+    @functools.cached_property
+    def diagonals(self) -> tuple[int | None, int | None]:
+        """`low, high`: causality and windows let query `i` see no key before `i + low`, and none from `i + high` on."""
+        far = 2**40
+        first, last = visible_range(self.mask, np.array([far]), 2 * far)
+        return (int(first[0]) - far if first[0] else None), (int(last[0]) - far if last[0] != 2 * far else None)
+
+    @property
+    def by_data(self) -> bool:
+        return bool(data_terms(self.mask))
+
+    @functools.cached_property
+    def may_be_blind(self) -> bool:
+        """Whether there may be a query that sees no key."""
+        first, last = visible_range(self.mask, np.arange(self.queries), self.keys)
+        return self.by_data or bool(np.any(first >= last))
+
+    def masks(self, keys: int) -> bool:
+        """Whether something may be hidden in tiles of so many keys."""
+        return self.mask.terms != () or self.keys % keys != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Steps `[first, last)` over tiles of one axis, of which those in `[whole, end)` need no mask. At least one, so that all is written."""
+
+    first: Any
+    last: Any
+    whole: Any
+    end: Any
+
+    @property
+    def steps(self) -> Any:
+        return self.last - self.first
+
+    def needs_mask(self, step: Any) -> Any:
+        return (step < self.whole) | (step >= self.end)
+
+
+def span_of_keys(static: Static, row: Any, rows: int, step: int) -> Span:
+    """The tiles of `step` keys that queries `[row, row + rows)` see, by causality and windows; of numbers or of arrays."""
+    np_ = jnp if isinstance(row, jax.Array) else np
+    low, high = static.diagonals
+    tiles = -(-static.keys // step)
+
+    def bound(x: Any) -> Any:
+        return np_.clip(x, 0, static.keys)
+
+    reach = static.keys if high is None else bound(row + rows - 1 + high)
+    common = static.keys if high is None else bound(row + high)
+    first = 0 * row if low is None else np_.minimum(bound(row + low) // step, tiles - 1)
+    whole = first if low is None else (bound(row + rows - 1 + low) + step - 1) // step
+    last = np_.maximum(np_.minimum((reach + step - 1) // step, tiles), first + 1)
+    return Span(first, last, whole, common // step + 0 * row)
+
+
+def span_of_queries(static: Static, key: Any, keys: int, step: int) -> Span:
+    """The tiles of `step` queries that see some of the keys `[key, key + keys)`, by causality and windows; of numbers or of arrays."""
+    np_ = jnp if isinstance(key, jax.Array) else np
+    low, high = static.diagonals
+    tiles = -(-static.queries // step)
+
+    def bound(x: Any) -> Any:
+        return np_.clip(x, 0, static.queries)
+
+    first = 0 * key if high is None else np_.minimum(bound(key - high + 1) // step, tiles - 1)
+    whole = first if high is None else (bound(key + keys - high) + step - 1) // step
+    reach = static.queries if low is None else bound(key + keys - low)
+    common = tiles * step if low is None else bound(key - low + 1)
+    last = np_.maximum(np_.minimum((reach + step - 1) // step, tiles), first + 1)
+    # Keys past the end have weights that nothing keeps finite.
+    whole = np_.where(key + keys > static.keys, last, whole)
+    return Span(first, last, whole, common // step + 0 * key)
+
+
+def numbers_of(
+    static: Static, q_segment_ids: jax.Array | None, kv_segment_ids: jax.Array | None, kv_lengths: jax.Array | None, batch: int
+) -> Numbers:
+    """What the mask's terms of data say."""
+    if q_segment_ids is None or kv_segment_ids is None:
+        q_numbers, kv_numbers = jnp.zeros((batch, static.queries), jnp.int32), jnp.zeros((batch, static.keys), jnp.int32)
+    else:
+        q_numbers, kv_numbers = (jnp.maximum(ids.astype(jnp.int32), HIDDEN_KEY + 1) for ids in (q_segment_ids, kv_segment_ids))
+    if kv_lengths is not None:
+        kv_numbers = jnp.where(jnp.arange(static.keys) < kv_lengths[:, None], kv_numbers, HIDDEN_KEY)
+    return q_numbers, kv_numbers
+
+
+def numbers_in_tiles(q_numbers: jax.Array, kv_numbers: jax.Array, rows: int, keys: int) -> Numbers:
+    """As long as tiles are."""
+    more_rows, more_keys = -q_numbers.shape[1] % rows, -kv_numbers.shape[1] % keys
+    kv_numbers = jnp.pad(kv_numbers, ((0, 0), (0, more_keys)), constant_values=HIDDEN_KEY)
+    return jnp.pad(q_numbers, ((0, 0), (0, more_rows)), mode="edge"), kv_numbers
+
+
+def spans_by_data(static: Static, q_numbers: jax.Array, kv_numbers: jax.Array, rows: int, keys: int, of_keys: bool) -> jax.Array:
+    """`Span`s as `[B, tiles of queries, 4]` of the keys they see, or, `of_keys`, `[B, tiles of keys, 4]` of the queries that see them."""
+    of_q, of_kv = q_numbers.reshape(len(q_numbers), -1, 1, rows), kv_numbers.reshape(len(kv_numbers), 1, -1, keys)
+    q_least, q_most, kv_most = of_q.min(-1), of_q.max(-1), of_kv.max(-1)
+    kv_least = jnp.where(of_kv == HIDDEN_KEY, 2**31 - 1, of_kv).min(-1)
+    q_tiles, kv_tiles = q_least.shape[1], kv_most.shape[2]
+    by_position, tile = span_of_keys(static, np.arange(q_tiles) * rows, rows, keys), np.arange(kv_tiles)
+
+    def between(first: Any, last: Any) -> np.ndarray:
+        return (tile >= np.broadcast_to(first, q_tiles)[:, None]) & (tile < np.broadcast_to(last, q_tiles)[:, None])
+
+    seen = (q_least <= kv_most) & (kv_least <= q_most) & between(by_position.first, by_position.last)
+    same = (q_least == q_most) & (of_kv.min(-1) == kv_most) & (q_least == kv_most)
+    whole = same & between(by_position.whole, by_position.end)
+    axis = 1 if of_keys else 2
+    count = seen.shape[axis]
+
+    def ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.argmax(x, axis), count - jnp.argmax(jnp.flip(x, axis), axis)
+
+    (first, last), (whole_first, whole_last) = ends(seen), ends(whole)
+    any_seen = seen.any(axis)
+    first, last = jnp.where(any_seen, first, 0), jnp.where(any_seen, last, 1)
+    gap = whole.sum(axis) != whole_last - whole_first
+    whole_first, whole_last = jnp.where(gap, last, whole_first), jnp.where(gap, last, whole_last)
+    return jnp.stack([first, last, whole_first, whole_last], -1).astype(jnp.int32)
+
+
+def masked(static: Static, s: jax.Array, row: Any, key: Any, rows_axis: int, same: jax.Array | None = None) -> jax.Array:
+    """Scores of queries from `row` and keys from `key` on, -inf where the mask hides them and past the last key.
+
+    Args:
+      s: of 64 rows. rows_axis: of it, that queries run along.
+      same: where the numbers of query and key are one.
+    """
+    low, high = static.diagonals
+    least = [] if low is None else [low - key + row]
+    most = [] if high is None else [high - key + row]
+    left = [] if same is not None or static.keys % s.shape[1 - rows_axis] == 0 else [static.keys - key]
+    if same is not None:
+        s = jnp.where(same, s, -jnp.inf)
+    bounds = [jnp.asarray(x, jnp.int32) for x in (*least, *most, *left)]
+    return _within(s, rows_axis, bounds, bool(least), bool(most), bool(left)) if bounds else s
+
+
+def _within(s: jax.Array, rows_axis: int, bounds: list[jax.Array], has_least: bool, has_most: bool, has_left: bool) -> jax.Array:
+    """Scores where `least <= key - query < most` and `key < left`, counted from the block's first ones; -inf elsewhere.
+
+    A thread compares one number of its own with constants. Arrays of positions would be loop invariants, one register for each score.
+    """
+    splat = plgpu.Layout.WG_SPLAT
+    out: Any = plgpu.ShapeDtypeStruct(s.shape, s.dtype, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, *[splat] * len(bounds)), return_type=out)
+    def emit(_: Any, s: Any, *bounds: Any) -> Any:
+        from jax.experimental.mosaic.gpu import FragmentedArray, utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, vector
+
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        constant: Any = arith.constant
+
+        def number(x: int) -> Any:
+            return utils.c(x, i32)
+
+        thread = arith.remui(utils.thread_idx(), number(WARPGROUP))
+        # Of an element in half `h` of 8 rows, and column `e` of group `g` of 8: row `first_row + 8 h`, column `first_column + 8 g + e`.
+        first_row = arith.addi(arith.muli(arith.divui(thread, number(WARP)), number(16)),
+                               arith.divui(arith.remui(thread, number(WARP)), number(4)))  # fmt: skip
+        first_column = arith.muli(arith.remui(thread, number(4)), number(2))
+        ahead = arith.subi(first_column, first_row)
+        if rows_axis == 1:
+            ahead = arith.subi(first_row, first_column)
+        queue = [bound.registers[()] for bound in bounds]
+        least = arith.subi(queue.pop(0), ahead) if has_least else None
+        most = arith.subi(queue.pop(0), ahead) if has_most else None
+        left = arith.subi(queue.pop(0), first_column if rows_axis == 0 else first_row) if has_left else None
+        hidden = constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        registers = s.registers.reshape(-1, 2)
+        made = np.empty_like(registers)
+        for (group, half), register in np.ndenumerate(registers):
+            for e in range(2):
+                column, row = 8 * group + e, 8 * half
+                further = column - row if rows_axis == 0 else row - column
+                score = vector.extract(register, dynamic_position=[], static_position=[e])
+                for bound, place, hides in (
+                    (least, further, arith.CmpIPredicate.sgt),
+                    (most, further, arith.CmpIPredicate.sle),
+                    (left, column if rows_axis == 0 else row, arith.CmpIPredicate.sle),
+                ):
+                    if bound is not None:
+                        score = arith.select(arith.cmpi(hides, bound, number(place)), hidden, score)
+                register = vector.insert(score, register, dynamic_position=[], static_position=[e])
+            made[group, half] = register
+        return FragmentedArray(_registers=made.reshape(s.registers.shape), _layout=s.layout, _is_signed=None)
+
+    return emit(s, *bounds)
+
+
+def plan(tiles: int, outer: int, inner: int, bytes_of_outer: int, costs: np.ndarray) -> np.ndarray:
+    """Work for each multiprocessor, as `shares` gives it: items are tiles of `inner` heads that read the same, `outer` times.
+
+    As many of the outer ones as the L2 holds are made at a time, and of those the tiles that cost most come first, so that what is
+    left for the end is short.
+
+    Args:
+      costs: of each tile, with something for its beginning and end.
+
+    Returns:
+      Items `(outer * inner + inner's) * tiles + tile`.
+    """
+    together = max(1, L2_BYTES // bytes_of_outer)
+    longest_first = np.argsort(-costs, kind="stable")
+    items = []
+    for start in range(0, outer, together):
+        heads = np.arange(start * inner, min(start + together, outer) * inner)
+        items.append((heads[None] * tiles + longest_first[:, None]).reshape(-1))
+    every = np.concatenate(items)
+    return shares(every, costs[every % tiles], min(MULTIPROCESSORS, len(every)))
+
+
+def shares(items: np.ndarray, costs: np.ndarray, workers: int) -> np.ndarray:
+    """Items by worker, `[workers, 1 + most]`: how many, and which. In their order, each goes to who has the least to do so far."""
+    if len(items) > MOST_PLANNED:
+        owners = np.arange(len(items)) % workers
+    else:
+        load = [(0, worker) for worker in range(workers)]
+        owners = np.empty(len(items), np.int64)
+        for i, cost in enumerate(costs.tolist()):
+            done, owners[i] = load[0]
+            heapq.heapreplace(load, (done + cost, int(owners[i])))
+    counts = np.bincount(owners, minlength=workers)
+    table = np.zeros((workers, 1 + counts.max()), np.int32)
+    table[:, 0] = counts
+    for worker in range(workers):
+        table[worker, 1 : 1 + counts[worker]] = items[owners == worker]
+    return table
+
+
+def plan_by_data(spans: jax.Array, heads: int) -> jax.Array:
+    """As `plan`, from spans that the device knows, `[B, tiles, 4]`: behind each item its span.
+
+    The most costly come first, and go to all workers in turn, there and back.
+    """
+    batch, tiles, _ = spans.shape
+    spans = spans.reshape(-1, 4)
+    order = jnp.argsort(spans[:, 0] - spans[:, 1])
+    workers = min(MULTIPROCESSORS, batch * tiles * heads)
+    turn, worker = np.arange(pl.cdiv(batch * tiles * heads, workers)), np.arange(workers)[:, None]
+    place = turn * workers + np.where(turn % 2, workers - 1 - worker, worker)
+    counts = (place < batch * tiles * heads).sum(1, keepdims=True)
+    place = np.minimum(place, batch * tiles * heads - 1)
+    tile = order[place // heads]
+    item = (tile // tiles * heads + place % heads) * tiles + tile % tiles
+    table = jnp.concatenate([item[..., None], spans[tile]], -1).reshape(workers, -1)
+    return jnp.concatenate([counts, table], 1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The items of a thread block, read from a plan of `width` integers a block, of `heads` and `tiles`."""
+
+    table: Any
+    block: Any
+    width: int
+    heads: int
+    tiles: int
+
+    @property
+    def count(self) -> Any:
+        return loaded(self.table[self.block * self.width])
+
+    def item(self, i: Any, fields: int) -> tuple[Any, Any, Any, list[Any]]:
+        """Batch, head, tile, and what stands behind."""
+        place = self.block * self.width + 1 + i * fields
+        code = loaded(self.table[place])
+        head_of_batch = code // self.tiles
+        behind = [loaded(self.table[place + j]) for j in range(1, fields)]
+        return head_of_batch // self.heads, lax.rem(head_of_batch, self.heads), lax.rem(code, self.tiles), behind
+
+
+def bar(operation: str, index: Any, threads: int) -> None:
+    """`bar.arrive` or `bar.sync` on one of the 16 barriers of a block: every thread arrives for itself, so no warp is left behind."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def emit(_: Any, index: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+
+        utils.inline_ptx(f"bar.{operation} $0, {threads};", index.registers[()], has_side_effects=True)
+
+    emit(jnp.asarray(index, jnp.int32))
+
+
+def feeders() -> int:
+    """Threads that feed a block: one warp; inside `shard_map`, where jax's `warp_map` takes no arrays, its whole warpgroup."""
+    return WARPGROUP if in_shard_map() else WARP
+
+
+def fed_by(threads: int) -> Callable[[Callable[[], None]], None]:
+    """Runs what it decorates in so many threads of a warpgroup."""
+
+    def run(body: Callable[[], None]) -> None:
+        if threads == WARPGROUP:
+            return body()
+
+        @plgpu.warp_map
+        def _(warp: Any) -> None:
+            pl.when(warp == 0)(body)
+
+        return None
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """Barriers for buffers that `readers` threads have read and `writers` fill again; the first one is `index`."""
+
+    index: int
+    readers: int
+    writers: int
+
+    def free(self, slot: Any = 0) -> None:
+        bar("arrive", self.index + slot, self.readers + self.writers)
+
+    def wait(self, slot: Any = 0) -> None:
+        bar("sync", self.index + slot, self.readers + self.writers)
+
+
+def loaded(x: jax.Array, layout: Any = plgpu.Layout.WG_SPLAT) -> jax.Array:
+    """`x`, read from device memory, of the type that values made in a kernel have.
+
+    Inside `shard_map` what is read is typed as differing from device to device, which branches and loops hold against the rest.
+    """
+    if not varying(x):
+        return x
+    out: Any = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=out)(lambda _, x: x)(x)
+
+
+def read(ref: Any, layout: Any) -> jax.Array:
+    """A part of a row in device memory, each thread what it needs of it."""
+    return loaded(plgpu.load(ref, layout=layout, optimized=False), layout)
+
+
+def padded(a: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros behind, up to a multiple."""
+    more = -a.shape[axis] % multiple
+    return jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)]) if more else a

@@ -1,0 +1,493 @@
+"""Attention for NVIDIA Hopper, backward: one kernel for dk and dv, one for dq, with all sums in one order.
+
+Weights are computed again from the logarithm of each query's sum (Dao et al. 2022, arXiv:2205.14135, algorithm 4), in both kernels, so that
+there are seven products where five would do. To sum dq in the kernel for dk and dv, it would have to be added to in memory by every tile
+of keys, in float32, and the L2 takes longer for that than the two products (docs/benchmarks/hopper-notes-attention.md).
+
+A thread block stays on its multiprocessor and takes one tile after another. One warp feeds it through the copy engine; two warpgroups own
+64 keys each, or 64 queries, and multiply independently of each other: while one computes weights, the tensor cores are the other's.
+
+ptxas keeps products in flight only where no branch is between their start and their end, not even that of a wait for a barrier. So all
+that a product needs is waited for before the first of a group is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.attention.hopper import (
+    OF_COLUMNS,
+    OF_ROWS,
+    PARAMS,
+    ROWS,
+    TILED,
+    WARPGROUP,
+    Buffers,
+    Numbers,
+    Span,
+    Static,
+    Work,
+    fed_by,
+    feeders,
+    masked,
+    numbers_in_tiles,
+    padded,
+    plan,
+    plan_by_data,
+    read,
+    span_of_keys,
+    span_of_queries,
+    spans_by_data,
+)
+from pallas_kernels.hopper_gemm import SHARED_BYTES
+
+WARPGROUPS = 2
+READERS = WARPGROUPS * WARPGROUP
+TILE = ROWS * WARPGROUPS
+"""Keys, or queries, of a thread block."""
+TILE_COST = 2
+"""What a tile costs besides its steps, in steps."""
+STEP_OF_KEYS, STAGES_OF_KEYS = 128, 2
+"""Keys of a step of the kernel for dq, and steps in flight."""
+FEEDING, MULTIPLYING = 24, 240  # registers of a thread
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsOfQueries:
+    """How the kernel for dk and dv walks: queries of a step, and steps in flight."""
+
+    queries: int = 64
+    stages: int = 2
+
+    def shared_bytes(self, head: int, head_v: int) -> int:
+        rows = pl.cdiv(4 * self.stages * self.queries, 1024) * 1024
+        return 2 * (TILE + self.stages * self.queries) * (head + head_v) + 3 * rows + 1024
+
+
+def steps_of_queries(head: int, head_v: int) -> StepsOfQueries:
+    """What is fastest of what fits. Of a thread's registers, sums for dk and dv take (H + Hv) / 2, scores a number of queries."""
+    for steps in (StepsOfQueries(128, 2), StepsOfQueries(64, 3)):
+        if steps.shared_bytes(head, head_v) <= SHARED_BYTES and (head + head_v) // 2 + steps.queries <= 192:
+            return steps
+    raise AssertionError(f"head dims {head} and {head_v} are refused")
+
+
+def gradients_of_keys(
+    static: Static,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    numbers: Numbers | None = None,
+    blind: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """dk and dv.
+
+    Scores are `[keys, queries]` here, so that weights and their gradients are left factors from registers. The products for the next
+    scores are started behind those for dk.
+
+    Args:
+      q, k, v, numbers: as `forward` takes them. g: the cotangent, `[B, T, N, Hv]`. lse: as `forward` gives it.
+      delta: `[B, N, T]` float32, for each query the product of result and cotangent; 0 for those that see no key.
+      blind: `[B, K, Hv]` float32, a part of dv that all keys have.
+
+    Returns:
+      `[B, S, K, H]` and `[B, S, K, Hv]`.
+    """
+    (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
+    steps_ = steps_of_queries(head, head_v)
+    rows, stages = steps_.queries, steps_.stages
+    group, key_tiles = n // kv_heads, pl.cdiv(s, TILE)
+    if numbers is None:
+        spans = span_of_queries(static, np.arange(key_tiles) * TILE, TILE, rows)
+        table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
+    else:
+        numbers = numbers_in_tiles(*numbers, rows, TILE)
+        table = plan_by_data(spans_by_data(static, *numbers, rows, TILE, of_keys=True), kv_heads)
+    blocks, width = table.shape
+    shape = (ROWS, rows)
+    writers = feeders()
+    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)  # barrier 0 is the block's, and each warpgroup has one
+    free_queries = Buffers(free_tile.index + 1, READERS, writers)
+    free_cotangents = Buffers(free_queries.index + stages, READERS, writers)
+
+    def body(*given: Any) -> None:
+        refs: Any = given
+        absent: Any = (None, None)
+        q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, table_ref, *refs = refs
+        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
+        blind_ref, refs = (refs[0], refs[1:]) if blind is not None else (None, refs)
+        dk_ref, dv_ref, k_tile, v_tile, q_ring, g_ring, lse_ring, delta_ring, tile_full, q_full, g_full, *refs = refs
+        numbers_ring: Any = refs[0] if refs else None
+        warpgroup = lax.axis_index("warpgroup")
+        work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
+
+        def item(i: Any) -> tuple[Any, Any, Any, Span]:
+            batch, kv_head, tile, behind = work.item(i, 1 if numbers is None else 5)
+            key = tile * TILE
+            return batch, kv_head, key, Span(*behind) if behind else span_of_queries(static, key, TILE, rows)
+
+        def following(span: Span, head_of: Any, step: Any) -> tuple[Any, Any]:
+            """The next step: through the queries of a head, then those of the next."""
+            over = step + 1 == span.last
+            return jnp.where(over, head_of + 1, head_of), jnp.where(over, span.first, step + 1)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(FEEDING, action="decrease")
+
+            def copy_queries(batch: Any, head_of: Any, step: Any, slot: Any) -> None:
+                at = pl.ds(step * rows, rows)
+                free_queries.wait(slot)
+                plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head_of], q_ring.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(lse_ref.at[batch, head_of, at], lse_ring.at[slot], q_full.at[slot])
+                if numbers is not None:
+                    plgpu.copy_gmem_to_smem(q_numbers_ref.at[batch, at], numbers_ring.at[slot], q_full.at[slot])
+
+            def feed(i: Any, before: Any) -> Any:
+                batch, kv_head, key, span = item(i)
+                steps = group * span.steps
+
+                @fed_by(writers)
+                def _() -> None:
+                    def step_of(j: Any, place: Any) -> Any:
+                        head_of, step = place
+                        slot = lax.rem(before + j, stages)
+                        copy_queries(batch, head_of, step, slot)
+
+                        @pl.when(j == 0)
+                        def _() -> None:
+                            free_tile.wait()
+                            at = pl.ds(key, TILE)
+                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
+                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
+
+                        at = pl.ds(step * rows, rows)
+                        free_cotangents.wait(slot)
+                        plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
+                        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
+                        return following(span, head_of, step)
+
+                    lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
+
+                return before + steps
+
+            fed = lax.fori_loop(0, work.count, feed, jnp.int32(0))
+
+            # Behind the last step those who multiply look for one more, as they do between tiles.
+            @fed_by(writers)
+            def _() -> None:
+                copy_queries(0, 0, 0, lax.rem(fed, stages))
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(MULTIPLYING, action="increase")
+            for slot in range(stages):
+                free_queries.free(slot)
+                free_cotangents.free(slot)
+            free_tile.free()
+            mine = pl.ds(warpgroup * ROWS, ROWS)
+            keys, values = k_tile.at[mine], v_tile.at[mine]
+
+            def wide(x: jax.Array) -> jax.Array:
+                return lax.broadcast_in_dim(x, shape, [1])
+
+            def differentiate(i: Any, before: Any) -> Any:
+                batch, kv_head, first_key, span = item(i)
+                steps, key = group * span.steps, first_key + warpgroup * ROWS
+                if numbers is not None:
+                    kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, ROWS)], OF_ROWS)
+
+                def hide(s: jax.Array, step: Any, slot: Any) -> jax.Array:
+                    same = None
+                    if numbers is not None:
+                        same = lax.broadcast_in_dim(kv_numbers, shape, [0]) == wide(plgpu.load(numbers_ring.at[slot], layout=OF_COLUMNS))
+                    return masked(static, s, step * rows, key, 1, same)
+
+                plgpu.barrier_wait(tile_full)
+
+                def first_scores(scores: Any) -> jax.Array:
+                    plgpu.wgmma(scores, keys, q_ring.at[lax.rem(before, stages)].transpose((1, 0)))
+                    return scores[...]
+
+                s = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
+
+                def all_steps(dk_sum: Any, dv_sum: Any) -> tuple[jax.Array, jax.Array]:
+                    def turn(j: Any, carry: Any) -> Any:
+                        s, head_of, step = carry
+                        slot, next_slot = lax.rem(before + j, stages), lax.rem(before + j + 1, stages)
+                        tanh = s if static.cap is None else jnp.tanh(s * (static.scale / static.cap))
+                        # In every step: a branch around it costs more than it saves.
+                        seen = hide(tanh, step, slot) if static.masks(TILE) else tanh
+                        plgpu.barrier_wait(g_full.at[slot])
+
+                        def weigh(dp: Any) -> jax.Array:
+                            plgpu.wgmma(dp, values, g_ring.at[slot].transpose((1, 0)))
+                            p = jnp.exp2(seen * static.unit - wide(plgpu.load(lse_ring.at[slot], layout=OF_COLUMNS)))
+                            weights = p.astype(v.dtype)
+                            plgpu.wgmma(dv_sum, weights, g_ring.at[slot])
+                            if rows > ROWS:  # where registers are scarce, what was rounded is enough
+                                p = lax.optimization_barrier(weights).astype(jnp.float32)
+                            off = wide(plgpu.load(delta_ring.at[slot], layout=OF_COLUMNS))
+                            ds = p * (plgpu.wgmma_accumulator_load(dp, wait_n=1) - off)
+                            return (ds if static.cap is None else ds * (1 - tanh * tanh)).astype(q.dtype)
+
+                        ds = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
+                        plgpu.wgmma_wait(0)
+                        free_cotangents.free(slot)
+                        # After the last step of a tile, for the first queries of the next one: a condition would be a branch.
+                        plgpu.barrier_wait(q_full.at[next_slot])
+
+                        def collect(scores: Any) -> jax.Array:
+                            plgpu.wgmma(dk_sum, ds, q_ring.at[slot])
+                            plgpu.wgmma(scores, keys, q_ring.at[next_slot].transpose((1, 0)))
+                            plgpu.wgmma_wait(1)
+                            free_queries.free(slot)
+                            return plgpu.wgmma_accumulator_load(scores, wait_n=0)
+
+                        return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32)), *following(span, head_of, step)
+
+                    lax.fori_loop(0, steps, turn, (s, kv_head * group, span.first))
+                    return dk_sum[...], dv_sum[...]
+
+                dk, dv = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32), plgpu.ACC((ROWS, head_v), jnp.float32))
+                plgpu.commit_smem()  # all warps have multiplied with what is written over
+                keys[...] = (dk * static.scale).astype(dk_ref.dtype)
+                if blind_ref is not None:
+                    share = read(blind_ref.at[batch, kv_head], OF_COLUMNS)
+                    dv = dv + lax.broadcast_in_dim(share, dv.shape, [1])
+                values[...] = dv.astype(dv_ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(keys, dk_ref.at[batch, pl.ds(key, ROWS), kv_head])
+                plgpu.copy_smem_to_gmem(values, dv_ref.at[batch, pl.ds(key, ROWS), kv_head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                free_tile.free()
+                return before + steps
+
+            plgpu.barrier_wait(q_full.at[0])
+            lax.fori_loop(0, work.count, differentiate, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    def shared(*shape: int) -> Any:
+        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+
+    def ring_of_rows(dtype: Any) -> Any:
+        return plgpu.SMEM((stages, rows), dtype)
+
+    launch = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        scratch_types=[
+            shared(TILE, head),
+            shared(TILE, head_v),
+            shared(stages, rows, head),
+            shared(stages, rows, head_v),
+            ring_of_rows(jnp.float32),
+            ring_of_rows(jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2 + (numbers is not None), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            *([] if numbers is None else [ring_of_rows(jnp.int32)]),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_dk_dv",
+        compiler_params=PARAMS,
+    )
+    return launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
+
+
+def gradient_of_queries(
+    static: Static,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    numbers: Numbers | None = None,
+) -> jax.Array:
+    """dq; arguments as `gradients_of_keys` takes them."""
+    (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
+    group, row_tiles = n // kv_heads, pl.cdiv(t, TILE)
+    lse, delta = (padded(a, 2, TILE) for a in (lse, delta))  # loads are no copies of the engine, which reads zeros outside
+    if numbers is None:
+        spans = span_of_keys(static, np.arange(row_tiles) * TILE, TILE, STEP_OF_KEYS)
+        table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
+    else:
+        numbers = numbers_in_tiles(*numbers, TILE, STEP_OF_KEYS)
+        table = plan_by_data(spans_by_data(static, *numbers, TILE, STEP_OF_KEYS, of_keys=False), n)
+    blocks, width = table.shape
+    shape, may_mask = (ROWS, STEP_OF_KEYS), static.masks(STEP_OF_KEYS)
+    writers = feeders()
+    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)
+    free_keys = Buffers(free_tile.index + 1, READERS, writers)
+    free_values = Buffers(free_keys.index + STAGES_OF_KEYS, READERS, writers)
+
+    def body(*given: Any) -> None:
+        refs: Any = given
+        absent: Any = (None, None)
+        q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, table_ref, *refs = refs
+        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
+        dq_ref, q_tile, g_tile, k_ring, v_ring, tile_full, k_full, v_full = refs
+        warpgroup = lax.axis_index("warpgroup")
+        work = Work(table_ref, lax.axis_index("block"), width, n, row_tiles)
+
+        def item(i: Any) -> tuple[Any, Any, Any, Span]:
+            batch, head_of, tile, behind = work.item(i, 1 if numbers is None else 5)
+            row = tile * TILE
+            return batch, head_of, row, Span(*behind) if behind else span_of_keys(static, row, TILE, STEP_OF_KEYS)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(FEEDING, action="decrease")
+
+            def feed(i: Any, before: Any) -> Any:
+                batch, head_of, row, span = item(i)
+                kv_head = head_of // group
+
+                @fed_by(writers)
+                def _() -> None:
+                    free_tile.wait()
+                    plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
+                    plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
+
+                    @pl.loop(span.first, span.last)
+                    def _(step: Any) -> None:
+                        slot = lax.rem(before + step - span.first, STAGES_OF_KEYS)
+                        at = pl.ds(step * STEP_OF_KEYS, STEP_OF_KEYS)
+                        free_keys.wait(slot)
+                        plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+                        free_values.wait(slot)
+                        plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
+
+                return before + span.steps
+
+            lax.fori_loop(0, work.count, feed, jnp.int32(0))
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(MULTIPLYING, action="increase")
+            free_tile.free()
+            for slot in range(STAGES_OF_KEYS):
+                free_keys.free(slot)
+                free_values.free(slot)
+            mine = pl.ds(warpgroup * ROWS, ROWS)
+            queries, cotangents = q_tile.at[mine], g_tile.at[mine]
+
+            def wide(x: jax.Array) -> jax.Array:
+                return lax.broadcast_in_dim(x, shape, [0])
+
+            def differentiate(i: Any, before: Any) -> Any:
+                batch, head_of, first_row, span = item(i)
+                row = first_row + warpgroup * ROWS
+                at = (batch, head_of, pl.ds(row, ROWS))
+                lse, delta = (read(ref.at[at], OF_ROWS) for ref in (lse_ref, delta_ref))
+                if numbers is not None:
+                    q_numbers = read(q_numbers_ref.at[batch, pl.ds(row, ROWS)], OF_ROWS)
+
+                def hide(s: jax.Array, step: Any) -> jax.Array:
+                    key, same = step * STEP_OF_KEYS, None
+                    if numbers is not None:
+                        kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, STEP_OF_KEYS)], OF_COLUMNS)
+                        same = wide(q_numbers) == lax.broadcast_in_dim(kv_numbers, shape, [1])
+                    return masked(static, s, row, key, 0, same)
+
+                def slot_of(step: Any) -> Any:
+                    return lax.rem(before + step - span.first, STAGES_OF_KEYS)
+
+                def scores_of(step: Any, scores: Any) -> None:
+                    plgpu.wgmma(scores, queries, k_ring.at[slot_of(step)].transpose((1, 0)))
+
+                def first_scores(scores: Any) -> jax.Array:
+                    scores_of(span.first, scores)
+                    return scores[...]
+
+                plgpu.barrier_wait(tile_full)
+                plgpu.barrier_wait(k_full.at[slot_of(span.first)])
+                s = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
+
+                def all_steps(dq_sum: Any) -> jax.Array:
+                    def gradient(s: jax.Array, step: Any) -> jax.Array:
+                        slot = slot_of(step)
+                        tanh = s if static.cap is None else jnp.tanh(s * (static.scale / static.cap))
+                        seen = lax.cond(span.needs_mask(step), lambda: hide(tanh, step), lambda: tanh) if may_mask else tanh
+                        plgpu.barrier_wait(v_full.at[slot])
+
+                        def weigh(dp: Any) -> jax.Array:
+                            plgpu.wgmma(dp, cotangents, v_ring.at[slot].transpose((1, 0)))
+                            p = jnp.exp2(seen * static.unit - wide(lse))
+                            ds = p * (plgpu.wgmma_accumulator_load(dp, wait_n=0) - wide(delta))
+                            return (ds if static.cap is None else ds * (1 - tanh * tanh)).astype(q.dtype)
+
+                        ds = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
+                        free_values.free(slot)
+                        return ds
+
+                    def turn(step: Any, s: jax.Array) -> jax.Array:
+                        ds = gradient(s, step)
+                        plgpu.barrier_wait(k_full.at[slot_of(step + 1)])
+
+                        def collect(scores: Any) -> jax.Array:
+                            plgpu.wgmma(dq_sum, ds, k_ring.at[slot_of(step)])
+                            scores_of(step + 1, scores)
+                            plgpu.wgmma_wait(1)
+                            free_keys.free(slot_of(step))
+                            return plgpu.wgmma_accumulator_load(scores, wait_n=0)
+
+                        return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32))
+
+                    last = span.last - 1
+                    ds = gradient(lax.fori_loop(span.first, last, turn, s), last)
+                    plgpu.wgmma(dq_sum, ds, k_ring.at[slot_of(last)])
+                    plgpu.wgmma_wait(0)
+                    free_keys.free(slot_of(last))
+                    return dq_sum[...]
+
+                dq = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32))
+                plgpu.commit_smem()  # all warps have multiplied with what is written over
+                queries[...] = (dq * static.scale).astype(dq_ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(queries, dq_ref.at[batch, pl.ds(row, ROWS), head_of])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                free_tile.free()
+                return before + span.steps
+
+            lax.fori_loop(0, work.count, differentiate, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+    def shared(*shape: int) -> Any:
+        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+
+    launch = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=[
+            shared(TILE, head),
+            shared(TILE, head_v),
+            shared(STAGES_OF_KEYS, STEP_OF_KEYS, head),
+            shared(STAGES_OF_KEYS, STEP_OF_KEYS, head_v),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=STAGES_OF_KEYS),
+            plgpu.Barrier(num_barriers=STAGES_OF_KEYS),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_dq",
+        compiler_params=PARAMS,
+    )
+    return launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()))

@@ -1,0 +1,199 @@
+"""Candidates timed in other processes: what fails, hangs or dies there costs itself alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import pytest
+
+import kpt
+from kpt.errors import ConfigError
+from kpt.kernels import KernelRegistry, KernelSpec
+from kpt.ops.base import Spec
+from kpt.ops.mask import Causal, Mask
+from kpt.strategy import planner
+from kpt.strategy.plan import Plan, Site
+from kpt.strategy.tune import tune
+from kpt.tuning import Measurement, Measurements, trials
+from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.trials import Trial, run, seconds_of
+
+PROCESS = "tests.core.trial_process"
+X = {"x": Spec((64, 32), "float32"), "weight": Spec((32,), "float32")}
+CPU = kpt.hardware_profile("cpu")
+
+
+def trial(*kernels: str, rows: int = 64) -> Trial:
+    specs = {**X, "x": Spec((rows, 32), "float32")}
+    return Trial("rms_norm", specs, {"eps": 1e-6}, {k: f"{PROCESS}:{k}" for k in kernels}, FORWARD, "cpu")
+
+
+@pytest.mark.parametrize("budget, seconds", [(3, 3), ("30s", 30), ("0.5 m", 30), ("500ms", 0.5), ("1h", 3600), ("7", 7), ("2min", 120)])
+def test_budgets(budget, seconds):
+    assert seconds_of(budget) == seconds
+
+
+@pytest.mark.parametrize("budget", ["", "soon", "-1", "3 days", "nan", "inf", None])
+def test_no_budgets(budget):
+    with pytest.raises(ConfigError, match="30s"):
+        seconds_of(budget)
+
+
+def test_a_trial_travels():
+    made = Trial("attention", {"q": Spec((1, 2, 3, 4), "bfloat16")}, {"mask": Mask((Causal(),)), "scale": None}, {"a": "b:c"}, BOTH, "cpu")
+    assert Trial.from_json(__import__("json").loads(__import__("json").dumps(made.to_json()))) == made
+
+
+def test_the_faster_one_is_found():
+    (found,) = run([trial("slow", "fast")], PROCESS, 60)
+    times = {n: statistics.median(s) for n, s in found.seconds.items()}
+    assert not found.dropped and 0.002 <= times["fast"] < times["slow"]
+
+
+def test_what_fails_is_named_and_the_rest_goes_on():
+    seen = []
+    given = [trial("broken", "fast", "killed", "slow", "leaving", "hungry"), trial("fast", rows=128)]
+    first, second = run(given, PROCESS, 120, done=lambda t, o: seen.append(t.specs["x"].shape[0]))
+    assert set(first.seconds) == {"fast", "slow"} and set(second.seconds) == {"fast"} and seen == [64, 128]
+    assert first.dropped["broken"] == "failed: ValueError: a block does not fit"
+    assert "signal 9" in first.dropped["killed"]
+    assert "exit code 3" in first.dropped["leaving"] and "what a compiler says last" in first.dropped["leaving"]
+    assert "out of memory" in first.dropped["hungry"]
+
+
+def test_what_hangs_is_stopped():
+    start = time.monotonic()
+    (found,) = run([trial("hanging", "fast")], PROCESS, 60, patience=2)
+    assert found.dropped == {"hanging": "was not ready after 2 s"} and set(found.seconds) == {"fast"}
+    assert time.monotonic() - start < 30
+
+
+def test_one_that_dies_while_it_is_timed_ends_its_trial_and_no_other(caplog):
+    first, second = run([trial("late", "fast"), trial("slow", rows=128)], PROCESS, 60)
+    assert not first.seconds and not first.dropped and set(second.seconds) == {"slow"}
+    assert "exit code 4" in caplog.text and "rms_norm" in caplog.text
+
+
+def test_one_that_raises_while_it_is_timed_is_named():
+    (found,) = run([trial("tired", "fast")], PROCESS, 60)
+    assert set(found.seconds) == {"fast"} and "no memory beside the others" in found.dropped["tired"]
+
+
+def test_the_budget_ends_it():
+    start = time.monotonic()
+    found = run([trial("hanging"), trial("fast")], PROCESS, 1.5)
+    assert found == [None, None] and time.monotonic() - start < 10
+    assert run([trial("fast")], PROCESS, 0) == [None]
+
+
+def test_a_process_that_does_not_start(registry, folder, caplog):
+    (found,) = run([trial("fast")], "tests.core.no_such_module", 30)
+    assert not found.seconds and not found.dropped and "No module named" in caplog.text
+    made = tuned(a_plan(64), module="tests.core.no_such_module")
+    assert (made.measured, made.failed, made.left) == (0, 1, 0) and "None of 1 kind of call could be timed" in made.notes()[0]
+
+
+def spec(name: str, **more) -> KernelSpec:
+    return KernelSpec(f"rms_norm.{name}", "rms_norm", 1, "test", "jax", ("cpu",), f"{PROCESS}:{name}", ("float32",), **more)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """`slow` looks better on paper."""
+    made = KernelRegistry([spec("slow", efficiency=0.9), spec("fast", efficiency=0.8), spec("hungry", efficiency=0.7)])
+    for module in (kpt.strategy.tune.kernel_room, planner.kernel_room):
+        monkeypatch.setattr(module, "registry", made)
+    monkeypatch.setattr("kpt.strategy.levels.process_registry", made)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def a_plan(*rows: int) -> Plan:
+    sites = tuple(Site("rms_norm", "rms_norm.slow", 1, f"rms_norm{i}", "model.py:1", "fast", params={"eps": 1e-6}, specs=trial(rows=n).specs)
+                  for i, n in enumerate(rows))  # fmt: skip
+    return Plan("f", "balanced", CPU.name, "jax", {}, sites)
+
+
+def tuned(plan: Plan, **more):
+    given = {"hardware": CPU, "passes": FORWARD, "budget": 60.0, "device": "cpu", "module": PROCESS} | more
+    return tune(plan.sites, here=CPU, framework="jax", level="balanced", compilers=("jax", "jaxlib"), **given)
+
+
+def test_tuning_a_plan_changes_later_choices(registry, folder):
+    choose = planner.choose
+    place = planner.place_of(CPU, ("jax", "jaxlib"))
+    call = dict(hardware=CPU, level="balanced", framework="jax")
+    before, why, _ = choose("rms_norm", X, {}, **call)
+    assert before.name == "rms_norm.slow" and "not measured" in why
+    found = tuned(a_plan(64, 64, 64, 4096))
+    assert (found.measured, found.known, found.left) == (2, 0, 0) and set(found.dropped) == {"rms_norm.hungry"}
+    assert [n.split(" in ")[0] for n in found.notes()][0] == "Kernels of 2 kinds of call were timed against each other,"
+    assert "rms_norm.hungry is not used: it failed: MemoryError: out of memory." in found.notes()
+    known = trials.known(Measurements(), place, registry.kernels(), X, {})
+    assert set(known) == {"rms_norm.slow", "rms_norm.fast"}
+    after, why, others = choose("rms_norm", X, {}, measurements=known, dropped=found.dropped, **call)
+    assert after.name == "rms_norm.fast" and why.startswith("Measured ") and "rms_norm.slow" in why
+    assert others["rms_norm.slow"].startswith("measured") and "out of memory" in others["rms_norm.hungry"]
+    # Another driver or version of the compiler is another place.
+    assert trials.known(Measurements(), dataclasses.replace(place, driver="1"), registry.kernels(), X, {}) == {}
+
+
+def test_what_is_known_is_not_timed_again(registry, folder):
+    del registry._kernels["rms_norm.hungry"]
+    assert tuned(a_plan(64)).measured == 1
+    again = tuned(a_plan(64), module="tests.core.no_such_module")
+    assert (again.measured, again.known, again.dropped, again.notes()) == (0, 1, {}, ())
+
+
+def test_without_a_budget_nothing_is_timed(registry, folder):
+    found = tuned(a_plan(64, 4096), budget=0.0)
+    assert (found.measured, found.left) == (0, 2) and not found.dropped
+    assert "2 kinds of call, whose kernels are chosen by estimate" in found.notes()[0]
+    assert not (folder / "tuning.sqlite").exists()
+
+
+def test_kernels_that_another_process_cannot_find_are_not_dropped(registry, folder):
+    registry._kernels["rms_norm.fast"] = dataclasses.replace(spec("fast"), loader="__main__:fast")
+    registry._kernels["rms_norm.hungry"] = dataclasses.replace(spec("hungry"), loader="made_in_a_notebook:hungry")
+    found = tuned(a_plan(64))
+    assert (found.measured, found.left, found.dropped) == (0, 0, {})
+
+
+def test_one_kernel_needs_no_trial(registry, folder):
+    del registry._kernels["rms_norm.hungry"], registry._kernels["rms_norm.fast"]
+    assert tuned(a_plan(64)).measured == 0
+
+
+def test_measurements_count_only_for_what_was_estimated_best(registry):
+    """A kernel that was never measured, and looks better, is not beaten by the absence of its measurement."""
+    call = dict(hardware=CPU, level="balanced", framework="jax")
+    found, why, _ = planner.choose("rms_norm", X, {}, measurements={"rms_norm.fast": 1.0, "rms_norm.hungry": 2.0}, **call)
+    assert found.name == "rms_norm.slow" and "not measured" in why
+
+
+def test_a_verified_import_counts_and_an_unverified_one_does_not(registry, folder):
+    place, table = planner.place_of(CPU, ("jax", "jaxlib")), Measurements()
+    rows = [Measurement.of(place.key(k, X, {}, FORWARD), [1.0, 1.0]) for k in registry.kernels()]
+    table.put(*(dataclasses.replace(m, origin="elsewhere", verified=False) for m in rows))
+    assert trials.known(table, place, registry.kernels(), X, {}) == {}
+    table.put(*rows)
+    assert len(trials.known(table, place, registry.kernels(), X, {})) == 3
+
+
+def test_in_this_process(registry, folder):
+    from tests.core.trial_process import ready
+
+    found = tuned(a_plan(64), ready=ready, module="tests.core.no_such_module")
+    assert found.measured == 1 and set(found.dropped) == {"rms_norm.hungry"}
+
+
+def test_what_runs_here_says_nothing_of_another_chip(registry, folder):
+    found = tuned(a_plan(64), hardware=kpt.hardware_profile("tpu-v6e"))
+    assert (found.measured, found.left, found.dropped, found.notes()) == (0, 0, {}, ()) and not (folder / "tuning.sqlite").exists()

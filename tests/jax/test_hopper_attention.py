@@ -1,0 +1,295 @@
+"""Attention for Hopper without one: which tiles are visited, lowered for CUDA in both passes, what is refused, and where it is chosen.
+
+The interpreter has neither the barriers of a thread block nor left factors in registers, so that numerics need a GPU:
+`test_hopper_attention_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import kpt
+from kpt.hardware import hardware_profile
+from kpt.kernels.spec import refusal, unmet
+from kpt.ops import Spec
+from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window, visible
+from kpt.strategy import choose
+from tests.jax.certified import mesh_of_one, specs_of
+
+H100, A100 = hardware_profile("h100-sxm"), hardware_profile("a100-sxm-80gb")
+TOO_OLD = unmet("jax>=0.11.2")
+pytestmark = pytest.mark.skipif(TOO_OLD is not None, reason=TOO_OLD or "")
+CAUSAL, WINDOW = Mask((Causal(),)), Mask((Causal(), Window(200, None)))
+DOCUMENTS = Mask((Causal(), Segments()), fill=-1e30)
+
+
+def attended(dtype="bfloat16", b=2, t=512, s=None, n=4, k=2, h=128, hv=None, mask=Mask(), **more):  # noqa: B008
+    s = s or t
+    ids = {"q_segment_ids": ((b, t), "int32"), "kv_segment_ids": ((b, s), "int32"), "kv_lengths": ((b,), "int32")}
+    ids = {name: spec for name, spec in ids.items() if name in mask.operands}
+    return specs_of(dtype, q=(b, t, n, h), k=(b, s, k, h), v=(b, s, k, hv or h), **ids, **more)
+
+
+POSITIONS = {
+    "nothing": Mask(),
+    "causal": CAUSAL,
+    "causal, keys behind": Mask((Causal(100),)),
+    "causal, blind queries": Mask((Causal(-150),)),
+    "window under causality": WINDOW,
+    "window": Mask((Window(70, 20),)),
+    "window open to the left": Mask((Window(None, 33),)),
+    "window open to the right": Mask((Window(33, None),)),
+    "the query alone": Mask((Window(0, 0),)),
+    "window past the end": Mask((Window(10, -5, offset=300),)),
+}
+
+
+def held_to(span, seen, whole_tiles):
+    """Every tile with something visible is visited, and what needs no mask hides nothing."""
+    assert 0 <= span.first < span.last <= len(seen)
+    visited = np.arange(len(seen))
+    assert not np.any(seen & ~((visited >= span.first) & (visited < span.last)))
+    unmasked = (visited >= span.first) & (visited < span.last) & ~np.asarray(span.needs_mask(visited))
+    assert not np.any(unmasked & ~whole_tiles)
+
+
+def tiles_of(see, rows, keys):
+    """Of `[T, S]`: which tiles have something visible, and which hide nothing, also of what is past the ends of keys."""
+    t, s = see.shape
+    padded = np.zeros((-(-t // rows) * rows, -(-s // keys) * keys), bool)
+    padded[:t, :s] = see
+    padded[t:, :s] = see[-1:]  # queries past the end may be seen or not
+    tiles = padded.reshape(-1, rows, padded.shape[1] // keys, keys)
+    return tiles.any((1, 3)), tiles.all((1, 3))
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("sizes", [(512, 512), (300, 700), (700, 300), (37, 37)])
+@pytest.mark.parametrize("tile", [(128, 128), (192, 128), (64, 128)])
+def test_spans_hold_what_is_visible(name, sizes, tile):
+    from pallas_kernels.attention.hopper import Static, span_of_keys, span_of_queries
+
+    static = Static(POSITIONS[name], 1.0, None, *sizes)
+    see = visible(static.mask, 1, 1, *sizes, {})[0, 0]
+    for row in range(0, sizes[0], tile[0]):
+        some, _ = tiles_of(see[row : row + tile[0]], tile[0], tile[1])
+        whole = [see[row : row + tile[0], k : k + tile[1]].all() and k + tile[1] <= sizes[1] for k in range(0, sizes[1], tile[1])]
+        held_to(span_of_keys(static, row, *tile), some[0], np.array(whole))
+    for key in range(0, sizes[1], tile[1]):
+        keys = see[:, key : key + tile[1]].T
+        some, _ = tiles_of(keys, tile[1], tile[0])
+        inside = key + tile[1] <= sizes[1]
+        whole = [keys[:, q : q + tile[0]].all() and inside for q in range(0, sizes[0], tile[0])]
+        held_to(span_of_queries(static, key, tile[1], tile[0]), some[0], np.array(whole))
+
+
+def ids(rng, kind, batch, length):
+    many = rng.integers(0, 5, (batch, length))
+    return np.sort(many, -1) if kind == "sorted" else many
+
+
+@pytest.mark.parametrize("mask", [Mask((Segments(),)), DOCUMENTS, Mask((Lengths(),)), Mask((Causal(), Segments(), Lengths()))])
+@pytest.mark.parametrize("kind", ["sorted", "mixed"])
+@pytest.mark.parametrize("length", [512, 300])
+def test_spans_of_data_hold_what_is_visible(mask, kind, length):
+    from pallas_kernels.attention.hopper import Span, Static, numbers_in_tiles, numbers_of, spans_by_data
+
+    rng = np.random.default_rng(0)
+    same = ids(rng, kind, 2, length)
+    arrays = {"q_segment_ids": same, "kv_segment_ids": same, "kv_lengths": np.array([0, length * 2 // 3])}
+    static = Static(mask, 1.0, None, length, length)
+    see = visible(mask, 2, 1, length, length, arrays)[:, 0]
+    given = {name: jax.numpy.asarray(a) if name in mask.operands else None for name, a in arrays.items()}
+    numbers = numbers_in_tiles(*numbers_of(static, *given.values(), 2), 128, 64)
+    for of_keys in (False, True):
+        spans = np.asarray(spans_by_data(static, *numbers, 128, 64, of_keys))
+        for batch, per_tile in enumerate(spans):
+            some, whole = tiles_of(see[batch], 128, 64)
+            for i, span in enumerate(per_tile):
+                held_to(Span(*span), (some.T if of_keys else some)[i], (whole.T if of_keys else whole)[i])
+
+
+def test_packed_documents_visit_their_own_tiles_alone():
+    from pallas_kernels.attention.hopper import Static, numbers_in_tiles, numbers_of, spans_by_data
+
+    documents = np.repeat(np.arange(4), 256)[None]
+    static = Static(DOCUMENTS, 1.0, None, 1024, 1024)
+    numbers = numbers_in_tiles(*numbers_of(static, documents, documents, None, 1), 128, 128)
+    spans = np.asarray(spans_by_data(static, *numbers, 128, 128, of_keys=False))[0]
+    assert spans[:, :2].tolist() == [[2 * (i // 2), i + 1] for i in range(8)]
+
+
+@pytest.mark.parametrize(("tiles", "outer", "inner", "weight"), [(32, 16, 1, 1), (32, 8, 4, 2**21), (3, 2, 1, 2**30), (128, 16, 4, 2**23)])
+def test_a_plan_gives_every_item_to_one_worker(tiles, outer, inner, weight):
+    from pallas_kernels.attention.hopper import plan
+
+    costs = np.arange(tiles) + 2
+    table = plan(tiles, outer, inner, weight, costs)
+    items = np.concatenate([row[1 : 1 + row[0]] for row in table])
+    assert sorted(items) == list(range(tiles * outer * inner))
+    loads = [costs[row[1 : 1 + row[0]] % tiles].sum() for row in table]
+    assert max(loads) - min(loads) <= costs.max()
+
+
+def test_a_plan_of_data_gives_every_item_to_one_worker():
+    from pallas_kernels.attention.hopper import plan_by_data
+
+    rng = np.random.default_rng(0)
+    spans = rng.integers(0, 9, (3, 20, 4)).astype(np.int32)
+    spans[..., 1] = spans[..., 0] + rng.integers(1, 30, (3, 20))
+    table = np.asarray(plan_by_data(jax.numpy.asarray(spans), 5))
+    rows = [row[1 : 1 + 5 * row[0]].reshape(-1, 5) for row in table]
+    items = np.concatenate(rows)
+    assert sorted(items[:, 0]) == list(range(3 * 20 * 5))
+    for item, *span in items:
+        assert span == spans[item // 20 // 5, item % 20].tolist()
+    loads = [(row[:, 2] - row[:, 1]).sum() for row in rows]
+    assert max(loads) - min(loads) <= 30
+
+
+MASKS = {
+    "full": Mask(),
+    "causal": CAUSAL,
+    "window": WINDOW,
+    "window to both sides": Mask((Window(50, 60),)),
+    "segments": DOCUMENTS,
+    "lengths": Mask((Lengths(),), fill=-1e30),
+    "all": Mask((Causal(), Window(100, None), Segments(), Lengths())),
+    "blind queries": Mask((Causal(-5),), fill=-1e30),
+}
+SHAPES = {
+    "128": {},
+    "64": {"h": 64, "dtype": "float16"},
+    "odd": {"t": 1003, "h": 96, "hv": 80},
+    "multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 64},
+    "short": {"t": 5, "h": 48},
+    "many": {"b": 4, "t": 4096, "n": 32, "k": 8},
+}
+
+
+def both(mask, **params):
+    fn = kpt.registry.load("attention.pallas_gpu")
+
+    def gradients(arrays):
+        moving = {n: arrays[n] for n in "qkv"}
+        return jax.value_and_grad(lambda d: fn(**arrays | d, mask=mask, **params).astype("float32").sum())(moving)
+
+    return gradients
+
+
+def lowered(fn, specs):
+    return jax.jit(fn).trace({n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"), [(m, "128") for m in MASKS] + [(m, s) for m in ("full", "causal", "segments") for s in SHAPES if s != "128"]
+)
+def test_lowers_for_cuda_in_both_passes(mask, shape):
+    specs = attended(mask=MASKS[mask], **SHAPES[shape])
+    assert lowered(both(MASKS[mask]), specs).as_text().count("@mosaic_gpu_v2") == 3
+
+
+def test_layers_that_are_alike_share_their_kernels():
+    fn = kpt.registry.load("attention.pallas_gpu")
+
+    def loss(arrays):
+        return fn(**arrays | {"q": fn(**arrays, mask=CAUSAL)}, mask=CAUSAL).astype("float32").sum()
+
+    assert lowered(jax.grad(loss), attended()).as_text().count("@mosaic_gpu_v2") == 3
+
+
+@pytest.mark.parametrize("params", [{"logits_soft_cap": 30.0}, {"scale": -0.5}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=str)
+def test_parameters_lower_for_cuda(params):
+    assert lowered(both(CAUSAL, **params), attended()).as_text().count("@mosaic_gpu_v2") == 3
+
+
+@pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
+@pytest.mark.parametrize("mask", ["causal", "segments"])
+def test_lowers_under_transformations(mask, transform):
+    mask = MASKS[mask]
+    specs, gradients = attended(mask=mask), both(mask)
+    if transform in ("vmap", "scan"):
+        # Keys and values are shared, as by the samples of one prompt.
+        specs = {n: s if n in ("k", "v") else Spec((3, *s.shape), s.dtype) for n, s in specs.items()}
+    if transform == "vmap":
+        f = jax.vmap(lambda arrays: gradients(arrays)[1], ({n: None if n in ("k", "v") else 0 for n in specs},))
+    elif transform == "scan":
+
+        def f(arrays):
+            some = {n: a for n, a in arrays.items() if n not in ("k", "v")}
+            return jax.lax.scan(lambda _, x: (None, gradients(arrays | x)[1]), None, some)[1]
+
+    elif transform == "remat":
+        f = jax.checkpoint(lambda arrays: gradients(arrays)[1])
+    else:
+        places = {n: P("data") for n in specs}
+        f = jax.shard_map(
+            lambda arrays: gradients(arrays)[1], mesh=mesh_of_one(), in_specs=(places,), out_specs={n: P("data") for n in "qkv"}
+        )
+    low = lowered(f, specs)
+    assert low.as_text().count("@mosaic_gpu_v2") == 3
+    assert low.out_info["q"].shape == specs["q"].shape
+    assert low.out_info["k"].shape == ((3,) if transform in ("vmap", "scan") else ()) + specs["k"].shape
+
+
+REFUSED = [
+    (attended(), {}, A100, "is built for sm90"),
+    (attended("float32"), {}, H100, "computes in bfloat16, float16"),
+    (attended() | {"k": Spec((2, 512, 2, 128), "float16")}, {}, H100, "of one dtype"),
+    (attended(t=0, s=8), {}, H100, "no empty arrays"),
+    (attended(t=1, s=4096, mask=CAUSAL), {"mask": Mask((Causal(4095),))}, H100, "64 queries at a time, and these are 1"),
+    (attended(h=256), {}, H100, "up to 128"),
+    (attended(h=128, hv=192), {}, H100, "up to 128"),
+    (attended(h=96), {"mask": CAUSAL}, H100, "cuDNN takes 96 as it is"),
+    (attended(), {}, H100, "cuDNN is faster where nothing is hidden"),
+    (attended(), {"mask": CAUSAL, "out_dtype": "float32"}, H100, "rounds its output"),
+    (attended(), {"mask": Mask((Causal(),), fill=-100.0)}, H100, "may have some"),
+    (attended(), {"mask": Mask((Causal(),), -1e9, True)}, H100, "adds to them"),
+    (attended(), {"mask": Mask((Bias(),))}, H100, "bias masks"),
+    (attended(), {"mask": Mask((Explicit(),))}, H100, "explicit masks"),
+]  # fmt: skip
+
+
+def refused(specs, params, hardware):
+    spec = kpt.registry.get("attention.pallas_gpu")
+    return refusal(spec, spec.op, hardware, specs["q"].dtype, specs, params, "conservative", "jax")
+
+
+@pytest.mark.parametrize(("specs", "params", "hardware", "why"), REFUSED)
+def test_refused(specs, params, hardware, why):
+    assert why in refused(specs, params, hardware)
+
+
+@pytest.mark.parametrize(("mask", "h"), [(CAUSAL, 128), (WINDOW, 64), (DOCUMENTS, 96), (Mask((Window(8, 8),)), 40)])
+def test_accepted(mask, h):
+    assert refused(attended(mask=mask, h=h), {"mask": mask}, H100) is None
+
+
+def test_refused_where_xla_may_partition(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert "shard_map" in refused(attended(), {"mask": CAUSAL}, H100)
+
+
+@pytest.mark.parametrize(
+    ("mask", "h", "kernel"),
+    [
+        (CAUSAL, 128, "attention.cudnn"),
+        (WINDOW, 128, "attention.cudnn"),
+        (CAUSAL, 80, "attention.cudnn"),
+        (Mask(), 128, "attention.cudnn"),
+        (CAUSAL, 256, "attention.cudnn_wide"),
+    ],
+)
+def test_no_estimate_takes_it(mask, h, kernel):
+    chosen, _, _ = choose("attention", attended(t=4096, h=h, mask=mask), {"mask": mask}, hardware=H100, level="conservative")
+    assert chosen.name == kernel
+
+
+def test_a_measurement_takes_it():
+    times = {"attention.pallas_gpu": 0.425e-3, "attention.cudnn": 0.473e-3}
+    chosen, why, _ = choose("attention", attended(t=4096, h=128, mask=CAUSAL), {"mask": CAUSAL}, hardware=H100, level="conservative",
+                            measurements=times)  # fmt: skip
+    assert chosen.name == "attention.pallas_gpu" and why.startswith("Measured")
