@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kpt
 from kpt.errors import KernelError
 from kpt.kernels.validate import validate
-from kpt.ops import Spec
+from kpt.ops import Causal, Mask, Spec
 from kpt_torch.library import torch_dtype
 from kpt_torch.planner import calls
 from kpt_torch.triton_kernels import glu
@@ -63,6 +64,16 @@ def _glu(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Ten
     return F.silu(x @ w_gate) * (x @ w_up)
 
 
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _attention(q, k, v)
+
+
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
@@ -91,8 +102,9 @@ def _our_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 PLAIN: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "cross_entropy": _cross_entropy, "rope": _rope,
-    "linear_cross_entropy": _linear_cross_entropy, "glu": _glu, "swiglu": _swiglu,
+    "linear_cross_entropy": _linear_cross_entropy, "glu": _glu, "swiglu": _swiglu, "attention": _attention,
 }  # fmt: skip
+PARAMS: dict[str, dict[str, Any]] = {"attention": {"mask": Mask((Causal(0),))}}
 # Module and function of Liger, and how it is called. Its cross entropy makes the gradient in the forward pass, in place of the logits, and
 # its rope turns q and k in place: it is given arrays of its own, and half of the heads as either.
 LIGER: dict[str, tuple[str, str, Callable[..., Any]]] = {
@@ -111,6 +123,7 @@ SHAPES = {
     "layer_norm": ((16384, 4096), (32768, 8192)), "rms_norm": ((16384, 4096), (32768, 8192)),
     "cross_entropy": ((8192, 128256),), "rope": ((4, 4096, 32, 128),),
     "linear_cross_entropy": ((8192, 4096, 128256),), "glu": ((8192, 4096, 14336),), "swiglu": ((8192, 14336),),
+    "attention": ((4, 4096, 16, 128), (4, 4096, 32, 64), (1, 16384, 16, 128)),
 }  # fmt: skip
 
 
@@ -119,6 +132,8 @@ def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
     if op == "linear_cross_entropy":
         tokens, width, vocab = shape
         return {"x": Spec((tokens, width), dtype), "w": Spec((width, vocab), dtype), "labels": Spec((tokens,), "int64")}
+    if op == "attention":
+        return dict.fromkeys("qkv", Spec(shape, dtype))
     if op == "glu":
         rows, width, inner = shape
         return {"x": Spec((rows, width), dtype)} | dict.fromkeys(("w_gate", "w_up"), Spec((width, inner), dtype))
@@ -135,6 +150,8 @@ def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
 
 def _liger(op: str) -> dict[str, Callable[..., Any]]:
     """Liger's kernel of the op, where Liger is installed."""
+    if op not in LIGER:
+        return {}
     module, name, call = LIGER[op]
     try:
         function = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name)
@@ -167,9 +184,10 @@ def _bytes(op: str, arrays: Arrays, out: Spec, both: bool) -> int:
 
 def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) -> float:
     """Largest certified error relative to float64, at fewer rows."""
-    small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384), "glu": (64, 512, 1024)}.get(op, (64, *shape[1:]))
+    small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384), "glu": (64, 512, 1024),
+             "attention": (1, 300, 2, shape[-1])}.get(op, (64, *shape[1:]))
     run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
-    got = validate(fn, kpt.ops.op(op), _specs(op, small, dtype), {}, run=run, run_vjp=run_vjp, seeds=[0])
+    got = validate(fn, kpt.ops.op(op), _specs(op, small, dtype), PARAMS.get(op, {}), run=run, run_vjp=run_vjp, seeds=[0])
     if not got.passed:
         raise KernelError(f"{op} was to be timed", got.summary(), "A kernel that is wrong is not timed")
     return max(got.worst(gradient=False) or 0.0, got.worst(gradient=True) or 0.0)
@@ -242,6 +260,8 @@ def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[
     contenders = {f"{op}.triton": triton_kernel, "eager": plain, "torch.compile": torch.compile(plain)} | _liger(op)
     if op == "linear_cross_entropy":  # under a mean, as models have it
         contenders[f"{op}.triton"] = lambda **given: triton_kernel(**given).mean()
+    if op == "attention":
+        contenders = {f"{op}.triton": functools.partial(triton_kernel, **PARAMS[op]), "eager": plain, "cudnn": _cudnn}
     its_own = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in arrays.items()} if "liger" in contenders else {}
     rows, replays = [], {}
     for name, fn in contenders.items():
@@ -260,7 +280,10 @@ def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[
         low, median, high = (float(q) for q in np.percentile(samples, [25, 50, 75]))
         row = next(r for r in rows if r["contender"] == name)
         row |= {"ms": median, "low": low, "high": high}
-        if len(shape) == 3:
+        if op == "attention":  # four products' operations, half of them hidden; 3.5 times as many with the backward pass
+            batch, length, heads, width = shape
+            row["tflop_per_s"] = 2 * batch * heads * length**2 * width * (3.5 if both else 1) / median / 1e9
+        elif len(shape) == 3:
             row["tflop_per_s"] = 2 * math.prod(shape) * (3 if both else 1) * (2 if op == "glu" else 1) / median / 1e9
         else:
             row["gb_per_s"] = moved / median / 1e6

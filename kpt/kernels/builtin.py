@@ -100,7 +100,7 @@ TRITON = (
 )
 
 
-def _triton(op: str, efficiency: float, version: int = 1, **honours: Any) -> tuple[KernelSpec, ...]:
+def _triton(op: str, efficiency: float, version: int = 1, turing: bool = True, **honours: Any) -> tuple[KernelSpec, ...]:
     """A Triton kernel for GPUs. `efficiency` is the H100's; where it was compiled and never timed, no estimate chooses it."""
     return tuple(
         KernelSpec(
@@ -119,6 +119,7 @@ def _triton(op: str, efficiency: float, version: int = 1, **honours: Any) -> tup
             **honours,
         )
         for name, architectures, dtypes in TRITON
+        if turing or name != "triton_turing"
     )
 
 
@@ -217,6 +218,14 @@ KERNELS: tuple[KernelSpec, ...] = (
     *_triton("layer_norm", 0.8),
     *_triton("rope", 0.85, params={"interleaved": (False, True)}),
     *_triton("cross_entropy", 0.9, params={"invalid": INVALID_LABELS}),
+    # Triton has no matrix units of Turing: its products there spill. The efficiency is that of both passes: cuDNN's is five times it.
+    *_triton(
+        "attention",
+        0.13,
+        turing=False,
+        masks=frozenset({"causal", "window", "segments", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
+    ),
     *_triton("linear_cross_entropy", 0.66, params={"invalid": INVALID_LABELS}),
     *_triton("glu", 0.68, level="balanced", params={"activation": ACTIVATIONS}),
 )

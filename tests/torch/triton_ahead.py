@@ -13,12 +13,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kpt.ops.activations import ACTIVATIONS
-from kpt_torch.triton_kernels import cross_entropy, glu, linear_cross_entropy, norms, rope
+from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, rope
 
 F32, I32 = "*fp32", "i32"
 NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
 LOSS = {"labels": "*i64", "loss": F32, "lse": F32, "dloss": F32, "vocab": I32, "smoothing": "fp32", "cap": "fp32"}
 ROPE = dict.fromkeys("x_batch x_time x_head table_batch times heads size width".split(), I32)
+ATTENTION = dict.fromkeys("q_batch q_row q_head k_batch k_row k_head v_batch v_row v_head d_batch d_row d_head".split(), I32)
+ATTENTION |= dict.fromkeys("queries keys heads group width v_width low high".split(), I32)
+ATTENTION |= {"scale": "fp32", "cap": "fp32", "lse": F32, "delta": F32, "means": F32, "q_ids": "*i32", "kv_ids": "*i32", "lengths": "*i32"}
+LOOSE = ("rows", "times", "count", "queries", "keys", "heads", "group", "low", "high")
+"""Integers that need not be a multiple of 16."""
 GLU = {"count": I32}
 SCALE = {"factors": F32, "width": I32}
 # Bytes of shared memory on a multiprocessor.
@@ -61,6 +66,13 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             found[f"rope{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn, ROPE, constants, rope.WARPS
     scaled = {"BLOCK": linear_cross_entropy.BLOCK}
     found["linear_cross_entropy scale"] = linear_cross_entropy.scale_rows, SCALE, scaled, linear_cross_entropy.WARPS
+    for head in (64, 128, 256):
+        for masked in (False, True):  # causality; everything
+            given = {"LOW": masked, "HIGH": True, "CAP": masked, "EVEN": True, "HEAD": head, "V_HEAD": head}
+            given |= {} if masked else dict.fromkeys(("q_ids", "kv_ids", "lengths", "means"))
+            for fn in (attention.forward_blocks, attention.queries_backward, attention.keys_backward):
+                found[f"attention {fn.__name__} {head}{' masked' if masked else ''}"] = fn, ATTENTION, given, 8
+    found["attention delta"] = attention.delta_rows, ATTENTION, {"V_HEAD": 128, "QUERIES": 32}, 4
     for activation in ACTIVATIONS:
         constants = {"ACTIVATION": activation, "BLOCK": glu.BLOCK}
         found[f"glu {activation} forward"] = glu.forward_blocks, GLU, constants, glu.WARPS
@@ -73,15 +85,21 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
     if fn is norms.backward_whole:  # with h, dy and dh, as it is launched with a residual
         tile = norms.Tile(constants["ROWS"], constants["BLOCK"], warps, norms.PROGRAMS)
         constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
+    options = {"num_warps": warps}
+    if types is ATTENTION and "KEYS" in fn.arg_names:
+        tiles = attention.TILES["cdna" if architecture.startswith("gfx") else "hopper" if target.arch >= 90 else "ampere"][constants["HEAD"]]
+        chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(fn.__name__, tiles.busy if constants["CAP"] else tiles.forward)
+        constants = constants | {"QUERIES": chosen.queries, "KEYS": chosen.keys}
+        options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     types = types if fn is not norms.sums else types | {"dweight": f"*{dtype}", "dbias": f"*{dtype}"}
     constants = {n: v for n, v in constants.items() if n in fn.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in fn.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(fn.arg_names)
-        if signature[n].startswith("*") or signature[n] == I32 and n not in ("rows", "times", "count")
+        if signature[n].startswith("*") or signature[n] == I32 and n not in LOOSE
     }
-    return triton.compile(ASTSource(fn, signature, constants, aligned), target=target, options={"num_warps": warps})
+    return triton.compile(ASTSource(fn, signature, constants, aligned), target=target, options=options)
 
 
 def spills(kernel: Any, directory: Path) -> int:

@@ -1,0 +1,436 @@
+"""Attention in Triton by an online softmax (arXiv:1805.02867), its backward pass from the logsumexp of each query (arXiv:2205.14135).
+
+The masks of the algebra that say where keys may be, causality and windows, are one band `low <= key - query <= high`: blocks outside of it
+are not visited, and blocks inside of it are not masked. Lengths end the keys of a batch; segments are compared. Query heads that share
+a key head are summed over in registers, so that no key or gradient is repeated.
+
+Scores are float32, and in powers of 2. A query that sees no key has the logsumexp +inf, by which its probabilities are 0 backward; what
+it is, NaN or the mean of the values, is put in as it is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kpt.ops.base import Spec, Specs
+from kpt.ops.mask import Causal, Mask, Window
+from kpt_torch import library
+from kpt_torch.library import Tensors, torch_dtype
+from kpt_torch.triton_kernels import launch
+from kpt_torch.triton_kernels.activations import tanh
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a block, warps of a program, and loads under way."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Of the forward pass, of it where scores are capped or segments compared, which takes registers, of dq, and of dk and dv."""
+
+    forward: Tile
+    busy: Tile
+    dq: Tile
+    dkv: Tile
+
+
+_TINY, _SMALL, _LONG, _EVEN = Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)
+# By family of GPUs and the wider of the two head dims, as a power of two: the largest of those tried that spill no register.
+TILES: dict[str, dict[int, Tiles]] = {
+    "hopper": {64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+               128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), _EVEN, Tile(32, 64, 8, 1)),
+               256: Tiles(_LONG, _LONG, Tile(16, 32, 8, 1), _SMALL)},
+    "ampere": {64: Tiles(_LONG, _LONG, Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)), 128: Tiles(_LONG, _LONG, _EVEN, _EVEN),
+               256: Tiles(_LONG, _LONG, _SMALL, _SMALL)},
+    "cdna": {64: Tiles(_LONG, _LONG, _SMALL, _SMALL), 128: Tiles(_LONG, _LONG, _SMALL, _SMALL), 256: Tiles(_SMALL, _SMALL, _TINY, _TINY)},
+}  # fmt: skip
+
+
+@triton.jit
+def _block(base, row, stride, rows, col, width, MASKED: tl.constexpr):
+    """Rows of a head, 0 past the last row and the last element."""
+    at = base + row[:, None] * stride + col[None, :]
+    if MASKED:
+        return tl.load(at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _visible(i, j, limit, low, high, q_ids, kv_ids, queries, keys, LOW: tl.constexpr, HIGH: tl.constexpr):
+    see = (j < limit)[None, :] & (i < queries)[:, None]
+    if LOW:
+        see &= j[None, :] - i[:, None] >= low
+    if HIGH:
+        see &= j[None, :] - i[:, None] <= high
+    if q_ids is not None:
+        mine = tl.load(q_ids + i, mask=i < queries, other=0)
+        theirs = tl.load(kv_ids + j, mask=j < keys, other=0)
+        see &= mine[:, None] == theirs[None, :]
+    return see
+
+
+@triton.jit
+def _scores(a, b, scale, cap, CAP: tl.constexpr):
+    """(scores of base 2 of rows of queries and rows of keys, tanh of the uncapped ones)."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale
+    t = s
+    if CAP:
+        t = tanh(s / cap)
+        s = cap * t
+    return s * LOG2E, t
+
+
+@triton.jit
+def _over_keys(
+    acc, m, total, seen, held, i, k, v, k_stride, v_stride, q_ids, kv_ids, start, stop,
+    queries, keys, limit, width, v_width, scale, cap, low, high,
+    LOW: tl.constexpr, HIGH: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr,
+    HEAD: tl.constexpr, V_HEAD: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    for first in range(start, stop, KEYS):
+        j = first + tl.arange(0, KEYS)
+        kj = _block(k, j, k_stride, keys, tl.arange(0, HEAD), width, MASKED or not EVEN)
+        s, _ = _scores(held, kj, scale, cap, CAP)
+        if MASKED:
+            see = _visible(i, j, limit, low, high, q_ids, kv_ids, queries, keys, LOW, HIGH)
+            s = tl.where(see, s, float("-inf"))
+            seen |= tl.max(see.to(tl.int32), 1)
+        new = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)  # -inf less -inf would be NaN
+        p = tl.exp2(s - shift[:, None])
+        faded = tl.exp2(m - shift)
+        total = total * faded + tl.sum(p, 1)
+        vj = _block(v, j, v_stride, keys, tl.arange(0, V_HEAD), v_width, MASKED or not EVEN)
+        acc = acc * faded[:, None] + tl.dot(p.to(vj.dtype), vj, input_precision="ieee")
+        m = new
+    return acc, m, total, seen
+
+
+@triton.jit
+def _limit(lengths, batch, keys):
+    """Keys of the batch that there are."""
+    limit = keys
+    if lengths is not None:
+        limit = tl.minimum(tl.load(lengths + batch).to(tl.int32), keys)
+    return limit
+
+
+@triton.jit
+def forward_blocks(
+    q, k, v, q_ids, kv_ids, lengths, means, out, lse, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    queries, keys, heads, group, width, v_width, scale, cap, low, high,
+    LOW: tl.constexpr, HIGH: tl.constexpr, CAP: tl.constexpr, EVEN: tl.constexpr,
+    HEAD: tl.constexpr, V_HEAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(queries, QUERIES)
+    first = (across - 1 - tl.program_id(0) % across) * QUERIES  # where causality leaves most to do, first
+    head = (tl.program_id(0) // across) % heads
+    batch = (tl.program_id(0) // across // heads).to(tl.int64)
+    i = first + tl.arange(0, QUERIES)
+    held = _block(q + batch * q_batch + head * q_head, i, q_row, queries, tl.arange(0, HEAD), width, True)
+    k += batch * k_batch + (head // group) * k_head
+    v += batch * v_batch + (head // group) * v_head
+    limit = _limit(lengths, batch, keys)
+    if q_ids is not None:
+        q_ids += batch * queries
+        kv_ids += batch * keys
+    # Blocks of keys: from `start` masked, from `inner` whole, from `outer` to `stop` masked again.
+    last = tl.minimum(first + QUERIES, queries) - 1
+    start, stop = 0, limit
+    inner, outer = 0, limit // KEYS * KEYS
+    if LOW:
+        start = tl.maximum(first + low, 0) // KEYS * KEYS
+        inner = tl.cdiv(tl.maximum(last + low, 0), KEYS) * KEYS
+    if HIGH:
+        stop = tl.maximum(tl.minimum(stop, last + high + 1), 0)
+        outer = tl.minimum(outer, tl.maximum(first + high + 1, 0) // KEYS * KEYS)
+    inner = tl.minimum(tl.maximum(inner, start), tl.maximum(stop, start))
+    outer = tl.maximum(outer, inner)
+    if q_ids is not None:
+        inner = start
+        outer = start
+    acc = tl.zeros([QUERIES, V_HEAD], tl.float32)
+    m = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    seen = tl.zeros([QUERIES], tl.int32)
+    if LOW:
+        acc, m, total, seen = _over_keys(
+            acc, m, total, seen, held, i, k, v, k_row, v_row, q_ids, kv_ids, start, inner, queries, keys, limit, width, v_width, scale, cap,
+            low, high, LOW, HIGH, CAP, True, EVEN, HEAD, V_HEAD, KEYS)  # fmt: skip
+    if q_ids is None:
+        acc, m, total, seen = _over_keys(
+            acc, m, total, seen, held, i, k, v, k_row, v_row, q_ids, kv_ids, inner, outer, queries, keys, limit, width, v_width, scale, cap,
+            low, high, LOW, HIGH, CAP, False, EVEN, HEAD, V_HEAD, KEYS)  # fmt: skip
+        seen |= (outer > inner).to(tl.int32)
+    acc, m, total, seen = _over_keys(
+        acc, m, total, seen, held, i, k, v, k_row, v_row, q_ids, kv_ids, outer, stop, queries, keys, limit, width, v_width, scale, cap,
+        low, high, LOW, HIGH, CAP, True, EVEN, HEAD, V_HEAD, KEYS)  # fmt: skip
+    col = tl.arange(0, V_HEAD)
+    unseen = tl.full([V_HEAD], float("nan"), tl.float32)
+    if means is not None:
+        unseen = tl.load(means + (batch * (heads // group) + head // group) * v_width + col, mask=col < v_width, other=0.0)
+    acc = tl.where((seen > 0)[:, None], acc / total[:, None], unseen[None, :])
+    at = ((batch * queries + i) * heads + head)[:, None] * v_width + col[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(i < queries)[:, None] & (col < v_width)[None, :])
+    tl.store(lse + (batch * heads + head) * queries + i, tl.where(seen > 0, m + tl.log2(total), float("inf")), mask=i < queries)
+
+
+@triton.jit
+def delta_rows(
+    out, dout, lse, delta, d_batch, d_row, d_head, queries, heads, v_width, V_HEAD: tl.constexpr, QUERIES: tl.constexpr
+):  # fmt: skip
+    """`sum(out dout)` of each query, 0 of one that sees no key."""
+    across = tl.cdiv(queries, QUERIES)
+    head = (tl.program_id(0) // across) % heads
+    batch = (tl.program_id(0) // across // heads).to(tl.int64)
+    i = (tl.program_id(0) % across) * QUERIES + tl.arange(0, QUERIES)
+    col = tl.arange(0, V_HEAD)
+    o = _block(out + batch * queries * heads * v_width + head * v_width, i, heads * v_width, queries, col, v_width, True)
+    g = _block(dout + batch * d_batch + head * d_head, i, d_row, queries, col, v_width, True)
+    row = (batch * heads + head) * queries + i
+    known = tl.load(lse + row, mask=i < queries, other=0.0)
+    found = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    tl.store(delta + row, tl.where(known == float("inf"), 0.0, found), mask=i < queries)
+
+
+@triton.jit
+def _slopes(
+    qi, kj, vj, g, lse, delta, see, scale, cap, CAP: tl.constexpr
+):  # fmt: skip
+    """(probabilities, gradients of scaled products) of a block of queries and one of keys."""
+    s, t = _scores(qi, kj, scale, cap, CAP)
+    p = tl.where(see, tl.exp2(s - lse[:, None]), 0.0)
+    d = p * (tl.dot(g, tl.trans(vj), input_precision="ieee") - delta[:, None])
+    if CAP:
+        d *= 1.0 - t * t
+    return p, tl.where(see, d, 0.0)
+
+
+@triton.jit
+def keys_backward(
+    q, k, v, dout, lse, delta, q_ids, kv_ids, lengths, dk, dv, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    d_batch, d_row, d_head, queries, keys, heads, group, width, v_width, scale, cap, low, high,
+    LOW: tl.constexpr, HIGH: tl.constexpr, CAP: tl.constexpr,
+    HEAD: tl.constexpr, V_HEAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys, over all queries that may see it, of all heads that share it."""
+    across = tl.cdiv(keys, KEYS)
+    shared = heads // group
+    first = (tl.program_id(0) % across) * KEYS
+    kv_head = (tl.program_id(0) // across) % shared
+    batch = (tl.program_id(0) // across // shared).to(tl.int64)
+    j = first + tl.arange(0, KEYS)
+    col, v_col = tl.arange(0, HEAD), tl.arange(0, V_HEAD)
+    kj = _block(k + batch * k_batch + kv_head * k_head, j, k_row, keys, col, width, True)
+    vj = _block(v + batch * v_batch + kv_head * v_head, j, v_row, keys, v_col, v_width, True)
+    limit = _limit(lengths, batch, keys)
+    if q_ids is not None:
+        q_ids += batch * queries
+        kv_ids += batch * keys
+    start, stop = 0, queries
+    if HIGH:
+        start = tl.maximum(first - high, 0) // QUERIES * QUERIES
+    if LOW:
+        stop = tl.minimum(stop, first + KEYS - low)
+    if first >= limit:
+        stop = start
+    dkj = tl.zeros([KEYS, HEAD], tl.float32)
+    dvj = tl.zeros([KEYS, V_HEAD], tl.float32)
+    for head in range(kv_head * group, kv_head * group + group):
+        of_head = (batch * heads + head) * queries
+        for row in range(start, stop, QUERIES):
+            i = row + tl.arange(0, QUERIES)
+            qi = _block(q + batch * q_batch + head * q_head, i, q_row, queries, col, width, True)
+            g = _block(dout + batch * d_batch + head * d_head, i, d_row, queries, v_col, v_width, True)
+            known = tl.load(lse + of_head + i, mask=i < queries, other=float("inf"))
+            along = tl.load(delta + of_head + i, mask=i < queries, other=0.0)
+            see = _visible(i, j, limit, low, high, q_ids, kv_ids, queries, keys, LOW, HIGH)
+            p, d = _slopes(qi, kj, vj, g, known, along, see, scale, cap, CAP)
+            dvj += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision="ieee")
+            dkj += tl.dot(tl.trans(d.to(qi.dtype)), qi, input_precision="ieee")
+    at = ((batch * keys + j) * shared + kv_head)[:, None]
+    tl.store(dk + at * width + col[None, :], (dkj * scale).to(dk.dtype.element_ty), mask=(j < keys)[:, None] & (col < width)[None, :])
+    tl.store(dv + at * v_width + v_col[None, :], dvj.to(dv.dtype.element_ty), mask=(j < keys)[:, None] & (v_col < v_width)[None, :])
+
+
+@triton.jit
+def queries_backward(
+    q, k, v, dout, lse, delta, q_ids, kv_ids, lengths, dq, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    d_batch, d_row, d_head, queries, keys, heads, group, width, v_width, scale, cap, low, high,
+    LOW: tl.constexpr, HIGH: tl.constexpr, CAP: tl.constexpr,
+    HEAD: tl.constexpr, V_HEAD: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries, over the keys that it may see."""
+    across = tl.cdiv(queries, QUERIES)
+    first = (across - 1 - tl.program_id(0) % across) * QUERIES
+    head = (tl.program_id(0) // across) % heads
+    batch = (tl.program_id(0) // across // heads).to(tl.int64)
+    i = first + tl.arange(0, QUERIES)
+    col, v_col = tl.arange(0, HEAD), tl.arange(0, V_HEAD)
+    qi = _block(q + batch * q_batch + head * q_head, i, q_row, queries, col, width, True)
+    g = _block(dout + batch * d_batch + head * d_head, i, d_row, queries, v_col, v_width, True)
+    known = tl.load(lse + (batch * heads + head) * queries + i, mask=i < queries, other=float("inf"))
+    along = tl.load(delta + (batch * heads + head) * queries + i, mask=i < queries, other=0.0)
+    k += batch * k_batch + (head // group) * k_head
+    v += batch * v_batch + (head // group) * v_head
+    limit = _limit(lengths, batch, keys)
+    if q_ids is not None:
+        q_ids += batch * queries
+        kv_ids += batch * keys
+    start, stop = 0, limit
+    if LOW:
+        start = tl.maximum(first + low, 0) // KEYS * KEYS
+    if HIGH:
+        stop = tl.minimum(stop, first + QUERIES + high)
+    dqi = tl.zeros([QUERIES, HEAD], tl.float32)
+    for at in range(start, stop, KEYS):
+        j = at + tl.arange(0, KEYS)
+        kj = _block(k, j, k_row, keys, col, width, True)
+        vj = _block(v, j, v_row, keys, v_col, v_width, True)
+        see = _visible(i, j, limit, low, high, q_ids, kv_ids, queries, keys, LOW, HIGH)
+        _, d = _slopes(qi, kj, vj, g, known, along, see, scale, cap, CAP)
+        dqi += tl.dot(d.to(kj.dtype), kj, input_precision="ieee")
+    to = ((batch * queries + i) * heads + head)[:, None] * width + col[None, :]
+    tl.store(dq + to, (dqi * scale).to(dq.dtype.element_ty), mask=(i < queries)[:, None] & (col < width)[None, :])
+
+
+def band(mask: Mask) -> tuple[int | None, int | None]:
+    """(least, most) of key less query that the mask's static terms leave; None where they leave that side open."""
+    low: int | None = None
+    high: int | None = None
+    for t in mask.terms:
+        if isinstance(t, Causal):
+            high = t.offset if high is None else min(high, t.offset)
+        elif isinstance(t, Window):
+            if t.left is not None:
+                low = t.offset - t.left if low is None else max(low, t.offset - t.left)
+            if t.right is not None:
+                high = t.offset + t.right if high is None else min(high, t.offset + t.right)
+    return low, high
+
+
+def _head(*widths: int) -> int:
+    return max(16, *(triton.next_power_of_2(w) for w in widths))
+
+
+def _tiles(q: torch.Tensor, constants: Mapping[str, Any]) -> Tiles:
+    """Those of the device and of the wider head dim; float32 has half as many queries and keys in a block."""
+    family = "cdna" if torch.version.hip else "hopper" if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0) else "ampere"
+    found = TILES[family][max(constants["HEAD"], constants["V_HEAD"], 64)]
+    if q.element_size() < 4:
+        return found
+    wide = (found.forward, found.busy, found.dq, found.dkv)
+    return Tiles(*(dataclasses.replace(t, queries=max(t.queries // 2, 16), keys=max(t.keys // 2, 16)) for t in wide))
+
+
+def _rows_last(t: torch.Tensor) -> torch.Tensor:
+    """Strided as it may be, but for the last dim."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _may_be_empty(mask: Mask) -> bool:
+    """Whether a query may see no key."""
+    return any(not (isinstance(t, Causal) and t.offset >= 0) for t in mask.terms)
+
+
+def _common(arrays: Tensors, params: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[Any], dict[str, Any]]:
+    """(q, k, v), (ids and lengths), (sizes and scalars), constants."""
+    q, k, v = (_rows_last(arrays[n]) for n in "qkv")
+    ids = [None if (t := arrays.get(n)) is None else t.contiguous() for n in ("q_segment_ids", "kv_segment_ids", "kv_lengths")]
+    low, high = band(params["mask"])
+    width, v_width = q.shape[-1], v.shape[-1]
+    scale = 1 / math.sqrt(width) if params["scale"] is None else params["scale"]
+    cap = params["logits_soft_cap"]
+    sizes: list[Any] = [q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2], width, v_width]
+    sizes += [float(scale), float(cap or 1.0), low or 0, high or 0]
+    constants = {"LOW": low is not None, "HIGH": high is not None, "CAP": cap is not None, "HEAD": _head(width), "V_HEAD": _head(v_width)}
+    return [q, k, v], ids, sizes, constants
+
+
+def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    (q, k, v), ids, sizes, constants = _common(arrays, params)
+    batch, queries, heads, width = q.shape
+    dtype = q.dtype if params["out_dtype"] is None else torch_dtype(params["out_dtype"])
+    out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    empty, fill = _may_be_empty(params["mask"]), params["mask"].fill
+    means = v.mean(1, dtype=torch.float32).contiguous() if empty and math.isfinite(fill) else None
+    tiles = _tiles(q, constants)
+    t = tiles.busy if constants["CAP"] or ids[0] is not None else tiles.forward
+    with launch.on(q):
+        forward_blocks[(batch * heads * triton.cdiv(queries, t.queries),)](
+            q, k, v, *ids, means, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, **constants,
+            EVEN=constants["HEAD"] == width and constants["V_HEAD"] == v.shape[-1], QUERIES=t.queries, KEYS=t.keys,
+            num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    return [out], [lse]
+
+
+def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
+    (q, k, v), ids, sizes, constants = _common(arrays, params)
+    (out,), (lse,), g = results, kept, _rows_last(cotangents[0].to(q.dtype))
+    batch, queries, heads, _ = q.shape
+    keys, shared = k.shape[1:3]
+    delta = torch.empty_like(lse)
+    found = {n: torch.empty(arrays[n].shape, dtype=arrays[n].dtype, device=q.device) for n in "qkv"}
+    tiles = _tiles(q, constants)
+    given = (q, k, v, g, lse, delta, *ids)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
+    with launch.on(q):
+        delta_rows[(batch * heads * triton.cdiv(queries, 32),)](
+            out, g, lse, delta, *g.stride()[:3], queries, heads, v.shape[-1], V_HEAD=constants["V_HEAD"], QUERIES=32
+        )  # fmt: skip
+        if "q" in wanted:
+            t = tiles.dq
+            queries_backward[(batch * heads * triton.cdiv(queries, t.queries),)](
+                *given, found["q"], *strides, *sizes, **constants, QUERIES=t.queries, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages
+            )  # fmt: skip
+        if "k" in wanted or "v" in wanted:
+            t = tiles.dkv
+            keys_backward[(batch * shared * triton.cdiv(keys, t.keys),)](
+                *given, found["k"], found["v"], *strides, *sizes, **constants,
+                QUERIES=t.queries, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages,
+            )  # fmt: skip
+    if "v" in wanted and _may_be_empty(params["mask"]):
+        # Of a query that sees nothing the probabilities are those of equal scores, or NaN.
+        unseen = (lse == math.inf).transpose(1, 2)[..., None]
+        each = (g.float() * unseen).sum(1) / keys if math.isfinite(params["mask"].fill) else torch.where(unseen.any(1), math.nan, 0.0)
+        spread = each.unflatten(1, (shared, heads // shared)).sum(2)
+        found["v"] = (found["v"].float() + spread[:, None]).to(v.dtype)
+    return found
+
+
+attention = library.kernel(
+    "attention", "triton", _forward, _backward,
+    kept=lambda specs, params: (Spec((specs["q"].shape[0], specs["q"].shape[2], specs["q"].shape[1]), "float32"),),
+)  # fmt: skip
+
+
+def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """Why the kernels cannot take a call, in one clause, or None."""
+    q, k, v = (specs[n] for n in "qkv")
+    if any(0 in s.shape for s in specs.values()):
+        return "is not given empty arrays"
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        return f"multiplies arrays of one dtype, and these are {q.dtype}, {k.dtype} and {v.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"takes head dims up to 256, and these are {q.shape[-1]} and {v.shape[-1]}"
+    mask = params.get("mask", Mask())
+    if mask.terms and math.isfinite(mask.fill) and mask.fill > -1e30:
+        return f"leaves out what a mask hides, and one that fills with {mask.fill} may show it"
+    return launch.wide_floats({n: specs[n] for n in "qkv"}, params)
