@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kpt._version import __version__
-from kpt.commands import history, pipeline, tune
+from kpt.commands import history, pipeline, tpu, tune
+from kpt.commands.named import ArgsFrom
 from kpt.commands.named import attribute as _attribute
 from kpt.commands.named import call as _call
 from kpt.config import config, start_logging
@@ -64,17 +64,12 @@ app = typer.Typer(
 )
 hardware_app = typer.Typer(help="Chips: what they can do, and which one is here.", no_args_is_help=True)
 kernels_app = typer.Typer(help="Kernels: who can compute an op, and where.", no_args_is_help=True)
-tpu_app = typer.Typer(help="TPU kernels as their compiler schedules them, with no TPU here.", no_args_is_help=True)
 app.add_typer(hardware_app, name="hardware")
 app.add_typer(kernels_app, name="kernels")
-app.add_typer(tpu_app, name="tpu")
+app.add_typer(tpu.app, name="tpu")
 app.add_typer(tune.app, name="tune")
 app.add_typer(pipeline.app, name="pipeline")
 history.add_to(app)
-
-ArgsFrom = Annotated[
-    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's.")
-]
 
 
 def _version(wanted: bool) -> None:
@@ -204,212 +199,6 @@ def twin(
         typer.echo(result.to_json() if as_json else result.explain())
         if not result.passed:
             raise typer.Exit(NO)
-
-
-Op = Annotated[list[str] | None, typer.Option("--op", help="An op, or a benchmark of `kpt bench`; may be given several times.")]
-Gen = Annotated[str, typer.Option(help="TPU generations, with commas: v4,v5e,v5p,v6e,v7x.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Compilations at a time. [default: one a core, with 3 GiB of free memory each]")]
-
-
-@tpu_app.command("compile")
-def tpu_compile(
-    context: typer.Context,
-    op: Op = None,
-    gen: Gen = "v4,v5e,v5p,v6e,v7x",
-    every_shape: Annotated[bool, typer.Option("--every-shape", help="All shapes of `kpt bench`, not the first of each.")] = False,
-    jobs: Jobs = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compile kpt's TPU kernels for every generation, forward and backward, with no TPU here.
-
-    The real TPU compiler (libtpu) takes each kernel at its benchmark shape, in bfloat16, and at the first one in float32 too.
-    Shown are the memory and the time of each, by its schedule, or what the compiler said. Exit code 1 if it failed on one; what a
-    kernel does not take on a chip (its blocks do not fit the VMEM) it refuses by itself, and another provider runs such calls.
-    Schedules are kept in the cache, and made again when kpt's code or a version changes.
-
-    Example: kpt tpu compile --op attention --gen v5e,v6e
-    """
-    with answering(context, as_json):
-        cases, program = _front_end("kpt_jax.tpu_programs", "cases"), _front_end("kpt_jax.tpu_programs", "program")
-        generations = _generations(gen)
-        chosen = cases(op or (), every_shape)
-        programs = [program(name, dims) for name, dims in chosen]
-        firsts = {name: dims for name, dims in reversed(chosen)}
-        programs += [program(name, dims, dtype="float32") for name, dims in firsts.items()]
-        found = _compiled(programs, generations, jobs)
-        unmade = [m for m in found if m.error is not None]
-        refused = [m for m in unmade if m.refused]
-        if as_json:
-            # What happens bundle by bundle is `kpt tpu schedule`'s to tell.
-            _print_json([{**(told := m.to_json()), "schedules": [s | {"stretches": []} for s in told["schedules"]]} for m in found])
-        else:
-            rows = []
-            for m in found:
-                where = (m.program.label, m.generation)
-                if m.error is not None:
-                    rows.append((*where, "refused" if m.refused else "failed", *[""] * 5))
-                    continue
-                rows += [
-                    (*(where if i == 0 else ("", "")), s.kernel, _bytes(s.vmem), _bytes(s.read + s.written), f"{s.cycles:,.0f}",
-                     f"{s.seconds * 1e3:.3f} ms", s.bound)
-                    for i, s in enumerate(m.schedules)
-                ]  # fmt: skip
-            _print_table(("program", "TPU", "kernel", "VMEM", "HBM", "cycles", "time", "bound"), rows)
-            for m in unmade:
-                typer.echo(f"{m.program.label} on {m.generation}: {m.error}")
-            typer.echo(f"{len(found) - len(unmade)} of {len(found)} programs compiled, {len(refused)} refused by the kernel.")
-        if len(unmade) > len(refused):
-            raise typer.Exit(NO)
-
-
-@tpu_app.command("schedule")
-def tpu_schedule(
-    context: typer.Context,
-    function: Annotated[
-        str | None, typer.Argument(metavar="[MODULE:FUNCTION]", help="A function that calls Pallas kernels, anybody's.")
-    ] = None,
-    args_from: ArgsFrom = None,
-    op: Op = None,
-    shape: Annotated[str | None, typer.Option(help="With --op: numbers with x between, as `kpt bench` has them.")] = None,
-    gen: Gen = "v5e",
-    plot: Annotated[Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes, as SVG.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compile a function for a TPU that is not here, and show what bounds its Pallas kernels.
-
-    The real TPU compiler (libtpu) schedules every kernel; kpt runs the scalar instructions of the schedule, and so counts how
-    often each bundle is issued, blocks that a mask skips included, and what waits for HBM. How far to trust the times:
-    docs/benchmarks/tpu-static.md. Arguments may be jax.ShapeDtypeStructs; integers that are arrays count as known, so that
-    what they skip does not count. With --op, kpt's own kernels, forward and backward.
-
-    Examples: kpt tpu schedule my.module:step --args-from my.module:arguments --gen v5e,v6e
-              kpt tpu schedule --op attention_causal --shape 4x4096x16x16x128 --plot units.svg
-    """
-    with answering(context, as_json):
-        generations = _generations(gen)
-        if (function is None) == (op is None):
-            raise KptError("A schedule was asked for", "It is that of MODULE:FUNCTION or of --op", "Give one of the two")
-        if function is not None:
-            _call(function, args_from, "The schedule")  # its errors are better than those of the process that compiles
-            programs = [_front_end("kpt_jax.tpu", "users_program")(function, args_from)]
-        else:
-            cases, program = _front_end("kpt_jax.tpu_programs", "cases"), _front_end("kpt_jax.tpu_programs", "program")
-            dims = _shape(shape)
-            programs = [program(name, dims or first) for name, first in cases(op)]
-        found = _compiled(programs, generations, None)
-        for made in found:
-            if made.error is not None:
-                asked = f"{made.program.label} was compiled for {made.generation}"
-                raise KptError(asked, made.error, "The message is the compiler's or the code's own")
-        schedules = [s for made in found for s in made.schedules]
-        if not schedules:
-            raise KptError(
-                f"The schedule of {function} was asked for", "It calls no Pallas kernel", "Name a function that does, or whose plan does"
-            )
-        if plot is not None:
-            from kpt.report import save
-            from kpt.tpu import chart
-
-            longest = max(schedules, key=lambda s: s.seconds)
-            save(chart(longest), plot)
-        if as_json:
-            _print_json([s.to_json() for s in schedules])
-            return
-        units = ("MXU", "VPU", "XLU", "EUP", "load", "store")
-        rows = []
-        for s in schedules:
-            cores = f" x{s.cores}" if s.cores > 1 else ""
-            row = [s.kernel, s.generation + cores, f"{s.seconds * 1e3:.3f} ms", f"{s.cycles:,.0f}", f"{s.stalled / max(s.cycles, 1):.0%}"]
-            row += [s.bound, *(f"{s.occupancy[u]:.0%}" for u in units), _bytes(s.vmem), _bytes(s.read + s.written), f"{s.spills:,}"]
-            rows.append(row)
-        _print_table(("kernel", "TPU", "time", "cycles", "stalled", "bound", *units, "VMEM", "HBM", "spills"), rows)
-        if any(s.unknown for s in schedules):
-            typer.echo("Some branches depend on data; what they may skip is counted.")
-
-
-@tpu_app.command("tune")
-def tpu_tune(
-    context: typer.Context,
-    op: Op = None,
-    shape: Annotated[str | None, typer.Option(help="Numbers with x between, as `kpt bench` has them. [default: each op's first]")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    gen: Gen = "v5e",
-    jobs: Jobs = None,
-    budget: Annotated[float, typer.Option(min=0, help="Seconds after which no further round of candidates begins; 0: no limit.")] = 0,
-    write: Annotated[
-        Path | None, typer.Option(help="A table to put better blocks into; pallas_kernels/tuned_tpu.json is what kernels read.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Search the block sizes of kpt's TPU kernels by compiling them and reading their schedules, with no TPU here.
-
-    From what a kernel's rule chooses, each size is doubled and halved, and the best neighbour is next, until none is better.
-    Schedules are kept in the cache: a search that was interrupted goes on where it was. On a TPU the candidates are measured.
-
-    Example: kpt tpu tune --op matmul --shape 4096x4096x4096 --gen v5e,v6e --budget 600
-    """
-    with answering(context, as_json):
-        import time
-
-        cases, search = _front_end("kpt_jax.tpu_programs", "cases"), _front_end("kpt_jax.tpu_tune", "tune")
-        generations, dims = _generations(gen), _shape(shape)
-        todo = [(name, dims or first, on) for name, first in cases(op or ()) for on in generations]
-        start, found = time.monotonic(), []
-        with _progress() as progress:
-            task = progress.add_task("", total=len(todo))
-            for name, size, on in todo:
-                progress.update(task, description=f"{name} on {on.name}")
-                tried = iter(range(1, 1 << 30))
-                found.append(search(
-                    name, size, on, dtype=dtype, jobs=jobs, more=lambda: not budget or time.monotonic() - start < budget,
-                    done=lambda _, name=name, on=on, tried=tried: progress.update(
-                        task, description=f"{name} on {on.name}, {next(tried)} candidates"),
-                ))  # fmt: skip
-                progress.advance(task)
-        if write is not None:
-            make_row, write_rows = _front_end("kpt_jax.tpu_tune", "row"), _front_end("kpt_jax.tpu_tune", "write")
-            command = " ".join(["kpt tpu tune", *(f"--op {n}" for n in op or ()), *([f"--shape {shape}"] if shape else []), f"--gen {gen}"])
-            better = [make_row(t, on) for t, (_, _, on) in zip(found, todo, strict=True) if t.best != t.default]
-            write_rows(write, better, command)
-        if as_json:
-            _print_json([dataclasses.asdict(t) for t in found])
-            return
-
-        def sizes(blocks: dict[str, int]) -> str:
-            return " ".join(f"{n}={size}" for n, size in blocks.items())
-
-        _print_table(
-            ("kernel", "shape", "TPU", "by rule", "best", "gain", "tried", "refused"),
-            [(t.bench, "x".join(map(str, t.dims)), t.generation, sizes(t.default), sizes(t.best) if t.best != t.default else "the same",
-              f"{t.default_cost / t.cost - 1:.1%}", str(t.tried), str(t.failed)) for t in found],
-        )  # fmt: skip
-        if not all(t.finished for t in found):
-            typer.echo("The budget ended a search; the same command goes on where it was.")
-
-
-def _generations(text: str) -> list[Any]:
-    from kpt.tpu import generation
-
-    return [generation(name.strip()) for name in text.split(",")]
-
-
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(n) for n in text.split("x")) if text else None
-    except ValueError:
-        raise KptError(f"Shape {text!r} was given", "A shape is numbers with x between", "Write 4096x4096x4096") from None
-
-
-def _compiled(programs: Sequence[Any], generations: Sequence[Any], jobs: int | None) -> list[Any]:
-    """Compiles with a progress bar."""
-    compile_programs = _front_end("kpt_jax.tpu", "compile_programs")
-    with _progress() as progress:
-        task = progress.add_task("compiling", total=len(programs) * len(generations))
-
-        def done(made: Any) -> None:
-            progress.update(task, advance=1, description=f"{made.program.label} for {made.generation}")
-
-        return list(compile_programs(programs, generations, jobs=jobs, done=done))
 
 
 @hardware_app.command("list")

@@ -28,7 +28,7 @@ def run(fn: Callable[..., Any], tensors: Sequence[torch.Tensor], key: str) -> li
 
     Raises:
       MissingDependencyError: torch_xla or jax is not installed.
-      KernelError: a tensor is on another device.
+      KernelError: a tensor is on another device, or the function calls kernels that are not for this one.
     """
     if missing := [n for n in ("torch_xla", "jax") if importlib.util.find_spec(n) is None]:
         raise MissingDependencyError("A JAX kernel was called with PyTorch tensors", f"{missing[0]} is not installed", INSTALL)
@@ -40,7 +40,13 @@ def run(fn: Callable[..., Any], tensors: Sequence[torch.Tensor], key: str) -> li
     from torch_xla.core import xla_builder, xla_model
 
     kind = xla_model.xla_device_kind(tensors[0].device) if tensors else ""
-    made = xla_builder.call_jax(_on(kind, fn), tuple(tensors), override_hash=f"{key} {kind}")
+    try:
+        made = xla_builder.call_jax(_on(kind, fn), tuple(tensors), override_hash=f"{key} {kind}")
+    except ValueError as error:
+        if "interpret mode" not in str(error):  # what jax says of a kernel for another kind of chip
+            raise
+        raise KernelError(f"A Pallas kernel was called on {kind or 'a device without name'}", "It is compiled for TPUs alone",
+                          "Take a kernel in plain JAX here, such as rms_norm.xla; `kpt kernels list` has them all") from error  # fmt: skip
     return list(made) if isinstance(made, tuple | list) else [made]
 
 

@@ -6,9 +6,15 @@ import importlib
 import inspect
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kpt.errors import ConfigError, KptError
+
+ArgsFrom = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's.")
+]
 
 
 def attribute(reference: str) -> Any:

@@ -167,6 +167,11 @@ def test_what_is_traced_and_kept():
     assert weight.grad is None and x.grad is not None
 
 
+def test_a_kernel_for_another_chip_is_refused_in_words():
+    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=False)), pytest.raises(KernelError, match="rms_norm.xla"):
+        xla.kernel("rms_norm.pallas_tpu")(x=tensor(np.ones((8, 128), np.float32)))
+
+
 def test_refused():
     with pytest.raises(KernelError, match="on cpu"):
         kernel("matmul.xla")(a=torch.ones(2, 2), b=torch.ones(2, 2))
