@@ -14,6 +14,9 @@ from kpt.console import NO, AsJson, answering, front_end, print_json, print_tabl
 from kpt.console import progress as progress_bar
 from kpt.errors import KptError
 
+LOOPS = 6
+"""Levels of loops that a table shows, the costliest."""
+
 app = typer.Typer(help="TPU kernels as their compiler schedules them, with no TPU here.", no_args_is_help=True)
 
 Op = Annotated[list[str] | None, typer.Option("--op", help="An op, or a benchmark of `kpt bench`; may be given several times.")]
@@ -57,14 +60,14 @@ def compile_kernels(
             for m in found:
                 where = (m.program.label, m.generation)
                 if m.error is not None:
-                    rows.append((*where, "refused" if m.refused else "failed", *[""] * 5))
+                    rows.append((*where, "", "refused" if m.refused else "failed", *[""] * 5))
                     continue
                 rows += [
-                    (*(where if i == 0 else ("", "")), s.kernel, size(s.vmem), size(s.read + s.written), f"{s.cycles:,.0f}",
-                     f"{s.seconds * 1e3:.3f} ms", s.bound)
+                    (*((*where, size(m.code)) if i == 0 else ("", "", "")), s.kernel, size(s.vmem), size(s.read + s.written),
+                     f"{s.cycles:,.0f}", f"{s.seconds * 1e3:.3f} ms", s.bound)
                     for i, s in enumerate(m.schedules)
                 ]  # fmt: skip
-            print_table(("program", "TPU", "kernel", "VMEM", "HBM", "cycles", "time", "bound"), rows)
+            print_table(("program", "TPU", "code", "kernel", "VMEM", "HBM", "cycles", "time", "bound"), rows)
             for m in unmade:
                 typer.echo(f"{m.program.label} on {m.generation}: {m.error}")
             typer.echo(f"{len(found) - len(unmade)} of {len(found)} programs compiled, {len(refused)} refused by the kernel.")
@@ -116,14 +119,14 @@ def schedule(
             raise KptError(
                 f"The schedule of {function} was asked for", "It calls no Pallas kernel", "Name a function that does, or whose plan does"
             )
+        longest = max(schedules, key=lambda s: s.seconds)
         if plot is not None:
             from kpt.report import save
             from kpt.tpu import chart
 
-            longest = max(schedules, key=lambda s: s.seconds)
             save(chart(longest), plot)
         if as_json:
-            print_json([s.to_json() for s in schedules])
+            print_json([s.to_json() | {"loops": [dataclasses.asdict(level) for level in s.loops]} for s in schedules])
             return
         units = ("MXU", "VPU", "XLU", "EUP", "load", "store")
         rows = []
@@ -133,7 +136,16 @@ def schedule(
             row += [s.bound, *(f"{s.occupancy[u]:.0%}" for u in units), size(s.vmem), size(s.read + s.written), f"{s.spills:,}"]
             rows.append(row)
         print_table(("kernel", "TPU", "time", "cycles", "stalled", "bound", *units, "VMEM", "HBM", "spills"), rows)
-        typer.echo("Each line is one call of the kernel: what a loop of the program repeats (lax.scan) counts once.")
+        costly = sorted(longest.loops, key=lambda level: -level.bundles * level.issued)[:LOOPS]
+        typer.echo(f"Where the cycles of {longest.kernel} on {longest.generation} go, stalls aside:")
+        issued = sum(level.bundles * level.issued for level in longest.loops)
+        print_table(
+            ("from bundle", "bundles", "times", "cycles", "of all", *units),
+            [(f"{level.start:,}", f"{level.bundles:,}", f"{level.issued:,}", f"{level.bundles * level.issued:,}",
+              f"{level.bundles * level.issued / max(issued, 1):.0%}", *(f"{level.occupancy[u]:.0%}" for u in units))
+             for level in sorted(costly, key=lambda level: level.start) if level.issued],
+        )  # fmt: skip
+        typer.echo("Times are of one call of a kernel: what a loop of the program repeats (lax.scan) counts once.")
         if any(s.unknown for s in schedules):
             typer.echo("Some branches depend on data; what they may skip is counted.")
 

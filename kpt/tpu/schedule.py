@@ -133,6 +133,20 @@ class Schedule:
     unknown: int
     stretches: tuple[Stretch, ...]
 
+    @property
+    def loops(self) -> list[Stretch]:
+        """The stretches with those joined that are issued equally often, side by side: the levels of the program's loops, in its order."""
+        found: list[Stretch] = []
+        for s in self.stretches:
+            if not found or found[-1].issued != s.issued:
+                found.append(s)
+                continue
+            last = found[-1]
+            bundles = last.bundles + s.bundles
+            occupancy = {u: (last.occupancy[u] * last.bundles + s.occupancy[u] * s.bundles) / bundles for u in s.occupancy}
+            found[-1] = Stretch(last.start, bundles, s.issued, occupancy)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -143,6 +143,14 @@ def test_a_schedule():
     assert "bundle" in chart(made) and made.to_json()["kernel"] == "kernel.1"
 
 
+def test_levels_of_loops_join_what_runs_equally_often():
+    made = schedule("kernel.1", generation("v5e"), PROGRAM, utilization())
+    # The loop of five steps, around what the third of them skips.
+    assert [(level.start, level.bundles, level.issued) for level in made.loops] == [(0, 1, 1), (1, 9, 5), (10, 2, 4), (12, 8, 5), (20, 1, 1)]
+    loads = sum(level.occupancy["load"] * level.bundles * level.issued for level in made.loops)
+    assert loads == pytest.approx(sum(s.occupancy["load"] * s.bundles * s.issued for s in made.stretches))
+
+
 def test_a_kernel_that_asks_for_its_core_shares_the_chip():
     asks = PROGRAM.replace("%s1_s0 = smov 0 ", "%s1_s0 = smov 0  ;;  %s70_s9 = sld [smem:[#allocation0]] ")
     assert [schedule("k", generation(g), asks, utilization()).cores for g in ("v4", "v5e", "v5p", "v7x")] == [2, 1, 2, 1]

@@ -130,9 +130,12 @@ def test_command_line(tmp_path):
         "--plot", str(tmp_path / "units.svg"), "--json",
     ])  # fmt: skip
     assert run.exit_code == 0, run.output
-    assert [s["generation"] for s in json.loads(run.stdout)] == ["v5e", "v6e"]
+    found = json.loads(run.stdout)
+    assert [s["generation"] for s in found] == ["v5e", "v6e"]
+    assert all(sum(level["bundles"] for level in s["loops"]) == s["bundles"] for s in found)
     assert "MXU" in (tmp_path / "units.svg").read_text()
     shown = CliRunner().invoke(cli.app, ["tpu", "schedule", "kpt_jax.bench_tpu:large", "--args-from", "kpt_jax.bench_tpu:n1024"])
     assert shown.exit_code == 0 and "bound" in shown.stdout and "DMA latency" in shown.stdout
+    assert "Where the cycles of" in shown.stdout and "one call of a kernel" in shown.stdout
     none = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:plain", "--args-from", f"{HERE}:array"])
     assert none.exit_code == console.REFUSED and "no Pallas kernel" in none.output
