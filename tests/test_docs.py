@@ -61,3 +61,11 @@ def test_every_relative_link_leads_somewhere():
         if not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+def test_every_error_has_its_entry_in_troubleshooting():
+    """The typed errors of all packages, found in their sources: importing them needs frameworks."""
+    sources = [p for package in ("kpt", "kpt_jax", "kpt_torch", "pallas_kernels") for p in (ROOT / package).rglob("*.py")]
+    known = {name for p in sources for name in re.findall(r"^class (\w+Error)\(KptError", p.read_text(encoding="utf-8"), re.MULTILINE)}
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert len(known) > 9 and set(re.findall(r"^### (\w+)$", page, re.MULTILINE)) == known
