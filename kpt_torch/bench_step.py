@@ -3,8 +3,9 @@
     python -m kpt_torch.bench_step [--layers 16] [--json out.json]
 
 Width 2048, 16 heads, MLP of 5632, vocabulary 32000, batch 2, context 4096; bfloat16 autocast over float32 parameters, fused AdamW, SDPA
-attention. The contenders run one after the other, each from the same weights on the same batches, the first once more at the end to show
-the drift of the machine. Wall time of a step, median and quartiles; peak memory is the allocator's; `losses` are those of the first steps.
+attention. The contenders run one after the other, each from the same weights on the same batches, the first once more to show the drift
+of the machine. Liger is last, for it changes transformers' own functions (the rotation of positions among them) for all who come after.
+Wall time of a step, median and quartiles; peak memory is the allocator's; `losses` are those of the first steps.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def contenders() -> dict[str, Callable[[Any], Any]]:
         importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=m)
         return m
 
-    found: dict[str, Callable[[Any], Any]] = {"eager": lambda m: m, "torch.compile": torch.compile}
-    if importlib.util.find_spec("liger_kernel"):
-        found["liger"] = liger
-    return found | {
+    found: dict[str, Callable[[Any], Any]] = {
+        "eager": lambda m: m,
+        "torch.compile": torch.compile,
         "kpt_torch.optimize": kpt_torch.optimize,
         "torch.compile, backend kpt": lambda m: torch.compile(m, backend=kpt_backend),
         "eager again": lambda m: m,
     }
+    return found | ({"liger": liger} if importlib.util.find_spec("liger_kernel") else {})
 
 
 def run(change: Callable[[Any], Any], weights: Any, batches: list[torch.Tensor], device: torch.device) -> dict[str, Any]:
@@ -116,6 +117,8 @@ def main() -> None:
     torch.manual_seed(1)
     batches = [torch.randint(0, VOCABULARY, (BATCH, CONTEXT), device=device) for _ in range(WARM + STEPS)]
     rows: dict[str, Any] = {}
+    found, taken = sites(weights, batches[0], device)
+    print(f"plan: {taken:.1f} s", *found, sep="\n  ", flush=True)
     for name, change in contenders().items():
         if args.only not in name:
             continue
@@ -127,8 +130,6 @@ def main() -> None:
         except Exception as problem:  # a contender that fails is a row, not the end
             rows[name] = {"error": f"{type(problem).__name__}: {str(problem)[:500]}"}
             print(f"{name:28}{rows[name]['error'][:300]}", flush=True)
-    found, taken = sites(weights, batches[0], device)
-    print(f"plan: {taken:.1f} s", *found, sep="\n  ")
     if args.json:
         import transformers
 
