@@ -371,7 +371,9 @@ def main(names: Sequence[str], shapes: str | None, peers: bool, dtype: str | Non
     def report(rows: list[Row], so_far: dict[str, Any]) -> None:
         say("\n".join(lines(rows)))
         if out:  # after each shape: what was measured outlives a run that is cut short
-            out.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
+            part = out.with_name(f"{out.name}.part")
+            part.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
+            part.replace(out)
 
     result = run(names, parsed, dtype=dtype, peers=peers, seconds=seconds, report=report)
     top = result["ceilings"]

@@ -83,6 +83,9 @@ def program(
     """What `kpt_jax.tpu.compile_programs` takes: one benchmark at one shape by one provider."""
     if passes not in PASSES:
         raise KptError(f"Passes {passes!r} were asked for", f"There are {' and '.join(PASSES)}", "Choose one")
+    if len(dims) != len((known := BENCHES[name].dims).split()):
+        asked = f"{name} was asked for at {'x'.join(map(str, dims))}"
+        raise KptError(asked, f"Its shapes are {known.replace(' ', 'x')}", "Give one number for each, and other ops by themselves")
     given = {"name": name, "dims": list(dims), "dtype": dtype, "passes": passes, "provider": provider, "blocks": blocks}
     label = f"{name} {'x'.join(map(str, dims))} {dtype} {passes}" + ("" if provider == OURS else f" by {provider}")
     sources = _SOURCES if provider != OURS else (*_SOURCES, *_KERNELS, *(_DEFAULTS if blocks is None else ()))

@@ -124,13 +124,33 @@ def _straight(name: str, run: Callable[..., list[torch.Tensor]], keep: Callable[
 
 
 def _nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether these are plain tensors, and neither a tracer, a dispatch mode nor a transformation of `torch.func` is to see the op."""
+    """Whether these are plain tensors with memory, and neither a tracer, a mode nor a transformation of `torch.func` is to see the op.
+
+    By their dispatch keys: other ones have tensors without memory, with a lazy sign or conjugation, batched and wrapped ones.
+    """
     return (
-        all(t is None or type(t) in PLAIN for t in tensors)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or (type(t) in PLAIN and _keys(t) in _plain_keys(t.device.type)) for t in tensors)
     )
+
+
+def _keys(t: torch.Tensor) -> int:
+    return torch._C._dispatch_keys(t).raw_repr()
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of tensors that are nothing but memory, made in and outside of inference mode."""
+    found = set()
+    for mode in (False, True):
+        with torch.inference_mode(mode):
+            found.add(_keys(torch.empty(1, device=device)))
+    return frozenset(found) - {_keys(torch.empty(1, device="meta"))}
 
 
 def _differentiable(
@@ -176,7 +196,7 @@ def _differentiable(
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
-        ctx.count = 2 if "residual" in ctx.present else 1
+        ctx.count, ctx.spent = 2 if "residual" in ctx.present else 1, False
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *output)
 
     def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
@@ -187,10 +207,14 @@ def _differentiable(
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
         params, count = _params(op.name, ctx.params), ctx.count
         # Whoever calls the custom op itself, as opcheck does, sees what was kept.
-        freed = params.get("unseen", False) and _about_to_be_freed(saved)
-        if freed or (not torch.is_grad_enabled() and _nobody_watches([*saved, *given])):
+        if ctx.spent:
+            raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
+                              "written over what it read", "Run the forward pass again")  # fmt: skip
+        if not torch.is_grad_enabled() and _nobody_watches([*saved, *given]):
+            ctx.spent = params.get("unseen", False) and _about_to_be_freed()
             with torch.no_grad():
-                gradients = pulled_back(arrays, params | {"last": freed}, made[:count], made[count:], given, wanted)
+                gradients = pulled_back(arrays, params | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
+            gradients = _apart(gradients, [*arrays.values(), *made[:count], *given])
         else:
             gradients = pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted))
         found = dict(zip(wanted, gradients, strict=True))
@@ -200,10 +224,10 @@ def _differentiable(
     return keep, pull
 
 
-def _about_to_be_freed(saved: Sequence[torch.Tensor]) -> bool:
-    """Whether this is the last that anyone sees of what a node of autograd saved: no second backward pass, and nobody is tracing."""
+def _about_to_be_freed() -> bool:
+    """Whether this is the last that anyone sees of what a node of autograd saved: there will be no second backward pass."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private; without it nothing is written over
-    return keeps is not None and not keeps() and all(type(t) in PLAIN for t in saved)
+    return keeps is not None and not keeps()
 
 
 def _laid_out(gradient: torch.Tensor, array: torch.Tensor) -> torch.Tensor:

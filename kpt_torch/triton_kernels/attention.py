@@ -64,7 +64,7 @@ TILES: dict[str, dict[int, Tiles]] = {
 @triton.jit
 def _block(base, row, stride, rows, col, width, MASKED: tl.constexpr):
     """Rows of a head, 0 past the last row and the last element."""
-    at = base + row[:, None] * stride + col[None, :]
+    at = base + row[:, None].to(tl.int64) * stride + col[None, :]  # a view of a long context is farther apart than 2^31
     if MASKED:
         return tl.load(at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
     return tl.load(at)
@@ -139,7 +139,7 @@ def forward_blocks(
 ):  # fmt: skip
     across = tl.cdiv(queries, QUERIES)
     first = (across - 1 - tl.program_id(0) % across) * QUERIES  # where causality leaves most to do, first
-    head = (tl.program_id(0) // across) % heads
+    head = ((tl.program_id(0) // across) % heads).to(tl.int64)
     batch = (tl.program_id(0) // across // heads).to(tl.int64)
     i = first + tl.arange(0, QUERIES)
     held = _block(q + batch * q_batch + head * q_head, i, q_row, queries, tl.arange(0, HEAD), width, True)
@@ -196,7 +196,7 @@ def delta_rows(
 ):  # fmt: skip
     """`sum(out dout)` of each query, 0 of one that sees no key."""
     across = tl.cdiv(queries, QUERIES)
-    head = (tl.program_id(0) // across) % heads
+    head = ((tl.program_id(0) // across) % heads).to(tl.int64)
     batch = (tl.program_id(0) // across // heads).to(tl.int64)
     i = (tl.program_id(0) % across) * QUERIES + tl.arange(0, QUERIES)
     col = tl.arange(0, V_HEAD)
@@ -232,7 +232,7 @@ def keys_backward(
     across = tl.cdiv(keys, KEYS)
     shared = heads // group
     first = (tl.program_id(0) % across) * KEYS
-    kv_head = (tl.program_id(0) // across) % shared
+    kv_head = ((tl.program_id(0) // across) % shared).to(tl.int64)
     batch = (tl.program_id(0) // across // shared).to(tl.int64)
     j = first + tl.arange(0, KEYS)
     col, v_col = tl.arange(0, HEAD), tl.arange(0, V_HEAD)
@@ -278,7 +278,7 @@ def queries_backward(
     """dq of a block of queries, over the keys that it may see."""
     across = tl.cdiv(queries, QUERIES)
     first = (across - 1 - tl.program_id(0) % across) * QUERIES
-    head = (tl.program_id(0) // across) % heads
+    head = ((tl.program_id(0) // across) % heads).to(tl.int64)
     batch = (tl.program_id(0) // across // heads).to(tl.int64)
     i = first + tl.arange(0, QUERIES)
     col, v_col = tl.arange(0, HEAD), tl.arange(0, V_HEAD)
@@ -351,8 +351,10 @@ def _may_be_empty(mask: Mask) -> bool:
 def _common(arrays: Tensors, params: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[Any], dict[str, Any]]:
     """(q, k, v), (ids and lengths), (sizes and scalars), constants."""
     q, k, v = (_rows_last(arrays[n]) for n in "qkv")
-    ids = [None if (t := arrays.get(n)) is None else t.contiguous() for n in ("q_segment_ids", "kv_segment_ids", "kv_lengths")]
-    low, high = band(params["mask"])
+    mask = params["mask"]
+    ids = [arrays[n].contiguous() if n in mask.operands else None for n in ("q_segment_ids", "kv_segment_ids", "kv_lengths")]
+    # What lies beyond the ends says no more than the ends do, and leaves room for sums in 32 bits.
+    low, high = (None if end is None else max(-q.shape[1], min(end, k.shape[1])) for end in band(mask))
     width, v_width = q.shape[-1], v.shape[-1]
     scale = 1 / math.sqrt(width) if params["scale"] is None else params["scale"]
     cap = params["logits_soft_cap"]
@@ -431,6 +433,6 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     if max(q.shape[-1], v.shape[-1]) > 256:
         return f"takes head dims up to 256, and these are {q.shape[-1]} and {v.shape[-1]}"
     mask = params.get("mask", Mask())
-    if mask.terms and math.isfinite(mask.fill) and mask.fill > -1e30:
-        return f"leaves out what a mask hides, and one that fills with {mask.fill} may show it"
+    if mask.terms and (mask.additive or not mask.fill <= -1e30):
+        return f"leaves out what a mask hides, and one that {'adds' if mask.additive else 'fills with'} {mask.fill} may show it"
     return launch.wide_floats({n: specs[n] for n in "qkv"}, params)

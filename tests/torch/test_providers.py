@@ -166,3 +166,68 @@ def test_a_gradient_of_a_gradient_is_refused_in_words():
     (g,) = torch.autograd.grad((rows.rms_norm(x=x, weight=w) ** 2).sum(), x, create_graph=True)
     with pytest.raises(KernelError, match="gradient of a gradient"):
         g.sum().backward()
+
+
+def test_a_failed_backward_pass_is_not_repeated_on_what_it_wrote_over():
+    fails = [True, False]
+
+    def backward(arrays, params, results, kept, cotangents, wanted):
+        made = kept[0].data.mul_(cotangents[0]) if params.get("last") else kept[0] * cotangents[0]  # as a Triton kernel, unseen by torch
+        if fails.pop(0):
+            raise MemoryError("for a test")
+        return {"x": made}
+
+    thrice = kernel(
+        "rms_norm", "test_failing", lambda arrays, params: ([arrays["x"] * 3], [torch.full_like(arrays["x"], 3.0)] if params["early"] else []),
+        backward, kept=lambda specs, params: (specs["x"],) if params["early"] else (), early=lambda arrays, names: " ".join(names),
+    )  # fmt: skip
+    x = normal(4, D)
+    y = (2 * thrice(x=x)).sum()
+    with pytest.raises(MemoryError):
+        y.backward(retain_graph=True)  # nothing is written over
+    y.backward(retain_graph=True)
+    assert torch.equal(x.grad, torch.full((4, D), 6.0))
+    fails[:] = [True]
+    s = thrice(x=x)
+    with pytest.raises(MemoryError):
+        s.backward(torch.ones(4, D))
+    with pytest.raises(KernelError, match="failed half way"):
+        s.backward(torch.ones(4, D))
+    fails[:] = [False]
+    (g,) = torch.autograd.grad(thrice(x=x).sum(), x, create_graph=True, retain_graph=False)
+    with pytest.raises(KernelError, match="gradient of a gradient"):
+        g.sum().backward()
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def test_who_watches():
+    from torch.func import vmap
+
+    from kpt_torch.library import _nobody_watches
+
+    plain = torch.ones(4, 4)
+    with torch.inference_mode():
+        inferred = torch.ones(2)
+    assert _nobody_watches([plain, None, torch.nn.Parameter(plain), plain.t()[1:], (plain.requires_grad_() * 2), inferred])
+    lazy = torch._neg_view(torch.ones(2)), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(2)
+    for other in (*lazy, torch.ones(2, device="meta"), torch.ones(2).to_sparse(), torch.ones(2).as_subclass(Wrapped)):
+        assert not _nobody_watches([plain, other])
+    seen = []
+    vmap(lambda v: (seen.append(_nobody_watches([v])), v)[1])(torch.ones(2, 3))
+    with Seen():
+        seen.append(_nobody_watches([plain]))
+    with torch.device("cpu"):
+        seen.append(_nobody_watches([plain]))
+    torch.jit.trace(lambda v: (seen.append(_nobody_watches([v])), v * 2)[1], torch.ones(2), check_trace=False)
+    make_fx(lambda v: (seen.append(_nobody_watches([v])), v * 2)[1], pre_dispatch=True)(torch.ones(2))
+    assert seen == [False] * 5
+
+
+def test_gradients_have_memory_of_their_own():
+    x, w, r = normal(4, D), normal(D), normal(4, D)
+    y, h = rows.rms_norm(x=x, weight=w, residual=r)
+    (dx, dr) = torch.autograd.grad(y.sum() + h.sum(), (x, r))
+    assert torch.equal(dx, dr) and dx.data_ptr() != dr.data_ptr()

@@ -57,6 +57,11 @@ LARGE = [
     *(Case("rope", {"x": Spec((2, 1027, 33, h), "bfloat16"), "cos": Spec((1, 1027, r), "float32"), "sin": Spec((1, 1027, r), "float32")}, {"interleaved": i})
       for h, r in ((128, 128), (192, 64), (80, 80)) for i in (False, True)),
 ]  # fmt: skip
+# Bounds that leave no room in 32 bits, for sums with positions.
+FAR = [
+    Case("attention", {"q": Spec((1, 20, 4, 16), "float32"), "k": Spec((1, 24, 2, 16), "float32"), "v": Spec((1, 24, 2, 16), "float32")}, {"mask": mask})
+    for mask in (Mask((Window(2**31 - 1, 0),)), Mask((Causal(), Window(2**63 - 1, None))), Mask((Window(None, 2**31 - 1),)), Mask((Causal(2**31 - 1),)))
+]  # fmt: skip
 patch_tensor = interpreter._patch_lang_tensor
 
 
@@ -146,6 +151,7 @@ def main(op: str, cases: int, seed: int) -> int:
     else:
         device = "cuda"
         drawn += [case for case in LARGE if case.op == op]
+    drawn += [case for case in FAR if case.op == op]
     kernel, failures = kpt.registry.get(f"{op}.triton"), 0
     to_check = 3
     large = [(module, name, getattr(module, name)) for module, name, _ in SMALL]
