@@ -368,7 +368,7 @@ def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Te
     (q, k, v), ids, sizes, constants = _common(arrays, params)
     batch, queries, heads, width = q.shape
     dtype = q.dtype if params["out_dtype"] is None else torch_dtype(params["out_dtype"])
-    out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=dtype, device=q.device)
+    out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=torch.float32 if params.get("early") else dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     empty, fill = _may_be_empty(params["mask"]), params["mask"].fill
     means = v.mean(1, dtype=torch.float32).contiguous() if empty and math.isfinite(fill) else None
@@ -380,12 +380,13 @@ def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Te
             EVEN=constants["HEAD"] == width and constants["V_HEAD"] == v.shape[-1], QUERIES=t.queries, KEYS=t.keys,
             num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
-    return [out], [lse]
+    return [out.to(dtype)], [lse] if out.dtype == dtype else [lse, out]
 
 
 def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
     (q, k, v), ids, sizes, constants = _common(arrays, params)
-    (out,), (lse,), g = results, kept, _rows_last(cotangents[0].to(q.dtype))
+    (lse, *wide), g = kept, _rows_last(cotangents[0].to(q.dtype))
+    (out,) = wide or results
     batch, queries, heads, _ = q.shape
     keys, shared = k.shape[1:3]
     delta = torch.empty_like(lse)
@@ -417,10 +418,18 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
     return found
 
 
-attention = library.kernel(
-    "attention", "triton", _forward, _backward,
-    kept=lambda specs, params: (Spec((specs["q"].shape[0], specs["q"].shape[2], specs["q"].shape[1]), "float32"),),
-)  # fmt: skip
+def _kept(specs: dict[str, Spec], params: Mapping[str, Any]) -> Sequence[Spec]:
+    (batch, queries, heads, _), v = specs["q"].shape, specs["v"].shape
+    wide = params.get("early") and (params["out_dtype"] or specs["q"].dtype) != "float32"
+    return Spec((batch, heads, queries), "float32"), *([Spec((batch, queries, heads, v[-1]), "float32")] if wide else [])
+
+
+def _early(arrays: Tensors, names: Sequence[str]) -> str:
+    """The result in float32: where one key has nearly all of the weight, gradients are differences that a rounded result spoils."""
+    return "result"
+
+
+attention = library.kernel("attention", "triton", _forward, _backward, kept=_kept, early=_early)
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
