@@ -24,8 +24,9 @@ demo: setup
 test: setup
 	$(pytest) $(ARGS)
 
+# Few and long: whoever is idle takes the next one, of whatever file.
 test-slow: setup
-	$(pytest) -m slow $(ARGS)
+	$(python) -m pytest -n logical --dist worksteal -m slow $(ARGS)
 
 test-gpu: setup
 	$(python) -m pytest -m gpu $(ARGS)

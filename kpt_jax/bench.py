@@ -99,7 +99,7 @@ def contenders(bench: Bench, specs: Specs, peers: bool) -> tuple[dict[str, Call]
 
 def passes_of(bench: Bench, fn: Call, backward: bool) -> Call:
     """`(arrays, cotangents) -> outputs`, or outputs and gradients."""
-    moving = [n for n in ops.op(bench.op).differentiable if n not in ("cos", "sin")]
+    moving = ops.op(bench.op).learned
 
     def both(arrays: dict[str, Any], cotangents: Sequence[Any]) -> Any:
         fixed = {n: a for n, a in arrays.items() if n not in moving}
@@ -121,9 +121,7 @@ def certified(bench: Bench, fn: Call, specs: Specs) -> tuple[float, str | None]:
         cotangents = [np.asarray(c).astype(d) for c, d in zip(cotangents, dtypes, strict=True)]
         return jax.device_get(jax.jit(passes_of(bench, fn, True))(arrays, cotangents)[1])
 
-    op = dataclasses.replace(
-        ops.op(bench.op), differentiable=tuple(n for n in ops.op(bench.op).differentiable if n not in ("cos", "sin"))
-    )
+    op = dataclasses.replace(ops.op(bench.op), differentiable=ops.op(bench.op).learned)
     certificate = validate(fn, op, specs, bench.params, run=run, run_vjp=run_vjp, seeds=(0,))
     worst = max(filter(None, (certificate.worst(gradient=False), certificate.worst(gradient=True))), default=0.0)
     return worst, None if certificate.passed else certificate.summary()

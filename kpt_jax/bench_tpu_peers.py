@@ -102,6 +102,7 @@ def _result(made: Compiled, name: str, dims: tuple[int, ...], passes: str) -> di
         "written": sum(s.written for s in made.schedules),
         "vmem": max(s.vmem for s in made.schedules),
         "temporaries": made.temporaries,
+        "around": made.around,
         "unknown": sum(s.unknown for s in made.schedules),
     }
 

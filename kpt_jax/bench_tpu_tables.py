@@ -37,14 +37,19 @@ def trust(rows: Sequence[Row]) -> list[str]:
 
 def peers(rows: Sequence[Row]) -> list[str]:
     """`bench_tpu_peers`' of one generation."""
-    lines = ["| | kpt | MXU | peers | plain code by XLA |", "|---|---|---|---|---|"]
+    lines = ["| | kpt | MXU | around it | peers | plain code by XLA |", "|---|---|---|---|---|---|"]
     for (bench, dims), found in _grouped(rows, "bench", "dims").items():
         ours = next(r for r in found if r["provider"] == "kpt")
         plain = next((r for r in found if r["provider"] == "xla"), None)
         others = "; ".join(f"{r['provider']} {_passes(r)}" for r in found if r["provider"] not in ("kpt", "xla"))
         mxu = f"{ours.get('forward_mxu', 0):.0%}" if ours.get("forward_mxu") else ""
-        lines.append(f"| {bench} {'×'.join(map(str, dims))} | {_passes(ours)} | {mxu} | {others} | {_plain(plain)} |")
+        around = _mib(ours.get("around"))
+        lines.append(f"| {bench} {'×'.join(map(str, dims))} | {_passes(ours)} | {mxu} | {around} | {others} | {_plain(plain)} |")
     return lines
+
+
+def _mib(found: float | None) -> str:
+    return "" if found is None else f"{found / 2**20:,.0f} MiB"
 
 
 def score(rows: Sequence[Row]) -> tuple[int, int]:
@@ -64,14 +69,15 @@ def score(rows: Sequence[Row]) -> tuple[int, int]:
 
 def kernels(programs: Sequence[Row]) -> list[str]:
     """`kpt tpu compile --json`'s."""
-    lines = ["| program | kernel | TPU | VMEM MiB | HBM MiB | cycles | ms | MXU | bound |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| program | kernel | TPU | VMEM MiB | HBM MiB | cycles | ms | MXU | bound | around it |", f"|{'---|' * 10}"]
     for m in sorted(programs, key=lambda m: (m["program"]["label"], GENERATIONS.index(m["generation"]))):
         label = re.sub(r" both$", "", m["program"]["label"])
         if m["error"] is not None:
-            lines.append(f"| {label} | | {m['generation']} | {'refused' if m['refused'] else 'failed'}: {m['error'][:80]} | | | | | |")
-        for s in m["schedules"]:
+            lines.append(f"| {label} | | {m['generation']} | {'refused' if m['refused'] else 'failed'}: {m['error'][:80]} | | | | | | |")
+        for i, s in enumerate(m["schedules"]):
             cells = (label, s["kernel"], m["generation"], f"{s['vmem'] / 2**20:.1f}", f"{(s['read'] + s['written']) / 2**20:,.0f}",
-                     f"{s['cycles']:,.0f}", f"{1e3 * s['seconds']:.3f}", f"{s['occupancy']['MXU']:.0%}", s["bound"])  # fmt: skip
+                     f"{s['cycles']:,.0f}", f"{1e3 * s['seconds']:.3f}", f"{s['occupancy']['MXU']:.0%}", s["bound"],
+                     "" if i else _mib(m.get("around")))  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -102,7 +102,7 @@ def make(
     arrays = {n: _argument(n, s, specs) for n, s in specs.items()}
     if passes == "forward":
         return lambda arrays: fn(**arrays), (arrays,)
-    moving = {n: a for n, a in arrays.items() if n in kpt.ops.op(bench.op).differentiable and jnp.issubdtype(a.dtype, jnp.floating)}
+    moving = {n: a for n, a in arrays.items() if n in kpt.ops.op(bench.op).learned and jnp.issubdtype(a.dtype, jnp.floating)}
     still = {n: a for n, a in arrays.items() if n not in moving}
 
     def both(moving: Any, still: Any, cotangents: Any) -> Any:

@@ -26,7 +26,7 @@ def ready(trial: Trial, kernel: str) -> Sample:
 def _ready(trial: Trial, kernel: str) -> Sample:
     fn = functools.partial(resolve(trial.kernels[kernel]), **trial.params)
     arrays = arrays_of(trial)
-    moving = {n: a for n, a in arrays.items() if n in ops.op(trial.op).differentiable and jnp.issubdtype(a.dtype, jnp.floating)}
+    moving = {n: a for n, a in arrays.items() if n in ops.op(trial.op).learned and jnp.issubdtype(a.dtype, jnp.floating)}
     if trial.passes != BOTH or not moving:
         return functools.partial(sample, jax.jit(lambda arrays: fn(**arrays)).lower(arrays).compile(), (arrays,))
     still = {n: a for n, a in arrays.items() if n not in moving}

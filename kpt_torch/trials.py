@@ -23,7 +23,7 @@ def ready(trial: Trial, kernel: str) -> Sample:
     fn = functools.partial(resolve(trial.kernels[kernel]), **trial.params)
     device = torch.device(trial.device)
     arrays = _arrays(trial, device)
-    moving = [n for n, a in arrays.items() if n in ops.op(trial.op).differentiable and a.is_floating_point()]
+    moving = [n for n, a in arrays.items() if n in ops.op(trial.op).learned and a.is_floating_point()]
 
     def forward() -> Any:
         with torch.no_grad():

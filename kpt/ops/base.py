@@ -45,6 +45,7 @@ class Op:
       sample: `sample(rng, specs, **params) -> dict[str, ndarray]`: random arrays in the op's domain
         (labels below the vocabulary size, lengths below the sequence length, masks with some True).
       cost: `cost(specs, **params) -> Cost` of the forward pass.
+      constant: those of `differentiable` that models do not learn (rotary tables): kernels are timed without their gradients.
     """
 
     name: str
@@ -57,6 +58,12 @@ class Op:
     reference_vjp: Callable[..., dict]
     sample: Callable[..., dict]
     cost: Callable[..., Cost]
+    constant: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The arrays whose gradients a training step computes."""
+        return tuple(n for n in self.differentiable if n not in self.constant)
 
 
 class _Required:

@@ -71,4 +71,4 @@ def cost(specs: Specs, **params: Any) -> Cost:
 
 
 OP = Op(NAME, ARRAYS, (), {"interleaved": False, "out_dtype": None}, ("x", "cos", "sin"),
-        infer, reference, reference_vjp, sample, cost)  # fmt: skip
+        infer, reference, reference_vjp, sample, cost, constant=("cos", "sin"))  # fmt: skip
