@@ -41,5 +41,5 @@ def _words(schedule: Schedule) -> dict[str, Any]:
         "title": f"{schedule.kernel} on TPU {schedule.generation}: {schedule.cycles:,.0f} cycles, bound by {schedule.bound}",
         "description": "Of all cycles: " + ", ".join(f"{u} {v:.0%}" for u, v in schedule.occupancy.items()),
         "x_label": "place in the program, bundles (one is issued a cycle; those of a loop are issued again and again)",
-        "y_label": "busy, % of a unit's slots",
+        "y_label": "busy, % of what the unit can take",
     }
