@@ -230,8 +230,8 @@ def compile_programs(
         turns += [(on, mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def turn(on: Generation, numbers: list[int]) -> None:
-        # Fewer come where somebody stopped it.
-        for n, made in zip(numbers, _compile([programs[n] for n in numbers], on, schedules, processes), strict=False):
+        # Fewer come where somebody stopped it. It is asked once more after the last, and ends its process then.
+        for made, n in zip(_compile([programs[n] for n in numbers], on, schedules, processes), numbers, strict=False):
             if made.error is None and (n, on.name) in keys:
                 schedule_cache.store(keys[n, on.name], made.to_json())
             keep((n, on.name), made)
@@ -251,7 +251,8 @@ class _Processes:
     """Those that compile, so that who waits for them can end them all."""
 
     def __init__(self) -> None:
-        self.lock, self.running, self.stopped = threading.Lock(), set[subprocess.Popen[str]](), False
+        self.lock, self.stopped = threading.Lock(), False
+        self.running: set[subprocess.Popen[str]] = set()
 
     def start(self, command: Sequence[str], **how: Any) -> subprocess.Popen[str] | None:
         """None once they were stopped."""

@@ -98,7 +98,8 @@ def schedule(
     The real TPU compiler (libtpu) schedules every kernel; kpt runs the scalar instructions of the schedule, and so counts how
     often each bundle is issued, blocks that a mask skips included, and what waits for HBM. How far to trust the times:
     docs/benchmarks/tpu-static.md. Arguments may be jax.ShapeDtypeStructs; integers that are arrays count as known, so that
-    what they skip does not count. With --op, kpt's own kernels, forward and backward.
+    what they skip does not count. While it is traced, jax.default_backend() is "tpu". With --op, kpt's own kernels, forward and
+    backward.
 
     Examples: kpt tpu schedule my.module:step --args-from my.module:arguments --gen v5e,v6e
               kpt tpu schedule --op attention_causal --shape 4x4096x16x16x128 --plot units.svg
@@ -181,8 +182,9 @@ def tune(
 ) -> None:
     """Search the block sizes of kpt's TPU kernels by compiling them and reading their schedules, with no TPU here.
 
-    From what a kernel's rule chooses, each size is doubled and halved, and the best neighbour is next, until none is better.
-    Schedules are kept in the cache: a search that was interrupted goes on where it was. On a TPU the candidates are measured.
+    From what a kernel's rule chooses, no larger than the array, each size is doubled and halved, and the best neighbour is next,
+    until none is better; neighbours that cost the same are walked through. Schedules are kept in the cache: a search that was
+    interrupted goes on where it was. On a TPU the candidates are measured.
 
     Example: kpt tpu tune --op matmul --shape 4096x4096x4096 --gen v5e,v6e --budget 600
     """

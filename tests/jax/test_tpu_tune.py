@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from typer.testing import CliRunner
 from kpt import cli, console
 from kpt.commands.tpu import _generations
 from kpt.errors import HardwareError, KptError
-from kpt.tpu import generation
+from kpt.hardware import hardware_profile
+from kpt.tpu import GENERATIONS, generation
 from kpt_jax.bench_ops import BENCHES
 from kpt_jax.bench_tpu_tables import written
 from kpt_jax.tpu_programs import XLA, default_blocks, program
 from kpt_jax.tpu_tune import by_clock, clipped, extents, search
+
+ROOT = Path(__file__).parents[2]
 
 
 def distance(best, rule=6):
@@ -146,8 +151,31 @@ def test_without_the_compiler_a_command_says_what_to_install(monkeypatch):
 
 def test_the_tables_of_the_docs_are_those_of_the_data():
     """And none is empty."""
-    pages = written(Path(__file__).parents[2] / "docs/benchmarks")
+    pages = written(ROOT / "docs/benchmarks")
     for page, text in pages.items():
         assert page.read_text(encoding="utf-8") == text, f"python -m kpt_jax.bench_tpu_tables docs/benchmarks renews {page.name}"
         assert not re.search(r"<!-- [\w ]+ -->\n<!-- end -->", text)
     assert len(pages) == 2
+
+
+def test_the_notebook_says_of_its_times_what_the_table_says():
+    page = json.loads((ROOT / "notebooks/tune_tpu_kernel_without_a_tpu.ipynb").read_text(encoding="utf-8"))
+    said = " ".join("".join(page["cells"][0]["source"]).split())
+    off = defaultdict(list)
+    for row in json.loads((ROOT / "docs/benchmarks/tpu-static.json").read_text(encoding="utf-8"))["rows"]:
+        off[row["generation"]].append(round(100 * row["off"]))
+    assert f"on v5e from {-min(off['v5e'])}% too fast to {max(off['v5e'])}% too slow" in said
+    assert off["v6e"] == [-5] and "on v6e 5% too fast (one row)" in said
+    assert max(off["v7x"]) == 0 and f"on v7x from {-min(off['v7x'])}% too fast to equal" in said
+    assert off.keys() == {"v5e", "v6e", "v7x"}
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+def test_the_docs_have_the_bandwidth_that_a_core_gets(name):
+    chip = hardware_profile(name)
+    whole = chip.memory_bandwidth / chip.devices / 1e9
+    (row,) = re.findall(rf"^\| {name} \|(.*)\|$", (ROOT / "docs/tpu.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cores, device, alone, split = (cell.strip() for cell in row.split("|"))
+    assert int(cores) == chip.cores and device == ("one core" if chip.devices > 1 else "the chip")
+    assert alone.startswith(f"{whole:,.0f} GB/s")
+    assert split == ("" if chip.cores == chip.devices else f"{whole / (chip.cores // chip.devices):,.1f} GB/s".replace(".0 ", " "))
