@@ -230,11 +230,11 @@ def compile_programs(
         turns += [(on, mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def turn(on: Generation, numbers: list[int]) -> None:
-        # Fewer come where somebody stopped it. It is asked once more after the last, and ends its process then.
-        for made, n in zip(_compile([programs[n] for n in numbers], on, schedules, processes), numbers, strict=False):
-            if made.error is None and (n, on.name) in keys:
-                schedule_cache.store(keys[n, on.name], made.to_json())
-            keep((n, on.name), made)
+        with contextlib.closing(_compile([programs[n] for n in numbers], on, schedules, processes)) as results:
+            for n, made in zip(numbers, results, strict=False):  # fewer come where somebody stopped it
+                if made.error is None and (n, on.name) in keys:
+                    schedule_cache.store(keys[n, on.name], made.to_json())
+                keep((n, on.name), made)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -304,7 +304,7 @@ def _compile(programs: Sequence[Program], on: Generation, schedules: bool, proce
     """Yields what became of each program. A process that dies takes one program with it; the rest goes on in another, unless stopped."""
     left = list(programs)
     while left:
-        with tempfile.TemporaryDirectory(prefix="kpt-tpu-") as folder:
+        with tempfile.TemporaryDirectory(prefix="kpt-tpu-") as folder, Path(folder, "kpt-errors").open("w+") as log:
             flags = " ".join((f"--xla_jf_dump_to={folder}", *_FLAGS)) if schedules else ""
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -313,33 +313,32 @@ def _compile(programs: Sequence[Program], on: Generation, schedules: bool, proce
             told = json.dumps({"generation": on.name, "folder": folder if schedules else None,
                                "programs": [dataclasses.asdict(p) for p in left]})  # fmt: skip
             command = [sys.executable, "-m", "kpt_jax.tpu"]
-            log = Path(folder, "kpt-errors").open("w+")  # noqa: SIM115  (closed below, with the process)
             process = processes.start(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
             if process is None:
-                log.close()
                 return
             assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):  # one that was stopped reads nothing
-                process.stdin.write(told)
-                process.stdin.close()
-            answers = _lines(process.stdout)
-            problem = None
-            while left:
-                try:
-                    answer = answers.get(timeout=PATIENCE)
-                except queue.Empty:
-                    problem = f"it was not done after {PATIENCE} s"
-                    break
-                if answer is None:
-                    break
-                yield dataclasses.replace(Compiled.from_json(answer), program=left.pop(0))
-            ended = processes.end(process)
+            try:
+                with contextlib.suppress(BrokenPipeError):  # one that was stopped reads nothing
+                    process.stdin.write(told)
+                    process.stdin.close()
+                answers = _lines(process.stdout)
+                problem = None
+                while left:
+                    try:
+                        answer = answers.get(timeout=PATIENCE)
+                    except queue.Empty:
+                        problem = f"it was not done after {PATIENCE} s"
+                        break
+                    if answer is None:
+                        break
+                    yield dataclasses.replace(Compiled.from_json(answer), program=left.pop(0))
+            finally:  # also where nobody asks for the rest
+                ended = processes.end(process)
+                process.stdout.close()
             if left and not processes.stopped:
                 log.seek(0)
                 said = [line for line in log.read().splitlines() if line.strip()]
                 yield Compiled(left.pop(0), on.name, problem or (said[-1] if said else f"the compiler ended with {ended}"))
-            log.close()
-            process.stdout.close()
 
 
 def _lines(stream: IO[str]) -> queue.Queue[dict[str, Any] | None]:
