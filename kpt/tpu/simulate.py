@@ -190,8 +190,8 @@ class _Core:
 
     def _guess(self, i: Instruction, at: int) -> None:
         if self._target(i) <= at:
-            found = f"data decides when the loop that ends at bundle {at:#x} ends"
-            advice = "pass the integers that decide it as arrays (--args-from), which count as known, or fix the loop's length"
+            found = f"Data decides when the loop that ends at bundle {at:#x} ends"
+            advice = "Pass the integers that decide it as arrays (--args-from), which count as known, or fix the loop's length"
             raise ScheduleError("A TPU schedule was run", found, advice)
         self.unknown += 1
 

@@ -119,7 +119,7 @@ def test_bytes_share_a_word_with_those_of_the_next_three_rows():
 
 
 @pytest.mark.parametrize("change, says", [
-    (("%s8_s0, 5", "%s99_s9, 5"), "data decides when the loop"),
+    (("%s8_s0, 5", "%s99_s9, 5"), "Data decides when the loop"),
     (("target = $region2", "target = %s1_s1"), "a place that is not named"),
     (("   0x3 ", "   0x4 "), "numbered"),
 ])  # fmt: skip
