@@ -29,6 +29,7 @@ def in_short(words: str) -> tuple[str, str]:
     largest = _WHAT.search(words)
     said = f"{who} takes {over} bytes more of {memory} than there are for it: {need:,} of {have:,}"
     said += f"; the largest is the {largest['what']}" if largest else ""
+    said += " (RESOURCE_EXHAUSTED)" * ("RESOURCE_EXHAUSTED" in words)  # by which tables know it
     if memory != "VMEM":
         return said, "Take smaller arrays, or fewer that live at a time"
     return said, _SMALLER + "; or allow the kernel more, pltpu.CompilerParams(vmem_limit_bytes=...)" * (m.re is _SCOPED)
