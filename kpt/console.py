@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kpt.errors import KptError, MissingDependencyError
+from kpt.raised import told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
         if context.obj:
             raise
         code = MISSING if isinstance(error, MissingDependencyError) else REFUSED if isinstance(error, KptError) else CRASHED
-        message = str(error) if isinstance(error, KptError) else f"{type(error).__name__}: {error}"
+        message = str(error) if isinstance(error, KptError) else told(error)
         if as_json:
             fields = {"error": type(error).__name__, "message": message}
             if isinstance(error, KptError):

@@ -9,16 +9,17 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
+from kpt_jax.pallas_calls import call_name
+
 MOST = 1 << 20
 """Elements of an array that is worth a computation."""
 
 
-def prefetched(fn: Any, args: Sequence[Any]) -> list[tuple[str, list[np.ndarray | None]]]:
-    """Name and scalar operands of each Pallas call of `fn(*args)`, in the order in which the function makes them.
+def prefetched(closed: Any, args: Sequence[Any]) -> list[tuple[str, list[np.ndarray | None]]]:
+    """Name and scalar operands of each Pallas call of a jaxpr, that of a function of `args`, in its order.
 
     An operand is None where it depends on arguments that are `jax.ShapeDtypeStruct`s; integers of arguments that are arrays are known.
     """
-    closed = jax.make_jaxpr(fn)(*args)
     found: list[tuple[str, list[np.ndarray | None]]] = []
     known = [_small(a, "iub") if isinstance(a, np.ndarray | jax.Array) else None for a in jax.tree.leaves(tuple(args))]
     _evaluate(closed.jaxpr, [_small(c) for c in closed.consts], known, found)
@@ -40,8 +41,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: lis
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name == "pallas_call":
             mapping = eqn.params["grid_mapping"]
-            name = eqn.params.get("name") or getattr(eqn.params.get("name_and_src_info"), "name", None) or "kernel"
-            found.append((str(name), inputs[: mapping.num_dynamic_grid_bounds + mapping.num_index_operands]))
+            found.append((call_name(eqn.params), inputs[: mapping.num_dynamic_grid_bounds + mapping.num_index_operands]))
             continue
         inner = [p for p in eqn.params.values() if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)]
         if inner and eqn.primitive.name not in ("scan", "while", "cond"):

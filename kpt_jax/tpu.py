@@ -6,6 +6,7 @@ programs are told as JSON and which answers a line for each.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -18,7 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -28,10 +30,14 @@ import numpy as np
 
 from kpt.errors import KernelError, KptError, MissingDependencyError
 from kpt.kernels.spec import unmet
+from kpt.raised import told
 from kpt.tpu import Generation, Schedule, schedule
 from kpt.tpu import cache as schedule_cache
+from kpt_jax.compiler_words import in_short
+from kpt_jax.pallas_calls import of_kernel
 
 PATIENCE = 900  # seconds for one program
+INSTALL = "pip install 'kpt-kernels[tpu]', or in a clone .venv/bin/pip install -e '.[tpu]' (Linux on x86-64; no TPU is needed)"
 _MEMORY = 3 << 30
 """Bytes that one compiling process may need."""
 _ANSWER = "KPT: "
@@ -45,7 +51,7 @@ _FLAGS = (
 
 
 class CompileError(KptError):
-    """The TPU compiler refused a program; its message is in the text."""
+    """The TPU compiler refused a program, or the program's own code raised. What was said in full is a note of the exception."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +76,12 @@ class Compiled:
     """What the compiler made of a program.
 
     Attributes:
-      error: its message, where it made nothing.
+      error: what was wrong, where it made nothing.
+      advice: what to do then, if kpt knows.
+      detail: the compiler's whole message then, or the traceback of an exception.
       refused: whether that is the kernel's own word (blocks that do not fit, say), and the compiler was not asked.
       schedules: of the Pallas kernels, in the order of their compilation.
+      interpreted: names of Pallas calls that XLA got as plain operations, so that there is no kernel of them.
       temporaries: bytes of HBM between the program's operations.
       code: bytes of instructions.
       accessed: bytes of HBM that XLA's cost analysis counts. For a Pallas kernel that is what its author estimates.
@@ -91,6 +100,9 @@ class Compiled:
     around: float | None = None
     estimated: float | None = None
     refused: bool = False
+    advice: str = ""
+    detail: str = ""
+    interpreted: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -107,7 +119,8 @@ class Compiled:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Compiled:
         program = Program(**{**found["program"], "sources": tuple(found["program"]["sources"])})
-        return cls(**{**found, "program": program, "schedules": tuple(Schedule.from_json(s) for s in found["schedules"])})
+        schedules, interpreted = tuple(Schedule.from_json(s) for s in found["schedules"]), tuple(found["interpreted"])
+        return cls(**{**found, "program": program, "schedules": schedules, "interpreted": interpreted})
 
 
 def users_program(function: str, args_from: str | None) -> Program:
@@ -128,9 +141,30 @@ def compiled_schedules(function: str, args_from: str | None, on: Generation) -> 
       ScheduleError: a schedule that kpt cannot read.
     """
     (made,) = compile_programs([users_program(function, args_from)], [on])
-    if made.error is not None:
-        raise CompileError(f"{function} was compiled for {on.name}", made.error, "The message is the compiler's or your code's own")
+    require(made)
     return list(made.schedules)
+
+
+def require(made: Compiled) -> None:
+    """Raises CompileError where nothing was made of a program."""
+    if made.error is None:
+        return
+    advice = made.advice or "The words are the compiler's; `kpt --debug tpu ...` shows all of them"
+    error = CompileError(f"{made.program.label} was compiled for {made.generation}", made.error, advice)
+    if made.detail:
+        error.add_note(f"In the process that compiled:\n{made.detail}")
+    raise error
+
+
+def interpreted(made: Compiled) -> tuple[str, str] | None:
+    """What to say of Pallas calls that were not compiled: why there is no kernel of them, and what to do; None where there are none."""
+    if not made.interpreted:
+        return None
+    names = ", ".join(dict.fromkeys(made.interpreted))
+    return (
+        f"Pallas calls are in interpret mode ({names}): XLA gets their operations, and there is no kernel to schedule",
+        "Pass interpret=False for a TPU: where kpt compiles, jax.default_backend() is 'tpu', and jax.devices() are those that are here",
+    )
 
 
 def compiler_version() -> str:
@@ -139,7 +173,7 @@ def compiler_version() -> str:
     Raises:
       MissingDependencyError: it is not installed, or jax is too old for the kernels.
     """
-    asked, install = "A kernel was to be compiled for a TPU", "pip install 'kpt-kernels[tpu]' (Linux on x86-64; no TPU is needed)"
+    asked, install = "A kernel was to be compiled for a TPU", INSTALL
     if (why := unmet("jax>=0.11.2")) is not None:
         raise MissingDependencyError(asked, f"The kernel {why}", install)
     try:
@@ -173,7 +207,7 @@ def compile_programs(
     """
     version = compiler_version()
     found: dict[tuple[int, str], Compiled] = {}
-    lock = threading.Lock()
+    lock, processes = threading.Lock(), _Processes()
 
     def keep(place: tuple[int, str], made: Compiled) -> None:
         with lock:
@@ -199,19 +233,50 @@ def compile_programs(
         turns += [(on, mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def turn(on: Generation, numbers: list[int]) -> None:
-        for n, made in zip(numbers, _compile([programs[n] for n in numbers], on, schedules), strict=True):
-            if made.error is None and (n, on.name) in keys:
-                schedule_cache.store(keys[n, on.name], made.to_json())
-            keep((n, on.name), made)
+        with contextlib.closing(_compile([programs[n] for n in numbers], on, schedules, processes)) as results:
+            for n, made in zip(numbers, results, strict=False):  # fewer come where somebody stopped it
+                if made.error is None and (n, on.name) in keys:
+                    schedule_cache.store(keys[n, on.name], made.to_json())
+                keep((n, on.name), made)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for started in [pool.submit(turn, *t) for t in turns]:
                 started.result()
-        except BaseException:  # what has not begun does not begin
+        except BaseException:  # what has not begun does not begin, and what has does not go on
+            processes.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [found[n, on.name] for n in range(len(programs)) for on in generations]
+
+
+class _Processes:
+    """Those that compile, so that who waits for them can end them all."""
+
+    def __init__(self) -> None:
+        self.lock, self.stopped = threading.Lock(), False
+        self.running: set[subprocess.Popen[str]] = set()
+
+    def start(self, command: Sequence[str], **how: Any) -> subprocess.Popen[str] | None:
+        """None once they were stopped."""
+        with self.lock:
+            if self.stopped:
+                return None
+            process = subprocess.Popen(command, text=True, **how)
+            self.running.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen[str]) -> int:
+        process.kill()
+        with self.lock:
+            self.running.discard(process)
+        return process.wait()
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.kill()
 
 
 def _jobs() -> int:
@@ -238,11 +303,11 @@ def _key(program: Program, on: Generation, libtpu: str, schedules: bool) -> str:
     )
 
 
-def _compile(programs: Sequence[Program], on: Generation, schedules: bool) -> Any:
-    """Yields what became of each program. A process that dies takes one program with it; the rest goes on in another."""
+def _compile(programs: Sequence[Program], on: Generation, schedules: bool, processes: _Processes) -> Any:
+    """Yields what became of each program. A process that dies takes one program with it; the rest goes on in another, unless stopped."""
     left = list(programs)
     while left:
-        with tempfile.TemporaryDirectory(prefix="kpt-tpu-") as folder:
+        with tempfile.TemporaryDirectory(prefix="kpt-tpu-") as folder, Path(folder, "kpt-errors").open("w+") as log:
             flags = " ".join((f"--xla_jf_dump_to={folder}", *_FLAGS)) if schedules else ""
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -251,30 +316,32 @@ def _compile(programs: Sequence[Program], on: Generation, schedules: bool) -> An
             told = json.dumps({"generation": on.name, "folder": folder if schedules else None,
                                "programs": [dataclasses.asdict(p) for p in left]})  # fmt: skip
             command = [sys.executable, "-m", "kpt_jax.tpu"]
-            log = Path(folder, "kpt-errors").open("w+")  # noqa: SIM115  (closed below, with the process)
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            process = processes.start(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            if process is None:
+                return
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(told)
-            process.stdin.close()
-            answers = _lines(process.stdout)
-            problem = None
-            while left:
-                try:
-                    answer = answers.get(timeout=PATIENCE)
-                except queue.Empty:
-                    problem = f"it was not done after {PATIENCE} s"
-                    break
-                if answer is None:
-                    break
-                yield dataclasses.replace(Compiled.from_json(answer), program=left.pop(0))
-            process.kill()
-            ended = process.wait()
-            if left:
+            try:
+                with contextlib.suppress(BrokenPipeError):  # one that was stopped reads nothing
+                    process.stdin.write(told)
+                    process.stdin.close()
+                answers = _lines(process.stdout)
+                problem = None
+                while left:
+                    try:
+                        answer = answers.get(timeout=PATIENCE)
+                    except queue.Empty:
+                        problem = f"it was not done after {PATIENCE} s"
+                        break
+                    if answer is None:
+                        break
+                    yield dataclasses.replace(Compiled.from_json(answer), program=left.pop(0))
+            finally:  # also where nobody asks for the rest
+                ended = processes.end(process)
+                process.stdout.close()
+            if left and not processes.stopped:
                 log.seek(0)
                 said = [line for line in log.read().splitlines() if line.strip()]
                 yield Compiled(left.pop(0), on.name, problem or (said[-1] if said else f"the compiler ended with {ended}"))
-            log.close()
-            process.stdout.close()
 
 
 def _lines(stream: IO[str]) -> queue.Queue[dict[str, Any] | None]:
@@ -307,11 +374,24 @@ def _import(text: str) -> Callable[..., Any]:
     return found
 
 
+@contextlib.contextmanager
+def _as_on_a_tpu(device: Any) -> Iterator[None]:
+    """What code asks about the chip while it is imported and traced is answered as on a TPU: kernels ask for the abstract device, and
+    people write `interpret=jax.default_backend() != "tpu"`. jax itself asks elsewhere, and computes on what is here."""
+    import jax
+
+    about = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    true, jax.default_backend = jax.default_backend, lambda: "tpu"
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=about)):
+            yield
+    finally:
+        jax.default_backend = true
+
+
 def _scalars(kernel: str, told_of: Sequence[tuple[str, list[np.ndarray | None]]]) -> list[np.ndarray | None]:
     """Of a kernel under the compiler's name for it, `transpose_jvp_NAME__.1`; none where several calls of that name have others."""
-    plain = re.sub(r"\W", "_", kernel)
-    longest = max((len(name) for name, _ in told_of if re.sub(r"\W", "_", name) in plain), default=0)
-    fit = [scalars for name, scalars in told_of if not longest or (len(name) == longest and re.sub(r"\W", "_", name) in plain)]
+    fit = [told_of[i][1] for i in of_kernel(kernel, [name for name, _ in told_of])]
 
     def alike(a: np.ndarray | None, b: np.ndarray | None) -> bool:
         return a is b is None or (a is not None and b is not None and np.array_equal(a, b))
@@ -340,24 +420,27 @@ def _read(analysis: Path, on: Generation, told_of: Sequence[tuple[str, list[np.n
 def _compile_one(program: Program, on: Generation, device: Any, folder: Path | None) -> Compiled:
     import jax
 
+    from kpt_jax.pallas_calls import pallas_calls, times_of
     from kpt_jax.prefetched import prefetched
 
-    fn, args = _import(program.make)(**program.given)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    # What kernels ask about the chip is asked while they are traced.
-    about = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=about)):
+    with _as_on_a_tpu(device):
+        fn, args = _import(program.make)(**program.given)
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
         made = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*shapes).compile()
-        told_of = prefetched(fn, args) if folder else []
-    read = [_read(path, on, told_of) for path in sorted(folder.iterdir())] if folder else []
+        closed = jax.make_jaxpr(fn)(*args) if folder else None
+        told_of = prefetched(closed, args) if closed else []
+    calls = list(pallas_calls(closed.jaxpr)) if closed else []
+    read = [s for path in sorted(folder.iterdir()) if (s := _read(path, on, told_of)) is not None] if folder else []
+    times = times_of([s.kernel for s in read], calls)
     cost, memory = made.cost_analysis() or {}, made.memory_analysis()
     accessed = float(cost.get("bytes accessed", 0))
     seconds = float(cost.get("optimal_seconds", -1))  # an operation without an estimate counts -1
     return Compiled(
-        program, on.name, None, tuple(s for s in read if s is not None),
+        program, on.name, None, tuple(dataclasses.replace(s, calls=n) for s, n in zip(read, times, strict=True)),
         int(getattr(memory, "temp_size_in_bytes", 0)), int(getattr(memory, "generated_code_size_in_bytes", 0)),
         accessed, _around(made.as_text() or "", accessed), seconds if seconds > 0 else None,
+        interpreted=tuple(c.name for c in calls if c.interpreted),
     )  # fmt: skip
 
 
@@ -387,9 +470,23 @@ def _child() -> None:
         try:
             made = _compile_one(program, on, device, folder)
         except Exception as error:
-            words = " ".join(str(error).split())[:2000] or type(error).__name__
-            made = Compiled(program, on.name, words, refused=isinstance(error, KernelError))
+            made = _failed(program, on, error)
         print(_ANSWER + json.dumps(made.to_json()), flush=True)
+
+
+def _failed(program: Program, on: Generation, error: Exception) -> Compiled:
+    """What an exception says, the compiler's or of the program's own code."""
+    import jax
+
+    detail = "".join(traceback.format_exception(error))
+    if isinstance(error, KptError):
+        words = ". ".join(p.rstrip(".") for p in (error.asked, error.possible) if p)
+        return Compiled(program, on.name, words, refused=isinstance(error, KernelError), advice=error.advice, detail=detail)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        short, advice = in_short(" ".join(str(error).split()))
+        return Compiled(program, on.name, short[:1000], advice=advice, detail=str(error))
+    words = " ".join(told(error).split())[:1000]
+    return Compiled(program, on.name, words, advice="The code's own words; `kpt --debug tpu ...` shows the way there", detail=detail)
 
 
 def measure(fn: Callable[..., Any], args: Sequence[Any], *, clock: Callable[[], float] = time.perf_counter, repeats: int = 5) -> float:

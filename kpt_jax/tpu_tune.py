@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from kpt_jax.bench_ops import BENCHES
 from kpt_jax.tpu import Compiled, Program, compile_programs, compiler_version, measure
 from kpt_jax.tpu_programs import default_blocks, make, program, specs_of
 from pallas_kernels import tuned
+from pallas_kernels.tensorcore import DTYPES, LANES
 
 WORTH = 0.99
 """Blocks replace others that take more than this share of their time."""
@@ -59,15 +61,32 @@ class Tuned:
     finished: bool
 
 
-def neighbours(sizes: Sizes) -> list[Sizes]:
-    """Each size doubled and halved."""
-    return [{**sizes, n: new} for n, size in sizes.items() for new in (size * 2, size // 2) if new >= 8]
+def neighbours(sizes: Sizes, extents: Mapping[str, int]) -> list[Sizes]:
+    """Each size doubled, unless it covers its axis as it is, and halved."""
+    doubled = [{**sizes, n: size * 2} for n, size in sizes.items() if size < extents.get(n, size + 1)]
+    return doubled + [{**sizes, n: size // 2} for n, size in sizes.items() if size >= 16]
 
 
-def search(start: Sizes, evaluate: Evaluate, *, more: Callable[[], bool] = lambda: True) -> tuple[Sizes, float, float, int, int, bool]:
+def clipped(sizes: Sizes, extents: Mapping[str, int]) -> Sizes:
+    """Halved as long as they cover their axes; a block of fewer than 128 is none that every kernel takes."""
+
+    def clip(size: int, extent: int) -> int:
+        while size // 2 >= max(extent, LANES):
+            size //= 2
+        return size
+
+    return {n: clip(size, extents.get(n, size)) for n, size in sizes.items()}
+
+
+def search(
+    start: Sizes, evaluate: Evaluate, *, extents: Mapping[str, int] = MappingProxyType({}), more: Callable[[], bool] = lambda: True
+) -> tuple[Sizes, float, float, int, int, bool]:
     """Walks to better neighbours until there is none, from the first of `start`, halved where it is largest, that can be.
 
+    Neighbours that cost the same are walked through: what is better may lie behind them. No sizes are tried twice.
+
     Args:
+      extents: of the axes that the sizes cut, by name, as far as they are known. Larger sizes are all the same.
       more: whether there is time for another round.
 
     Returns:
@@ -83,7 +102,7 @@ def search(start: Sizes, evaluate: Evaluate, *, more: Callable[[], bool] = lambd
         return tuple(sizes.values())
 
     (rule,) = evaluate([None])
-    best = start
+    best = clipped(start, extents)
     while rule is not None:
         (costs[key(best)],) = evaluate([best])
         largest = max(best, key=lambda n: best[n])
@@ -92,21 +111,43 @@ def search(start: Sizes, evaluate: Evaluate, *, more: Callable[[], bool] = lambd
         best = {**best, largest: best[largest] // 2}
     if rule is None or costs[key(best)] is None:
         raise KptError(f"Blocks were to be tuned from {start}", "The kernel cannot be compiled with these", "See `kpt tpu compile`")
+    cost, edge = costs[key(best)], [best]
+    assert cost is not None
     while True:
-        new = [n for n in neighbours(best) if key(n) not in costs]
+        new = list({key(n): n for here in edge for n in neighbours(here, extents) if key(n) not in costs}.values())
         if not new or not more():
             break
         costs.update(zip(map(key, new), evaluate(new), strict=True))
         found = min(new, key=lambda n: costs[key(n)] or float("inf"))
-        if (costs[key(found)] or float("inf")) >= WORTH * (costs[key(best)] or 0):
-            new = []
-            break
-        best = found
-    cost = costs[key(best)]
-    assert cost is not None
+        if (least := costs[key(found)] or float("inf")) < WORTH * cost:
+            best, cost, edge = found, least, [found]
+        else:
+            edge = [n for n in new if costs[key(n)] == cost]
     if cost >= WORTH * rule:
         best, cost = start, rule
     return best, cost, rule, len(costs), sum(c is None for c in costs.values()), not new
+
+
+_COVERS = {
+    "attention": {"q": "rows", "kv": "S", "q_bwd": "rows", "kv_bwd": "S"},
+    "rms_norm": {"rows": "ROWS"},
+    "layer_norm": {"rows": "ROWS"},
+    "cross_entropy": {"rows": "ROWS", "classes": "CLASSES"},
+    "linear_cross_entropy": {"rows": "TOKENS", "classes": "CLASSES"},
+    "rope": {"positions": "T"},
+    "ragged_matmul": {"m": "M", "n": "K N", "k": "K N"},
+    # The same blocks are those of both gradients, in which axes change places.
+    **dict.fromkeys(("matmul", "linear_act", "glu"), {"m": "M K", "n": "K N", "k": "M K N"}),
+}
+"""Which axes of a benchmark's shape a block of an op may cut."""
+
+
+def extents(bench: str, dims: Sequence[int]) -> dict[str, int]:
+    """The longest axis that each block cuts in a benchmark's shape."""
+    axes = dict(zip(BENCHES[bench].dims.split(), dims, strict=True))
+    if BENCHES[bench].op == "attention":  # all query heads of a key head in one block
+        axes["rows"] = axes["S"] * axes["N"] // axes["K"]
+    return {block: max(axes[a] for a in cut.split()) for block, cut in _COVERS[BENCHES[bench].op].items()}
 
 
 def tune(
@@ -127,6 +168,8 @@ def tune(
       MissingDependencyError: libtpu is not installed.
       KptError: the kernel cannot be compiled with its default blocks.
     """
+    if dtype not in DTYPES:
+        raise KptError(f"Blocks for {dtype} were to be tuned", f"Kernels for TPU compute in {' and '.join(DTYPES)}", "Choose one of them")
     here = jax.default_backend() == "tpu"
     if not here:
         compiler_version()
@@ -139,7 +182,7 @@ def tune(
         made = compile_programs(programs(candidates), [on], jobs=jobs, done=done)
         return [m.cycles if m.error is None else None for m in made]
 
-    found = search(start, (lambda c: by_clock(programs(c))) if here else by_schedule, more=more)
+    found = search(start, (lambda c: by_clock(programs(c))) if here else by_schedule, extents=extents(bench, dims), more=more)
     best, cost, first, tried, failed, finished = found
     return Tuned(bench, tuple(dims), dtype, on.name, start, first, best, cost, tried, failed, finished)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kpt.commands.named import ArgsFrom, call
-from kpt.console import NO, AsJson, answering, front_end, print_json, print_table, size
+from kpt.console import NO, AsJson, answering, front_end, print_json, print_table, seconds, size
 from kpt.console import progress as progress_bar
 from kpt.errors import KptError
 
+INTERRUPTED = 130
+"""As a shell has it, 128 + SIGINT."""
 LOOPS = 6
 """Levels of loops that a table shows, the costliest."""
 
@@ -60,16 +63,16 @@ def compile_kernels(
             for m in found:
                 where = (m.program.label, m.generation)
                 if m.error is not None:
-                    rows.append((*where, "", "refused" if m.refused else "failed", *[""] * 5))
+                    rows.append((*where, "", "refused" if m.refused else "failed", *[""] * 6))
                     continue
                 rows += [
-                    (*((*where, size(m.code)) if i == 0 else ("", "", "")), s.kernel, size(s.vmem), size(s.read + s.written),
-                     f"{s.cycles:,.0f}", f"{s.seconds * 1e3:.3f} ms", s.bound)
+                    (*((*where, size(m.code)) if i == 0 else ("", "", "")), s.kernel, str(s.cores), size(s.vmem), size(s.read + s.written),
+                     f"{s.cycles:,.0f}", seconds(s.seconds), s.bound)
                     for i, s in enumerate(m.schedules)
                 ]  # fmt: skip
-            print_table(("program", "TPU", "code", "kernel", "VMEM", "HBM", "cycles", "time", "bound"), rows)
+            print_table(("program", "TPU", "code", "kernel", "cores", "VMEM", "HBM", "cycles", "time", "bound"), rows)
             for m in unmade:
-                typer.echo(f"{m.program.label} on {m.generation}: {m.error}")
+                typer.echo(f"{m.program.label} on {m.generation}: {m.error}" + (f". {m.advice}." if m.advice else ""))
             typer.echo(f"{len(found) - len(unmade)} of {len(found)} programs compiled, {len(refused)} refused by the kernel.")
         if len(unmade) > len(refused):
             raise typer.Exit(NO)
@@ -85,7 +88,9 @@ def schedule(
     op: Op = None,
     shape: Annotated[str | None, typer.Option(help="With --op: numbers with x between, as `kpt bench` has them.")] = None,
     gen: Gen = "v5e",
-    plot: Annotated[Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes, as SVG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes: SVG or PNG, by its name.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a function for a TPU that is not here, and show what bounds its Pallas kernels.
@@ -93,13 +98,18 @@ def schedule(
     The real TPU compiler (libtpu) schedules every kernel; kpt runs the scalar instructions of the schedule, and so counts how
     often each bundle is issued, blocks that a mask skips included, and what waits for HBM. How far to trust the times:
     docs/benchmarks/tpu-static.md. Arguments may be jax.ShapeDtypeStructs; integers that are arrays count as known, so that
-    what they skip does not count. With --op, kpt's own kernels, forward and backward.
+    what they skip does not count. While it is traced, jax.default_backend() is "tpu". With --op, kpt's own kernels, forward and
+    backward.
 
     Examples: kpt tpu schedule my.module:step --args-from my.module:arguments --gen v5e,v6e
               kpt tpu schedule --op attention_causal --shape 4x4096x16x16x128 --plot units.svg
     """
     with answering(context, as_json):
         generations = _generations(gen)
+        if plot is not None:
+            from kpt.report import drawable
+
+            drawable(plot)
         if (function is None) == (op is None):
             raise KptError("A schedule was asked for", "It is that of MODULE:FUNCTION or of --op", "Give one of the two")
         if function is not None:
@@ -110,32 +120,33 @@ def schedule(
             dims = _shape(shape)
             programs = [program(name, dims or first) for name, first in cases(op)]
         found = _compiled(programs, generations, None)
+        require, interpreted = front_end("kpt_jax.tpu", "require"), front_end("kpt_jax.tpu", "interpreted")
         for made in found:
-            if made.error is not None:
-                asked = f"{made.program.label} was compiled for {made.generation}"
-                raise KptError(asked, made.error, "The message is the compiler's or the code's own")
+            require(made)
         schedules = [s for made in found for s in made.schedules]
+        unmade = next((why for made in found if (why := interpreted(made)) is not None), None)
         if not schedules:
-            raise KptError(
-                f"The schedule of {function} was asked for", "It calls no Pallas kernel", "Name a function that does, or whose plan does"
-            )
+            asked = f"The schedule of {function} was asked for"
+            raise KptError(asked, *(unmade or ("It calls no Pallas kernel", "Name a function that does, or whose plan does")))
         longest = max(schedules, key=lambda s: s.seconds)
         if plot is not None:
-            from kpt.report import save
-            from kpt.tpu import chart
+            from kpt.tpu import plot as draw
 
-            save(chart(longest), plot)
+            draw(longest, plot)
+        if unmade is not None:
+            typer.echo(". ".join(unmade) + ".", err=True)
         if as_json:
             print_json([s.to_json() | {"loops": [dataclasses.asdict(level) for level in s.loops]} for s in schedules])
             return
         units = ("MXU", "VPU", "XLU", "EUP", "load", "store")
+        ours = [_pass(made, s) for made in found for s in made.schedules] if op else [""] * len(schedules)
         rows = []
-        for s in schedules:
-            cores = f" x{s.cores}" if s.cores > 1 else ""
-            row = [s.kernel, s.generation + cores, f"{s.seconds * 1e3:.3f} ms", f"{s.cycles:,.0f}", f"{s.stalled / max(s.cycles, 1):.0%}"]
-            row += [s.bound, *(f"{s.occupancy[u]:.0%}" for u in units), size(s.vmem), size(s.read + s.written), f"{s.spills:,}"]
-            rows.append(row)
-        print_table(("kernel", "TPU", "time", "cycles", "stalled", "bound", *units, "VMEM", "HBM", "spills"), rows)
+        for s, which in zip(schedules, ours, strict=True):
+            row = [s.kernel, *([which] if op else []), s.generation, str(s.cores), _calls(s), seconds(s.seconds), f"{s.cycles:,.0f}"]
+            row += [f"{s.stalled / max(s.cycles, 1):.0%}", s.bound, *(f"{s.occupancy[u]:.0%}" for u in units)]
+            rows.append([*row, size(s.vmem), size(s.read + s.written), f"{s.spills:,}"])
+        figures = "time", "cycles", "stalled", "bound", *units, "VMEM", "HBM", "spills"
+        print_table(("kernel", *(["program"] if op else []), "TPU", "cores", "calls", *figures), rows)
         costly = sorted(longest.loops, key=lambda level: -level.bundles * level.issued)[:LOOPS]
         typer.echo(f"Where the cycles of {longest.kernel} on {longest.generation} go, stalls aside:")
         issued = sum(level.bundles * level.issued for level in longest.loops)
@@ -145,9 +156,14 @@ def schedule(
               f"{level.bundles * level.issued / max(issued, 1):.0%}", *(f"{level.occupancy[u]:.0%}" for u in units))
              for level in sorted(costly, key=lambda level: level.start) if level.issued],
         )  # fmt: skip
-        typer.echo("Times are of one call of a kernel: what a loop of the program repeats (lax.scan) counts once.")
+        typer.echo("Every figure is of one call of a kernel on one core, HBM bytes too. What the words mean: docs/tpu.md.")
+        if any(s.calls != 1 for s in schedules):
+            typer.echo("calls: how often a loop of the program (lax.scan) repeats the kernel; ? where the program alone does not tell.")
+            if all(s.calls is not None for s in schedules):
+                totals = [(made.generation, sum(s.seconds * s.calls for s in made.schedules)) for made in found]
+                typer.echo("All calls together: " + ", ".join(f"{seconds(total)} on {on}" for on, total in totals) + ".")
         if any(s.unknown for s in schedules):
-            typer.echo("Some branches depend on data; what they may skip is counted.")
+            typer.echo("Some branches depend on data; what they may skip is counted. Arrays of integers from --args-from count as known.")
 
 
 @app.command("tune")
@@ -166,8 +182,9 @@ def tune(
 ) -> None:
     """Search the block sizes of kpt's TPU kernels by compiling them and reading their schedules, with no TPU here.
 
-    From what a kernel's rule chooses, each size is doubled and halved, and the best neighbour is next, until none is better.
-    Schedules are kept in the cache: a search that was interrupted goes on where it was. On a TPU the candidates are measured.
+    From what a kernel's rule chooses, no larger than the array, each size is doubled and halved, and the best neighbour is next,
+    until none is better; neighbours that cost the same are walked through. Schedules are kept in the cache: a search that was
+    interrupted goes on where it was. On a TPU the candidates are measured.
 
     Example: kpt tpu tune --op matmul --shape 4096x4096x4096 --gen v5e,v6e --budget 600
     """
@@ -178,7 +195,7 @@ def tune(
         generations, dims = _generations(gen), _shape(shape)
         todo = [(name, dims or first, on) for name, first in cases(op or ()) for on in generations]
         start, found = time.monotonic(), []
-        with progress_bar() as progress:
+        with progress_bar() as progress, _resumable():
             task = progress.add_task("", total=len(todo))
             for name, extents, on in todo:
                 progress.update(task, description=f"{name} on {on.name}")
@@ -213,7 +230,31 @@ def tune(
 def _generations(text: str) -> list[Any]:
     from kpt.tpu import generation
 
-    return [generation(name.strip()) for name in text.split(",")]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(dict.fromkeys(generation(name) for name in names or [text]))
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Says to who stops a search what becomes of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from kpt.tpu import cache
+
+        typer.echo(f"Stopped. Schedules that were read are kept in {cache.folder()}: the same command goes on from them.", err=True)
+        typer.echo("What a TPU measured is not kept: there it begins again.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _pass(made: Any, schedule: Any) -> str:
+    """Of a kernel of kpt's: which program and which pass of it calls it."""
+    backward = front_end("kpt_jax.bench_tpu_peers", "of_pass")(made, "backward")
+    return f"{made.program.given['name']}, {'backward' if schedule in backward else 'forward'}"
+
+
+def _calls(schedule: Any) -> str:
+    return "?" if schedule.calls is None else f"{schedule.calls:,}"
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:

@@ -107,15 +107,19 @@ class KernelRegistry:
     def load(self, kernel: KernelSpec | str) -> Callable[..., Any]:
         """The function of a kernel; imports its framework.
 
+        One for JAX checks its arrays by the op's rule when it is called, which is while it is traced. One for PyTorch is called as
+        often as it computes, and is given as it is: what calls it has checked.
+
         Raises:
-          KernelError: it is unknown, or cannot be imported.
+          KernelError: it is unknown, or cannot be imported. When it is called, OpError: shapes or dtypes do not fit.
         """
         spec = self.get(kernel) if isinstance(kernel, str) else kernel
         if spec.provider == ORIGINAL:
             raise KernelError(
                 "The user's own code was loaded as a kernel", "It has no loader", "Leave the site as it is"
             )
-        return resolve(spec.loader)
+        function = resolve(spec.loader)
+        return _checked(function, spec.op) if spec.framework == "jax" and _op(spec.op) is not None else function
 
     def able(
         self, op: str, hardware: Any, dtype: str, specs: Specs, params: Mapping[str, Any], level: str, framework: str
@@ -301,6 +305,24 @@ def _slower(time: float | None, best: float | None, measured: bool) -> str:
 
 
 @functools.cache
+@functools.cache  # one function a kernel: jax keeps what it compiled by function
+def _checked(function: Callable[..., Any], op: str) -> Callable[..., Any]:
+    """The kernel, which refuses arrays that break the op's rule before it computes anything from them."""
+    meaning = _op(op)
+    assert meaning is not None
+    names = (*meaning.arrays, *meaning.optional)
+
+    @functools.wraps(function)
+    def kernel(**given: Any) -> Any:
+        arrays = {n: a for n in names if (a := given.get(n)) is not None}
+        if all(n in arrays for n in meaning.arrays) and all(hasattr(a, "dtype") for a in arrays.values()):
+            specs = {n: Spec(tuple(a.shape), str(a.dtype)) for n, a in arrays.items()}
+            meaning.infer(specs, **{n: given[n] for n in meaning.params if n in given})
+        return function(**given)
+
+    return kernel
+
+
 def _op(name: str) -> Op | None:
     """The op that `kpt/ops/<name>.py` defines; None for one that only a third party's kernels know."""
     if importlib.util.find_spec(f"kpt.ops.{name}") is None:

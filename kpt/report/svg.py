@@ -12,6 +12,7 @@ from pathlib import Path
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 44
+HEADING = 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, description: str) -> str:
 
 
 def save(chart: str, path: str | os.PathLike[str], lines: Sequence[Line] = ()) -> None:
-    """Writes a chart as a file of its own: with its style sheet, and below it the names of its `lines`."""
+    """Writes a chart as a file of its own: with its style sheet, its title above it, and below it the names of its `lines`."""
     width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())  # type: ignore[union-attr]
     step, y, names = width // max(len(lines), 1), height + 12, []
     for i, line in enumerate(lines):
@@ -126,10 +127,12 @@ def save(chart: str, path: str | os.PathLike[str], lines: Sequence[Line] = ()) -
         names.append(f'<path class="{"dots" if line.dots else "line"} {line.style}" d="M{x} {y}h{0 if line.dots else 26}"/>')
         names.append(f'<text class="label" x="{x + 36}" y="{y + 4}">{escape(line.label)}</text>')
     style = Path(__file__).with_name("chart.css").read_text(encoding="utf-8")
-    box = f'viewBox="0 0 {width} {height}"'
-    chart = chart.replace(box, box.replace(f" {height}", f" {height + 24 * bool(lines)}"), 1)
+    whole = HEADING + height + 24 * bool(lines)
+    chart = chart.replace(f'viewBox="0 0 {width} {height}"', f'viewBox="0 {-HEADING} {width} {whole}"', 1)
+    title = re.search(r"<title>(.*?)</title>", chart, re.DOTALL).group(1)  # type: ignore[union-attr]
+    names.append(f'<text class="value" x="8" y="{20 - HEADING}">{title}</text>')
     head, rest = chart.split(">", 1)
-    background = '<rect width="100%" height="100%" fill="var(--page)"/>'
+    background = f'<rect y="{-HEADING}" width="100%" height="100%" fill="var(--page)"/>'
     text = f"{head}>\n<style>\n{style}</style>\n{background}{rest.removesuffix('</svg>')}" + "\n".join([*names, "</svg>\n"])
     Path(path).write_text(text, encoding="utf-8")
 

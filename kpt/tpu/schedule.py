@@ -72,10 +72,19 @@ UNITS = {
 
 
 def generation(name: str) -> Generation:
-    """Raises HardwareError for a name that is none."""
-    if name not in GENERATIONS:
+    """By its name or that of its hardware profile, in any case: "v5e", "V5E", "tpu_v5e", "trillium".
+
+    Raises:
+      HardwareError: there is none of that name.
+    """
+    try:
+        profile = hardware_profile(name).name
+    except HardwareError:
+        profile = None
+    found = next((g for g in GENERATIONS.values() if g.profile == profile), None)
+    if found is None:
         raise HardwareError(f"TPU generation {name!r} was asked for", f"there are {', '.join(GENERATIONS)}", "choose one of them")
-    return GENERATIONS[name]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +95,8 @@ class Stretch:
       start: address of the first.
       bundles: how many there are.
       issued: how often.
-      occupancy: share of each unit's slots that they use.
+      occupancy: share of each unit's slots that they use. Of the MXU, share of its cycles: products that are issued faster than the
+        MXUs do them keep these busy in the bundles after, as far as those are issued as often.
     """
 
     start: int
@@ -115,6 +125,8 @@ class Schedule:
         where bundles are not full of anything.
       unknown: branches and DMAs that depend on data, counted as if nothing were skipped, and DMAs of unknown size, as if they cost nothing.
       stretches: the program from start to end.
+      calls: how often one call of the program runs the kernel: the trips of the loops around it (`lax.scan`). Every other figure is of
+        one run. None where it is not known: a `while_loop`, a branch, or several kernels of one name.
     """
 
     kernel: str
@@ -132,6 +144,7 @@ class Schedule:
     bound: str
     unknown: int
     stretches: tuple[Stretch, ...]
+    calls: int | None = None
 
     @property
     def loops(self) -> list[Stretch]:
@@ -189,10 +202,12 @@ def schedule(
 
     n = len(run.issued)
     cuts = sorted({0, n, *(np.flatnonzero(np.diff(run.issued)) + 1).tolist(), *range(0, n, max(1, -(-n // 100)))})
-    stretches = tuple(
-        Stretch(a, b - a, int(run.issued[a]), share(program.use[a:b].sum(0), program.products[a:b].sum(), b - a))
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    )
+    stretches, left, level = [], 0.0, -1  # what the MXUs have still to do, in cycles, and how often what asked for it is issued
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        issued = int(run.issued[a])
+        todo = float(program.products[a:b].sum()) * on.product_cycles + (left if issued == level else 0.0)
+        left, level = max(0.0, todo - (b - a)), issued
+        stretches.append(Stretch(a, b - a, issued, share(program.use[a:b].sum(0), min(todo, b - a) / on.product_cycles, b - a)))
     # The MXUs wait where products are issued faster than the peak rate, which the schedule does not show.
     products = float((run.issued * program.products).sum())
     cycles = max(run.cycles, products * on.product_cycles)
@@ -201,7 +216,7 @@ def schedule(
     moved = (run.read + run.written) * on.clock / bandwidth if bandwidth else 0.0  # cycles that the transfers take
     return Schedule(
         kernel, on.name, cores, n, cycles, run.stalled, cycles / on.clock, run.read, run.written, vmem, spills,
-        occupancy, _bound(occupancy, run.stalled / max(cycles, 1.0), moved / max(cycles, 1.0)), run.unknown, stretches,
+        occupancy, _bound(occupancy, run.stalled / max(cycles, 1.0), moved / max(cycles, 1.0)), run.unknown, tuple(stretches),
     )  # fmt: skip
 
 

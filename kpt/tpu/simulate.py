@@ -190,7 +190,9 @@ class _Core:
 
     def _guess(self, i: Instruction, at: int) -> None:
         if self._target(i) <= at:
-            raise ScheduleError("A TPU schedule was run", f"data decides when the loop that ends at bundle {at:#x} ends", "fix its length")
+            found = f"Data decides when the loop that ends at bundle {at:#x} ends"
+            advice = "Pass the integers that decide it as arrays (--args-from), which count as known, or fix the loop's length"
+            raise ScheduleError("A TPU schedule was run", found, advice)
         self.unknown += 1
 
     def _target(self, i: Instruction) -> int:

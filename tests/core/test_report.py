@@ -1,13 +1,15 @@
 """Reports and their charts: valid, self-contained, and true to the numbers."""
 
 import html.parser
+import importlib.util
 import math
 import re
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, render, save, write
+from kpt.errors import KptError, MissingDependencyError
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, drawable, line_chart, render, save, write
 from kpt.report.html import groups
 from kpt.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
 from kpt.strategy import Plan, Site
@@ -180,4 +182,17 @@ def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path)
     save(line_chart([line], **WORDS), tmp_path / "chart.svg", [line])
     svg = ET.parse(tmp_path / "chart.svg").getroot()
     assert "prefers-color-scheme: dark" in svg.find(f"{NS}style").text
-    assert svg.get("viewBox") == "0 0 720 324" and [e.text for e in svg.iter(f"{NS}text")][-1] == "a < b"
+    assert svg.get("viewBox") == "0 -28 720 352"
+    assert [e.text for e in svg.iter(f"{NS}text")][-2:] == ["a < b", WORDS["title"]]
+
+
+@pytest.mark.parametrize("name, says", [("chart.pdf", "SVG or PNG"), ("chart", "SVG or PNG"), ("none/chart.svg", "no folder"), ("none/chart.png", "no folder")])
+def test_a_chart_that_cannot_be_written_is_refused(tmp_path, name, says):
+    with pytest.raises(KptError, match=says):
+        drawable(tmp_path / name)
+
+
+def test_a_png_without_matplotlib_is_refused_with_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
+        drawable(tmp_path / "chart.png")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
+
 import numpy as np
 import pytest
 
 from kpt.errors import HardwareError
-from kpt.tpu import GENERATIONS, ScheduleError, chart, generation, schedule
+from kpt.tpu import GENERATIONS, ScheduleError, chart, generation, plot, schedule
 from kpt.tpu.bundles import parse
 from kpt.tpu.simulate import _words, simulate
 
@@ -117,7 +119,7 @@ def test_bytes_share_a_word_with_those_of_the_next_three_rows():
 
 
 @pytest.mark.parametrize("change, says", [
-    (("%s8_s0, 5", "%s99_s9, 5"), "data decides when the loop"),
+    (("%s8_s0, 5", "%s99_s9, 5"), "Data decides when the loop"),
     (("target = $region2", "target = %s1_s1"), "a place that is not named"),
     (("   0x3 ", "   0x4 "), "numbered"),
 ])  # fmt: skip
@@ -158,8 +160,36 @@ def test_a_kernel_that_asks_for_its_core_shares_the_chip():
 
 def test_clocks():
     assert {n: round(g.clock / 1e9, 2) for n, g in GENERATIONS.items()} == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
-    with pytest.raises(HardwareError, match="v4, v5e, v5p, v6e, v7x"):
-        generation("v8")
+    for name in "v8", "h100", "":
+        with pytest.raises(HardwareError, match="v4, v5e, v5p, v6e, v7x"):
+            generation(name)
+
+
+@pytest.mark.parametrize("name", ["v5e", "V5E", "tpu-v5e", "TPU_v5e", " v5e ", "v5litepod"])
+def test_a_generation_has_the_names_of_its_profile(name):
+    assert generation(name).name == "v5e"
+
+
+def test_an_mxu_is_never_more_than_busy():
+    """Three products of four cycles each keep it busy for twelve bundles, of those that are issued as often."""
+    products = "  ;;  ".join(f"%{90 + i} = vmatmul.mubr.bf16.gmra.mxu0 %v1_v1" for i in range(3))
+    made = schedule("k", generation("v5e"), PROGRAM.replace("{ %30 = dma.done.wait", f"{{ {products}  ;;  %30 = dma.done.wait"), utilization())
+    busy = {s.start: s.occupancy["MXU"] for s in made.stretches}
+    assert [busy[b] for b in range(1, 12)] == [0, 0, *[1] * 7, 0, 0]
+    assert all(share <= 1 for s in made.stretches for share in s.occupancy.values())
+
+
+@pytest.mark.parametrize("name, starts", [("units.svg", b"<svg"), ("units.png", b"\x89PNG")])
+def test_a_plot_says_what_it_shows(tmp_path, name, starts):
+    if name.endswith("png"):
+        pytest.importorskip("matplotlib")
+    made = schedule("kernel.1", generation("v5e"), PROGRAM, utilization())
+    plot(made, tmp_path / name)
+    written = (tmp_path / name).read_bytes()
+    assert written.startswith(starts)
+    if name.endswith("svg"):
+        shown = {element.text for element in ET.fromstring(written).iter("{http://www.w3.org/2000/svg}text")}
+        assert {"MXU", "VPU"} <= shown and any("kernel.1 on TPU v5e" in text for text in shown) and any("%" in text for text in shown)
 
 
 def test_a_transfer_that_depends_on_data_is_counted_as_unknown():

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 from typer.testing import CliRunner
 
 import kpt
 from kpt import cli, console
 from kpt.tpu import GENERATIONS, generation
-from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules
+from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules, users_program
 from kpt_jax.tpu_programs import cases, program
 from pallas_kernels import tuned
 
@@ -48,6 +51,50 @@ def too_large(x):
 
 def plain(x):
     return x * 2
+
+
+def small():
+    return jax.ShapeDtypeStruct((256, 256), jnp.float32)
+
+
+def doubled(x, interpret=False):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=interpret, name="doubled")(x)
+
+
+def interpreted_elsewhere(x):
+    return doubled(x, jax.default_backend() != "tpu")
+
+
+def interpreted(x):
+    return doubled(x, True)
+
+
+def repeated(x):
+    return jax.lax.scan(lambda c, _: (doubled(c), None), x, None, length=12)[0]
+
+
+def faulty(x):
+    return x * {}["scale"]
+
+
+def until(x, n):
+    def kernel(n_ref, x_ref, out_ref):
+        out_ref[...] = jax.lax.fori_loop(0, n_ref[0], lambda _, total: total + x_ref[...], jnp.zeros_like(x_ref))
+
+    block = pl.BlockSpec((256, 256), lambda i, n: (0, 0))
+    grid = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=(1,), in_specs=[block], out_specs=block)
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), grid_spec=grid, name="until")(n, x)
+
+
+def shapes_until():
+    return small(), jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+def arrays_until():
+    return small(), np.array([7], np.int32)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -121,10 +168,53 @@ def test_blocks_that_a_mask_hides_do_not_count():
 
 
 def test_the_compiler_speaks():
-    with pytest.raises(CompileError, match="(?i)vmem"):
+    with pytest.raises(CompileError, match="134,217,728 bytes more of VMEM.*smaller blocks") as caught:
         compiled_schedules(f"{HERE}:too_large", f"{HERE}:array", generation("v5e"))
+    assert len(str(caught.value)) < 400 and "RESOURCE_EXHAUSTED" in "".join(caught.value.__notes__)
     with pytest.raises(CompileError, match="missing 1 required positional argument"):
         compiled_schedules(f"{HERE}:plain", None, generation("v5e"))
+
+
+def test_the_code_speaks_with_its_line():
+    with pytest.raises(CompileError, match=r"KeyError: 'scale' \(\S*test_tpu_compile.py:\d+, in faulty\)") as caught:
+        compiled_schedules(f"{HERE}:faulty", f"{HERE}:small", generation("v5e"))
+    assert "Traceback" in "".join(caught.value.__notes__) and "in faulty" in "".join(caught.value.__notes__)
+
+
+def test_a_loop_that_data_end_is_known_by_its_arrays():
+    with pytest.raises(CompileError, match="--args-from"):
+        compiled_schedules(f"{HERE}:until", f"{HERE}:shapes_until", generation("v5e"))
+    (made,) = compiled_schedules(f"{HERE}:until", f"{HERE}:arrays_until", generation("v5e"))
+    assert 7 in {s.issued for s in made.stretches}
+
+
+def test_code_that_asks_for_the_backend_is_told_of_a_tpu():
+    (made,) = compiled_schedules(f"{HERE}:interpreted_elsewhere", f"{HERE}:small", generation("v5e"))
+    assert made.kernel.startswith("doubled") and made.calls == 1
+    run = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:interpreted", "--args-from", f"{HERE}:small"])
+    assert run.exit_code == console.REFUSED and "interpret mode (doubled)" in run.output and "interpret=False" in run.output
+
+
+def test_a_kernel_in_a_loop_says_how_often_it_runs():
+    run = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:repeated", "--args-from", f"{HERE}:small"])
+    assert run.exit_code == 0 and "All calls together" in run.stdout and " µs" in run.stdout
+    (made,) = compiled_schedules(f"{HERE}:repeated", f"{HERE}:small", generation("v5e"))
+    assert made.calls == 12
+
+
+def test_stopping_ends_what_compiles(monkeypatch):
+    """The first result stops it; the second program, seconds long, is not waited for."""
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: started.append(popen(*args, **how)) or started[-1])
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    its = [users_program(f"{HERE}:doubled", f"{HERE}:small"), users_program("kpt_jax.bench_tpu:large", "kpt_jax.bench_tpu:n4096")]
+    with pytest.raises(KeyboardInterrupt):
+        compile_programs(its, [generation("v5e")], jobs=1, done=stop)
+    assert started and all(p.poll() is not None for p in started)
 
 
 def test_command_line(tmp_path):
@@ -140,5 +230,7 @@ def test_command_line(tmp_path):
     shown = CliRunner().invoke(cli.app, ["tpu", "schedule", "kpt_jax.bench_tpu:large", "--args-from", "kpt_jax.bench_tpu:n1024"])
     assert shown.exit_code == 0 and "bound" in shown.stdout and "DMA latency" in shown.stdout
     assert "Where the cycles of" in shown.stdout and "one call of a kernel" in shown.stdout
+    ours = CliRunner().invoke(cli.app, ["tpu", "schedule", "--op", "rms_norm", "--shape", "1024x1024"])
+    assert ours.exit_code == 0 and "rms_norm, forward" in ours.stdout and "rms_norm, backward" in ours.stdout
     none = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:plain", "--args-from", f"{HERE}:array"])
     assert none.exit_code == console.REFUSED and "no Pallas kernel" in none.output

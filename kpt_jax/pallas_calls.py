@@ -1,0 +1,74 @@
+"""The Pallas calls of a program: what they are called, whether they are interpreted, and how often loops around them run them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.extend import core as jex
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasCall:
+    """One place of a program that calls a kernel.
+
+    Attributes:
+      name: of the kernel, as its author gave it.
+      interpreted: True if XLA gets the kernel's operations instead of the kernel.
+      times: how often a call of the program comes by, the trips of `scan`s multiplied; None inside a `while_loop` or a branch.
+    """
+
+    name: str
+    interpreted: bool
+    times: int | None
+
+
+def pallas_calls(jaxpr: Any, times: int | None = 1) -> Iterator[PallasCall]:
+    """Those of a jaxpr and of all within it, in its order."""
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "pallas_call":
+            yield PallasCall(call_name(params), bool(params.get("interpret")), times)
+            continue
+        inside, copies = times, 1
+        if name == "scan":
+            copies = min(params.get("unroll", 1), params["length"]) or 1
+            inside = None if times is None or params["length"] % copies else times * (params["length"] // copies)
+        elif name in ("while", "cond"):
+            inside = None
+        for value in params.values():
+            for body in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(body, jex.Jaxpr | jex.ClosedJaxpr):
+                    found = list(pallas_calls(body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body, inside))
+                    yield from found * copies
+
+
+def call_name(params: Any) -> str:
+    """A kernel's name, from the parameters of its `pallas_call`."""
+    return str(params.get("name") or getattr(params.get("name_and_src_info"), "name", None) or "kernel")
+
+
+def of_kernel(kernel: str, names: Sequence[str]) -> list[int]:
+    """Which of the names the compiler made `transpose_jvp_NAME__.1` of: the places of the longest that is part of it; all where none is."""
+    plain = re.sub(r"\W", "_", kernel)
+    fit = [re.sub(r"\W", "_", name) for name in names]
+    longest = max((len(name) for name in fit if name in plain), default=0)
+    return [i for i, name in enumerate(fit) if not longest or (len(name) == longest and name in plain)]
+
+
+def times_of(kernels: Sequence[str], calls: Sequence[PallasCall]) -> list[int | None]:
+    """How often each compiled kernel runs in a call of the program; None where the compiler made more or fewer of it than there are calls,
+    or these differ.
+
+    Args:
+      kernels: the compiler's names of all kernels that it made.
+    """
+    calls = [c for c in calls if not c.interpreted]
+    mine = [tuple(of_kernel(k, [c.name for c in calls])) for k in kernels]
+    known = []
+    for places in mine:
+        times = {calls[i].times for i in places}
+        known.append(times.pop() if len(times) == 1 and mine.count(places) == len(places) else None)
+    return known

@@ -1,0 +1,92 @@
+"""What a program says of its Pallas calls before anything is compiled, and the compiler's messages in short."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import kpt
+from kpt.errors import OpError
+from kpt_jax.compiler_words import in_short
+from kpt_jax.pallas_calls import PallasCall, pallas_calls, times_of
+
+
+def double(x, interpret=False, name="double"):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=interpret, name=name)(x)
+
+
+def repeated(f, length, **how):
+    return lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=length, **how)[0]
+
+
+CALLS = {
+    "once": (double, [1]),
+    "scan": (repeated(double, 12), [12]),
+    "nested": (lambda x: jax.lax.fori_loop(0, 5, lambda _, c: repeated(double, 12)(c), x), [60]),
+    "unrolled": (repeated(double, 12, unroll=3), [4, 4, 4]),
+    "unrolled with a rest": (repeated(double, 10, unroll=3), [None, None, None]),
+    "while": (lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 5, double, x), [None]),
+    "branch": (lambda x: jax.lax.cond(x[0, 0] > 0, double, jnp.sin, x), [None]),
+    "remat and jit": (jax.checkpoint(jax.jit(double)), [1]),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_trips_of_the_loops_around_a_call(case):
+    fn, times = CALLS[case]
+    jaxpr = jax.make_jaxpr(fn)(jnp.ones((8, 128))).jaxpr
+    assert list(pallas_calls(jaxpr)) == [PallasCall("double", False, n) for n in times]
+
+
+@pytest.mark.parametrize("interpret, told", [(False, False), (True, True), (pltpu.InterpretParams(), True)])
+def test_a_call_in_interpret_mode_is_told(interpret, told):
+    (found,) = pallas_calls(jax.make_jaxpr(lambda x: double(x, interpret))(jnp.ones((8, 128))).jaxpr)
+    assert found.interpreted == told
+
+
+def test_compiled_kernels_are_those_of_their_calls():
+    calls = [PallasCall("attention", False, 12), PallasCall("attention_bwd", False, 6), PallasCall("norm", False, 2), PallasCall("norm", False, 3)]
+    assert times_of(["jvp_attention_.1", "transpose_jvp_attention_bwd__.1", "norm.1", "norm.2"], calls) == [12, 6, None, None]
+    assert times_of(["norm.1", "norm.2"], [PallasCall("norm", False, 2)] * 2) == [2, 2]
+    assert times_of(["norm.1"], [PallasCall("norm", False, 2)] * 2) == [None]  # the compiler merged two, or kept one
+    assert times_of(["norm.1"], []) == [None]
+
+
+ARRAY = "RESOURCE_EXHAUSTED: Allocation (size=300) would exceed memory (size=200) :: #allocation3 [shape = 'u8[300]{0}', space=vmem, tag = 'input window allocation for operator input 0. The window'] :: twice.1"
+SCOPED = "CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating on stack for %scoped.1 = f32[8]. Scoped allocation with size 64.00M and limit 16.00M exceeded scoped vmem limit by 48.00M. It should"
+PROGRAM = "Ran out of memory in memory space vmem. Used 256.00M of 128.00M vmem. Exceeded vmem capacity by 128.00M. 1. Size: 128.00M Tag: input window allocation for operator input 0. XLA label: scoped.1 = custom-call(x)"
+HBM = "Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
+
+
+@pytest.mark.parametrize("words, says, advises", [
+    (ARRAY, "Kernel twice.1 takes 100 bytes more of VMEM than there are for it: 300 of 200; the largest is the input window allocation for operator input 0", "smaller blocks"),
+    (SCOPED, "Kernel scoped.1 takes about 50,331,648 bytes more of VMEM than there are for it: 67,108,864 of 16,777,216", "vmem_limit_bytes"),
+    (PROGRAM, "Kernel scoped.1 takes about 134,217,728 bytes more of VMEM", "smaller blocks"),
+    (HBM, "The program takes about 1,879,048,192 bytes more of HBM", "smaller arrays"),
+    ("INTERNAL: Mosaic failed", "INTERNAL: Mosaic failed", ""),
+])  # fmt: skip
+def test_what_does_not_fit_is_said_with_the_bytes(words, says, advises):
+    said, advice = in_short(words)
+    assert said.startswith(says) and advises in advice
+    assert ("RESOURCE_EXHAUSTED" in said) == ("RESOURCE_EXHAUSTED" in words)  # kpt_jax.bench_tpu_tables asks for it
+
+
+X = jnp.ones((16, 128))
+
+
+@pytest.mark.parametrize("name, arrays, says", [
+    ("rms_norm.pallas_tpu", {"x": X, "weight": jnp.ones(64)}, "weight"),
+    ("matmul.pallas_tpu", {"a": X, "b": X}, "b"),
+    ("cross_entropy.pallas_tpu", {"logits": X, "labels": jnp.zeros(8, int)}, "labels"),
+    ("matmul.xla", {"a": X, "b": X}, "b"),
+])  # fmt: skip
+def test_a_kernel_called_by_hand_checks_its_shapes(name, arrays, says):
+    with pytest.raises(OpError, match=rf"was given {says}\["):
+        kpt.registry.load(name)(**arrays)
+    assert kpt.registry.load(name) is kpt.registry.load(name)  # jax keeps what it compiled by function
