@@ -72,6 +72,9 @@ class Place:
     def of(cls, chip: str, platform: str, versions: Mapping[str, str]) -> Place:
         return cls(chip, driver(platform), ", ".join(f"{n} {v}" for n, v in versions.items()))
 
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.chip, f"driver {self.driver}" if self.driver else "", self.framework)))
+
     def key(self, kernel: KernelSpec, specs: Mapping[str, Spec], params: Mapping[str, Any], passes: str) -> Key:
         at = bucket(specs, params)
         return Key(kernel.name, kernel.version, self.chip, self.driver, self.framework, at.dtype, at.shape, at.mask, passes)
@@ -103,9 +106,13 @@ class Trial:
     passes: str
     device: str
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """What is computed, JSON-ready."""
+        return {"op": self.op, "specs": wire.encode(dict(self.specs)), "params": wire.encode(dict(self.params))}
+
     def to_json(self) -> dict[str, Any]:
-        return {"op": self.op, "specs": wire.encode(dict(self.specs)), "params": wire.encode(dict(self.params)),
-                "kernels": dict(self.kernels), "passes": self.passes, "device": self.device}  # fmt: skip
+        return self.call | {"kernels": dict(self.kernels), "passes": self.passes, "device": self.device}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
@@ -147,7 +154,8 @@ def known(
 
 def keep(table: Measurements, place: Place, trial: Trial, outcome: Outcome, kernels: Mapping[str, KernelSpec]) -> None:
     """Puts what was measured into the table."""
-    table.put(*(Measurement.of(place.key(kernels[n], trial.specs, trial.params, trial.passes), s) for n, s in outcome.seconds.items()))
+    keys = {n: place.key(kernels[n], trial.specs, trial.params, trial.passes) for n in outcome.seconds}
+    table.put(*(Measurement.of(keys[n], s, call=trial.call) for n, s in outcome.seconds.items()))
 
 
 def run(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import statistics
 import time
 
@@ -15,14 +17,15 @@ from kpt.ops.base import Spec
 from kpt.ops.mask import Causal, Mask
 from kpt.strategy import planner
 from kpt.strategy.plan import Plan, Site
-from kpt.strategy.tune import tune
-from kpt.tuning import Measurement, Measurements, trials
+from kpt.strategy.tune import Runner, measured_again, tune
+from kpt.tuning import Measurement, Measurements, export_json, import_json, trials
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.trials import Trial, run, seconds_of
 
 PROCESS = "tests.core.trial_process"
 X = {"x": Spec((64, 32), "float32"), "weight": Spec((32,), "float32")}
 CPU = kpt.hardware_profile("cpu")
+RUNNER = Runner("jax", CPU, ("jax", "jaxlib"), "cpu", PROCESS)
 
 
 def trial(*kernels: str, rows: int = 64) -> Trial:
@@ -43,7 +46,7 @@ def test_no_budgets(budget):
 
 def test_a_trial_travels():
     made = Trial("attention", {"q": Spec((1, 2, 3, 4), "bfloat16")}, {"mask": Mask((Causal(),)), "scale": None}, {"a": "b:c"}, BOTH, "cpu")
-    assert Trial.from_json(__import__("json").loads(__import__("json").dumps(made.to_json()))) == made
+    assert Trial.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
 def test_the_faster_one_is_found():
@@ -122,8 +125,9 @@ def a_plan(*rows: int) -> Plan:
 
 
 def tuned(plan: Plan, **more):
-    given = {"hardware": CPU, "passes": FORWARD, "budget": 60.0, "device": "cpu", "module": PROCESS} | more
-    return tune(plan.sites, here=CPU, framework="jax", level="balanced", compilers=("jax", "jaxlib"), **given)
+    given = {"hardware": CPU, "passes": FORWARD, "budget": 60.0} | {n: v for n, v in more.items() if n not in ("module", "ready")}
+    runner = dataclasses.replace(RUNNER, **{n: v for n, v in more.items() if n in ("module", "ready")})
+    return tune(plan.sites, runner=runner, level="balanced", **given)
 
 
 def test_tuning_a_plan_changes_later_choices(registry, folder):
@@ -185,6 +189,58 @@ def test_a_verified_import_counts_and_an_unverified_one_does_not(registry, folde
     assert trials.known(table, place, registry.kernels(), X, {}) == {}
     table.put(*rows)
     assert len(trials.known(table, place, registry.kernels(), X, {})) == 3
+
+
+def clocks(**seconds: float):
+    """A runner whose kernels take what they are said to take; no clock runs. One that is not named fails."""
+
+    def ready(trial: Trial, kernel: str):
+        taken = seconds[kernel.rpartition(".")[2]]
+        return lambda repeats: taken
+
+    return dataclasses.replace(RUNNER, ready=ready)
+
+
+def measured_there(runner: Runner, *rows: int) -> str:
+    """What another machine of the kind exports, on which kernels take as long as that runner says."""
+    tune(a_plan(*rows).sites, CPU, runner, level="balanced", passes=FORWARD, budget=60.0)
+    text = export_json(Measurements())
+    Measurements().store.path.unlink()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("here", "used", "words"),
+    [
+        (clocks(fast=2e-3, slow=6e-3, hungry=3e-3), True, "5 of 7 calls were measured again here, with the same winner"),
+        (clocks(fast=9e-3, slow=6e-3, hungry=3e-3), False, "rms_norm.fast won there, and rms_norm.hungry is 3.00x faster here"),
+        (clocks(fast=2e-3, slow=6e-3), True, "with the same winner"),  # the third fails here
+        (clocks(fast=2e-3), False, "5 of 7 calls were to be measured again, and 0 could be"),
+    ],
+)
+def test_an_import_is_used_where_the_same_kernels_win_here(registry, folder, here, used, words):
+    text = measured_there(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), *(2**i for i in range(7)))
+    told = import_json(Measurements(), text, functools.partial(measured_again, here))
+    assert words in told.notes[0] and told.verified == (21 if used else 0)
+    known = trials.known(Measurements(), here.place, registry.kernels(), {**X, "x": Spec((64, 32), "float32")}, {})
+    assert bool(known) == used
+
+
+def test_an_import_of_another_place_is_kept_and_not_used(registry, folder):
+    text = measured_there(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), 64)
+    elsewhere = dataclasses.replace(clocks(fast=1e-3, slow=5e-3), hardware=kpt.hardware_profile("h100"))
+    told = import_json(Measurements(), text, functools.partial(measured_again, elsewhere))
+    assert told.notes[0].startswith("3 measurements of cpu") and "kept, not verified and not used; this machine is h100" in told.notes[0]
+    assert told.verified == 0 and len(Measurements().all()) == 3
+
+
+@pytest.mark.parametrize("call", [{}, {"op": "abacus", "specs": {}, "params": {}}, {"op": "rms_norm", "specs": {"x": 3}, "params": []},
+                                  {"op": "rms_norm", "specs": {"x": {"$spec": [[8, 32], "float32"]}}, "params": {}}])  # fmt: skip
+def test_a_call_that_is_not_that_of_its_row_is_not_measured(registry, folder, call):
+    data = json.loads(measured_there(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), 64))
+    data["rows"] = [r | {"call": call} for r in data["rows"]]
+    told = import_json(Measurements(), json.dumps(data), functools.partial(measured_again, clocks(fast=1e-3, slow=5e-3)))
+    assert told.verified == 0 and "1 of 1 call was to be measured again, and 0 could be" in told.notes[0]
 
 
 def test_in_this_process(registry, folder):
