@@ -112,7 +112,8 @@ def bar_chart(bars: Sequence[Bar], *, title: str, description: str) -> str:
             low, high, middle = b.low / largest * room, b.high / largest * room, top + 10
             end = max(end, high)
             d = f"M{low:.1f} {middle}L{high:.1f} {middle}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10"
-            parts.append(f'<path class="whisker" d="{d}"/>')
+            # Light on dark, or dark on light, whatever the bar under it is.
+            parts.append(f'<path class="halo" d="{d}"/><path class="whisker" d="{d}"/>')
         parts.append(f'<text class="value" x="{end + 10:.1f}" y="{top + 15}">{escape(b.text)}</text>')
     return _svg(parts, height, title, description)
 

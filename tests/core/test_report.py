@@ -3,6 +3,8 @@
 import html.parser
 import math
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -181,3 +183,24 @@ def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path)
     svg = ET.parse(tmp_path / "chart.svg").getroot()
     assert "prefers-color-scheme: dark" in svg.find(f"{NS}style").text
     assert svg.get("viewBox") == "0 0 720 324" and [e.text for e in svg.iter(f"{NS}text")][-1] == "a < b"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_renders_a_report_without_a_complaint(tmp_path, dark):
+    def shown(name, text):
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=300,300",
+                   f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}",
+                   f"--screenshot={tmp_path / name}.png", f"file://{tmp_path / name}.html"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return "CONSOLE" in done.stderr, (tmp_path / f"{name}.png").read_bytes()
+
+    page = render(report())
+    complained, picture = shown("report", page)
+    assert not complained and picture.startswith(b"\x89PNG")
+    assert shown("broken", page.replace("</body>", "<script>broken()</script></body>"))[0]
+    # The theme is the reader's.
+    other = page.replace("(prefers-color-scheme: dark)", "(prefers-color-scheme: no)")
+    assert (shown("other", other)[1] != picture) == dark
