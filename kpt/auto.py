@@ -89,6 +89,7 @@ class Report:
         from kpt.console import seconds as in_words
         from kpt.report import Bar, Figure, bar_chart, write
         from kpt.report import Report as Page
+        from kpt.report.roofline import roofline
 
         def bar(label: str, seconds: tuple[float, ...], style: str) -> Bar:
             low, middle, high = statistics.quantiles(seconds, n=4)
@@ -112,6 +113,8 @@ class Report:
                           description=f"As written {self.memory_before} bytes, through kpt {self.memory_after}."),
                 "What the compiled program needs besides its arguments, by the compiler's own account.",
             ))  # fmt: skip
+        if (under := roofline(self.plan)) is not None:
+            figures.append(under)
         error = "not compared" if self.max_error is None else f"{self.max_error:.1e}"
         return write(Page(
             title=f"{self.function}, as written and through kpt",
