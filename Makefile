@@ -3,7 +3,7 @@ python := .venv/bin/python
 # One process a core; the tests of a file share what they set up.
 pytest := $(python) -m pytest -n logical --dist loadfile
 
-.PHONY: help setup demo test test-slow test-gpu test-tpu test-xla lint clean
+.PHONY: help setup demo test test-slow test-gpu test-tpu test-xla lint docs clean
 
 help:
 	@echo 'make demo        train a small language model as written and through kpt; report in kpt-report/demo.html'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-tpu    the tests that compile for TPUs, with none here'
 	@echo 'make test-xla    the tests of PyTorch on XLA devices, on a CPU'
 	@echo 'make lint        style and types'
+	@echo 'make docs        the documentation site, into site/'
 	@echo 'make clean       remove the environments'
 
 setup:
@@ -44,5 +45,8 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+docs: setup
+	JAX_PLATFORMS=cpu $(python) -m sphinx -q -E -W --keep-going docs site $(ARGS)
+
 clean:
-	rm -rf .venv .venv-*
+	rm -rf .venv .venv-* site

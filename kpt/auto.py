@@ -86,12 +86,14 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Writes the report as one HTML file and returns its path. Needs jinja2."""
+        from kpt.console import seconds as in_words
         from kpt.report import Bar, Figure, bar_chart, write
         from kpt.report import Report as Page
+        from kpt.report.roofline import roofline
 
         def bar(label: str, seconds: tuple[float, ...], style: str) -> Bar:
             low, middle, high = statistics.quantiles(seconds, n=4)
-            return Bar(label, middle, f"{middle * 1e3:,.3f} ms", style, low, high)
+            return Bar(label, middle, in_words(middle), style, low, high)
 
         verdict = "; ".join(self.plan.notes[-1:]) or f"{len(self.plan.sites)} sites with a kernel"
         bars = [bar("as written", self.seconds_before, "before"), bar("through kpt", self.seconds_after, "after")]
@@ -111,6 +113,8 @@ class Report:
                           description=f"As written {self.memory_before} bytes, through kpt {self.memory_after}."),
                 "What the compiled program needs besides its arguments, by the compiler's own account.",
             ))  # fmt: skip
+        if (under := roofline(self.plan)) is not None:
+            figures.append(under)
         error = "not compared" if self.max_error is None else f"{self.max_error:.1e}"
         return write(Page(
             title=f"{self.function}, as written and through kpt",
@@ -118,7 +122,7 @@ class Report:
             passed=True,  # what fails its certificate is not in the plan
             headline=((f"{self.speedup:.2f}×", "time, before over after"), (error, "largest relative difference"),
                       (str(len(self.plan.sites)), "sites with a kernel")),
-            facts=(("Hardware", f"{self.hardware}; {self.device}"), ("Measured", self.measured),
+            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", self.measured),
                    ("Noise of the time ratio", f"{self.noise:.1%}"),
                    ("Versions", ", ".join(f"{k} {v}" for k, v in self.plan.versions.items()))),
             figures=figures,

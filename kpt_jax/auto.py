@@ -14,7 +14,7 @@ from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.plan import ORIGINAL
-from kpt.strategy.tune import Tuned, tune
+from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import gain
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt_jax.measure import Timing, loss_and_gradients, measure
@@ -23,6 +23,12 @@ from kpt_jax.optimize import Optimized, here, optimize, profile
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
 from kpt_jax.whole import certify_whole, worst_difference
+
+
+def runner() -> Runner:
+    """Trials on what jax computes on. A TPU belongs to one process, which is this one."""
+    device = jax.default_backend()
+    return Runner("jax", here(), FRONT.compilers, device, "kpt_jax.trials", ready if device == "tpu" else None)
 
 
 class Session:
@@ -42,13 +48,10 @@ class Session:
     def tune(self, budget: float) -> Tuned:
         signature, arrays = self.fast.split(self.args, self.kwargs)
         trained = loss_and_gradients(lambda *xs: signature.call(self.fast.original, xs), arrays) is not None
-        device, plan = jax.default_backend(), self.plan()
+        plan = self.plan()
         passes = BOTH if trained else FORWARD
         with showing("timing kernels") as done:
-            # A TPU belongs to one process, which is this one.
-            found = tune(plan.sites, self.hardware, framework="jax", level=plan.level, compilers=FRONT.compilers, passes=passes,
-                         budget=budget, device=device, module="kpt_jax.trials", ready=ready if device == "tpu" else None,
-                         here=here(), done=done)  # fmt: skip
+            found = tune(plan.sites, self.hardware, runner(), level=plan.level, passes=passes, budget=budget, done=done)
         if found.measured or found.dropped:
             self.follow(found.dropped)
         return found

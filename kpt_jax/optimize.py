@@ -211,7 +211,7 @@ class Optimized:
         return jax.jit(lambda *a, **k: self(*a, **k)).lower(*args, **kwargs)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for this signature, without running the function. `jax.ShapeDtypeStruct`s will do as arguments."""
+        """The plan for this signature, without running the function. A `jax.ShapeDtypeStruct` will do for an array."""
         if modules.holds_nnx((args, kwargs)):
             return self._for_nnx().plan(*modules.values_of(args, kwargs)[1])
         key, dynamic = self.split(args, kwargs)

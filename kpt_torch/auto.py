@@ -18,7 +18,7 @@ from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.plan import ORIGINAL
-from kpt.strategy.tune import Tuned, tune
+from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import rounds
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.validation import Certificate, compare
@@ -27,6 +27,11 @@ from kpt_torch.capture import to_numpy
 from kpt_torch.optimized import optimize, unproved, without
 from kpt_torch.planner import Front
 from kpt_torch.trials import sample
+
+
+def runner(device: torch.device) -> Runner:
+    """Trials on a device."""
+    return Runner("torch", detected(device), Front.compilers, device.type, "kpt_torch.trials")
 
 
 class Session:
@@ -52,9 +57,8 @@ class Session:
         # An XLA device belongs to one process.
         sites = plan.sites if self.on.type in ("cpu", "cuda") else ()
         with showing("timing kernels") as done:
-            found = tune(sites, self.hardware, framework="torch", level=plan.level, compilers=Front.compilers,
-                         passes=BOTH if self.trained else FORWARD, budget=budget, device=self.on.type, module="kpt_torch.trials",
-                         here=detected(self.on), done=done)  # fmt: skip
+            found = tune(sites, self.hardware, runner(self.on), level=plan.level, passes=BOTH if self.trained else FORWARD, budget=budget,
+                         done=done)  # fmt: skip
         self.follow(found.dropped)
         return found
 

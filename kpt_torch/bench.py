@@ -29,9 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kpt
 from kpt.errors import KernelError
 from kpt.kernels.validate import validate
-from kpt.ops import Causal, Mask, Spec
+from kpt.ops import Spec
 from kpt_torch.library import torch_dtype
 from kpt_torch.planner import calls
+from kpt_torch.shapes import PARAMS, SHAPES, specs_of
 from kpt_torch.triton_kernels import glu
 
 SAMPLES, SAMPLE_MS = 20, 5.0
@@ -104,7 +105,6 @@ PLAIN: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "cross_entropy": _cross_entropy, "rope": _rope,
     "linear_cross_entropy": _linear_cross_entropy, "glu": _glu, "swiglu": _swiglu, "attention": _attention,
 }  # fmt: skip
-PARAMS: dict[str, dict[str, Any]] = {"attention": {"mask": Mask((Causal(0),))}}
 # Module and function of Liger, and how it is called. Its cross entropy makes the gradient in the forward pass, in place of the logits, and
 # its rope turns q and k in place: it is given arrays of its own, and half of the heads as either.
 LIGER: dict[str, tuple[str, str, Callable[..., Any]]] = {
@@ -119,33 +119,6 @@ LIGER: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "swiglu": ("swiglu", "LigerSiLUMulFunction", lambda f, gate, up: f(gate, up)),
 }  # fmt: skip
 UNCAPTURED = {"linear_cross_entropy", ("cross_entropy", "liger")}
-SHAPES = {
-    "layer_norm": ((16384, 4096), (32768, 8192)), "rms_norm": ((16384, 4096), (32768, 8192)),
-    "cross_entropy": ((8192, 128256),), "rope": ((4, 4096, 32, 128),),
-    "linear_cross_entropy": ((8192, 4096, 128256),), "glu": ((8192, 4096, 14336),), "swiglu": ((8192, 14336),),
-    "attention": ((4, 4096, 16, 128), (4, 4096, 32, 64), (1, 16384, 16, 128)),
-}  # fmt: skip
-
-
-def _specs(op: str, shape: Sequence[int], dtype: str) -> dict[str, Spec]:
-    shape = tuple(shape)
-    if op == "linear_cross_entropy":
-        tokens, width, vocab = shape
-        return {"x": Spec((tokens, width), dtype), "w": Spec((width, vocab), dtype), "labels": Spec((tokens,), "int64")}
-    if op == "attention":
-        return dict.fromkeys("qkv", Spec(shape, dtype))
-    if op == "glu":
-        rows, width, inner = shape
-        return {"x": Spec((rows, width), dtype)} | dict.fromkeys(("w_gate", "w_up"), Spec((width, inner), dtype))
-    if op == "swiglu":
-        return dict.fromkeys(("gate", "up"), Spec(shape, dtype))
-    if op == "cross_entropy":
-        return {"logits": Spec(shape, dtype), "labels": Spec(shape[:-1], "int64")}
-    if op == "rope":
-        table = Spec((1, shape[1], shape[3]), dtype)
-        return {"x": Spec(shape, dtype), "cos": table, "sin": table}
-    vectors = ("weight", "bias") if op == "layer_norm" else ("weight",)
-    return {"x": Spec(shape, dtype)} | {n: Spec(shape[-1:], dtype) for n in vectors}
 
 
 def _liger(op: str) -> dict[str, Callable[..., Any]]:
@@ -187,7 +160,7 @@ def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) ->
     small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384), "glu": (64, 512, 1024),
              "attention": (1, 300, 2, shape[-1])}.get(op, (64, *shape[1:]))
     run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
-    got = validate(fn, kpt.ops.op(op), _specs(op, small, dtype), PARAMS.get(op, {}), run=run, run_vjp=run_vjp, seeds=[0])
+    got = validate(fn, kpt.ops.op(op), specs_of(op, small, dtype), PARAMS.get(op, {}), run=run, run_vjp=run_vjp, seeds=[0])
     if not got.passed:
         raise KernelError(f"{op} was to be timed", got.summary(), "A kernel that is wrong is not timed")
     return max(got.worst(gradient=False) or 0.0, got.worst(gradient=True) or 0.0)
@@ -251,7 +224,7 @@ def timed(replays: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
 
 def measure(op: str, shape: Sequence[int], dtype: str, both: bool) -> list[dict[str, Any]]:
     """A row for each contender at one shape; `problem` in place of figures where one fails."""
-    specs = _specs(op, shape, dtype)
+    specs = specs_of(op, shape, dtype)
     arrays = _random(specs, both)
     out = {"linear_cross_entropy": Spec((), "float32"), "swiglu": Spec(tuple(shape), dtype)}.get(op) or kpt.ops.op(op).infer(specs)[0]
     # One for all graphs, as long as they are: making a graph gives unused memory back, and what another still reads with it.

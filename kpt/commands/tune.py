@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kpt.console import AsJson, answering, print_json
-from kpt.errors import StoreError
+from kpt.commands.named import ArgsFrom, call
+from kpt.console import AsJson, answering, front_end, print_json
+from kpt.errors import ConfigError, MissingDependencyError, StoreError
 
 app = typer.Typer()
 
@@ -18,6 +19,11 @@ app = typer.Typer()
 def tune(
     context: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help="An op, or a benchmark of `kpt bench`; again for more. All by default.")] = None,
+    framework: Annotated[str, typer.Option(help="Whose kernels: jax or torch.")] = "jax",
+    program: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="The calls of this function or module instead of an op's.")
+    ] = None,
+    args_from: ArgsFrom = None,
     budget: Annotated[str, typer.Option(help='How long it may take: seconds, or "30s", "10m", "1h".')] = "10m",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, or float32 on a CPU, unless given.")] = None,
     level: Annotated[str, typer.Option(help="conservative, balanced or aggressive.")] = "balanced",
@@ -25,31 +31,39 @@ def tune(
 ) -> None:
     """Time the kernels that could compute an op against each other, on this machine, before a program asks.
 
-    At the shapes of `kpt bench`, forward and with the backward pass. What is measured already is not measured again: an interrupted
-    run goes on where it was. Plans choose by what is found here (`kpt plan` says "measured"), and without it by estimate.
+    At common shapes (those of `kpt bench`), forward and with the backward pass; or the calls of a program, a JAX function or a
+    PyTorch module, as it is used. What is measured already is not measured again: an interrupted run goes on where it was. Plans
+    choose by what is found here (`kpt plan` says "measured"), and without it by estimate.
 
-    Example: kpt tune --op attention --budget 5m
+    Examples: kpt tune --op attention --budget 5m; kpt tune --framework torch; kpt tune --program train:model --args-from train:batch
     """
     if context.invoked_subcommand is not None:
         return
     with answering(context, as_json):
         import dataclasses
 
-        from kpt.console import front_end, print_table, progress
+        from kpt.auto import session
+        from kpt.console import print_table, progress
         from kpt.console import seconds as words
         from kpt.strategy.levels import level_named
+        from kpt.strategy.tune import ahead
         from kpt.tuning.trials import seconds_of
 
-        time, rows = seconds_of(budget), []
-        with progress() as bar:
-            task = bar.add_task("timing kernels", total=None)
+        time, rows, level = seconds_of(budget), [], level_named(level).name
+        if program is not None:
+            target, arguments = call(program, args_from, "Tuning")
+            found = session(target, arguments, {}, level, "auto").tune(time)
+        else:
+            calls, runner = _front(framework, "calls")(op or (), dtype), _front(framework, "runner")()
+            with progress() as bar:
+                task = bar.add_task("timing kernels", total=None)
 
-            def done(trial: Any, outcome: Any) -> None:
-                bar.update(task, advance=1, description=str(trial))
-                best = sorted((statistics.median(s), kernel) for kernel, s in outcome.seconds.items())
-                rows.append((str(trial), "  ".join(f"{kernel} {words(t)}" for t, kernel in best)))
+                def done(trial: Any, outcome: Any) -> None:
+                    bar.update(task, advance=1, description=str(trial))
+                    best = sorted((statistics.median(s), kernel) for kernel, s in outcome.seconds.items())
+                    rows.append((str(trial), "  ".join(f"{kernel} {words(t)}" for t, kernel in best)))
 
-            found = front_end("kpt_jax.tune_ahead", "fill")(op or (), dtype, level_named(level).name, time, done)
+                found = ahead(calls, runner, level, time, done)
         if as_json:
             print_json(dataclasses.asdict(found))
             return
@@ -97,8 +111,9 @@ def import_(
 ) -> None:
     """Take in measurements from another machine.
 
-    They are kept with where they are from, and no kernel is chosen by them before a sample of them has been measured again on this
-    machine and agreed (kpt.tuning.import_json with measure_again). What was measured here is not replaced.
+    A sample of five calls is measured again, where chip, driver and framework versions are those of this machine. If the kernel that won
+    there loses in none of them here by more than the noise, plans choose by these measurements. Otherwise, and on other hardware, they are
+    kept with where they are from, and not used. What was measured here is not replaced.
 
     Example: kpt tune import h100.json
     """
@@ -111,8 +126,31 @@ def import_(
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise StoreError(f"{file} was to be imported", str(problem), "Give a file that kpt tune export wrote") from None
-        told = import_json(Measurements(), text)
+        told = import_json(Measurements(), text, _again)
         if as_json:
             print_json(dataclasses.asdict(told))
         else:
-            typer.echo(f"{told.rows} measurements, {told.added} of them new, unverified: {told.origin}.")
+            typer.echo(f"{told.rows} measurements, {told.added} of them new: {told.origin}.")
+            for note in told.notes:
+                typer.echo(note)
+
+
+def _again(environment: Any, contests: Any, count: int) -> Any:
+    """Calls measured again by the front end whose framework they were measured with."""
+    from kpt.strategy.tune import measured_again
+
+    framework = environment[2].partition(" ")[0]
+    try:
+        runner = _front(framework, "runner")()
+    except (ConfigError, MissingDependencyError) as problem:
+        return str(problem).rstrip(".")
+    return measured_again(runner, environment, contests, count)
+
+
+def _front(framework: str, name: str) -> Any:
+    """What a front end gives to `kpt tune`."""
+    from kpt.kernels.spec import FRAMEWORKS
+
+    if framework not in FRAMEWORKS:
+        raise ConfigError(f"Kernels of {framework!r} were asked for", f"There are those of {' and '.join(FRAMEWORKS)}", "Name one of them")
+    return front_end(f"kpt_{framework}.tune_ahead", name)

@@ -39,7 +39,7 @@ class Bar:
 
 
 def line_chart(
-    lines: Sequence[Line], *, title: str, description: str, x_label: str, y_label: str, log_y: bool = False
+    lines: Sequence[Line], *, title: str, description: str, x_label: str, y_label: str, log_x: bool = False, log_y: bool = False
 ) -> str:
     """Curves over a common x axis.
 
@@ -47,7 +47,7 @@ def line_chart(
 
     Args:
       title, description: for readers who cannot see the chart.
-      log_y: powers of ten on the y axis.
+      log_x, log_y: powers of ten on that axis; xs are positive on a logarithmic one.
     """
 
     def place(y: float) -> float | None:
@@ -56,13 +56,14 @@ def line_chart(
         return math.log10(y) if log_y else y
 
     values = [v for line in lines for y in line.ys if (v := place(y)) is not None] or [0.0, 1.0]
-    xs = [x for line in lines for x in line.xs] or [0.0, 1.0]
+    xs = [math.log10(x) if log_x else x for line in lines for x in line.xs] or [0.0, 1.0]
     y_ticks = _decades(min(values), max(values)) if log_y else ticks(min(values), max(values))
-    x_ticks = ticks(min(xs), max(xs))
+    x_ticks = _decades(min(xs), max(xs)) if log_x else ticks(min(xs), max(xs))
     low, high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
     left, right = min(xs), max(max(xs), min(xs) + 1e-9)
 
     def px(x: float) -> float:
+        """Of a place on the axis: on a logarithmic one, of the logarithm."""
         return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
 
     def py(v: float) -> float:
@@ -75,7 +76,7 @@ def line_chart(
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{name}</text>')
     for t in (t for t in x_ticks if left <= t <= right):
         anchor = f'x="{px(t):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle"'
-        parts.append(f'<text class="tick" {anchor}>{_number(t, x_ticks)}</text>')
+        parts.append(f'<text class="tick" {anchor}>{f"1e{round(t)}" if log_x else _number(t, x_ticks)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(
@@ -89,6 +90,7 @@ def line_chart(
             if v is None:
                 pen = "M"
                 continue
+            x = math.log10(x) if log_x else x
             # A path of no length under a round pen is a dot.
             path.append(f"M{px(x):.1f} {py(v):.1f}h0" if line.dots else f"{pen}{px(x):.1f} {py(v):.1f}")
             pen = "L"
@@ -113,7 +115,8 @@ def bar_chart(bars: Sequence[Bar], *, title: str, description: str) -> str:
             low, high, middle = b.low / largest * room, b.high / largest * room, top + 10
             end = max(end, high)
             d = f"M{low:.1f} {middle}L{high:.1f} {middle}M{low:.1f} {middle - 5}v10M{high:.1f} {middle - 5}v10"
-            parts.append(f'<path class="whisker" d="{d}"/>')
+            # Light on dark, or dark on light, whatever the bar under it is.
+            parts.append(f'<path class="halo" d="{d}"/><path class="whisker" d="{d}"/>')
         parts.append(f'<text class="value" x="{end + 10:.1f}" y="{top + 15}">{escape(b.text)}</text>')
     return _svg(parts, height, title, description)
 

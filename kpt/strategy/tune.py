@@ -8,18 +8,25 @@ import importlib.util
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kpt import kernels as kernel_room
+from kpt.errors import KptError
 from kpt.hardware import HardwareProfile
+from kpt.kernels import KernelSpec
 from kpt.ops.base import Specs
+from kpt.strategy import wire
 from kpt.strategy.plan import Site
 from kpt.strategy.planner import place_of
 from kpt.tuning import Measurements, trials
+from kpt.tuning.exchange import Contest, Environment
+from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.trials import Outcome, Trial
 
 log = logging.getLogger("kpt")
+AGAIN = 300.0
+"""Seconds that a sample of an import may take to be measured again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,39 +71,66 @@ class Call:
     params: Mapping[str, Any]
 
 
-def tune(
-    calls: Iterable[Site | Call],
-    hardware: HardwareProfile,
-    *,
-    here: HardwareProfile,
-    framework: str,
-    level: str,
-    compilers: tuple[str, ...],
-    passes: str,
-    budget: float,
-    device: str,
-    module: str,
-    ready: trials.Ready | None = None,
-    done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
-) -> Tuned:
-    """Times the candidates of every kind of call, those first that move most bytes.
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Where and how a front end runs trials.
 
-    Args:
-      calls: sites of a plan, or calls that may be met in one.
-      here: what trials run on. For other hardware than this nothing is timed.
+    Attributes:
       framework: "jax" or "torch".
-      level: of which the candidates are.
+      hardware: what trials run on.
       compilers: packages on whose versions the time of a kernel depends.
-      passes: "forward" or "forward and backward".
-      budget: seconds.
       device: that the arrays of the trials are on, as the framework calls its kind.
       module: run in other processes for the trials.
       ready: to run them in this process instead, where the device cannot be shared.
     """
+
+    framework: str
+    hardware: HardwareProfile
+    compilers: tuple[str, ...]
+    device: str
+    module: str
+    ready: trials.Ready | None = None
+
+    @property
+    def place(self) -> trials.Place:
+        return place_of(self.hardware, self.compilers)
+
+    def finds(self, kernel: KernelSpec) -> bool:
+        """Whether the process that runs the trials finds the kernel: another one does not find what a notebook defined."""
+        return self.ready is not None or _importable(kernel.loader)
+
+    def run(
+        self, wanted: Sequence[Trial], budget: float, done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None
+    ) -> list[Outcome | None]:
+        """As `kpt.tuning.trials.run`."""
+        if self.ready is None:
+            return trials.run(wanted, self.module, budget, done)
+        return trials.run_here(wanted, self.ready, budget, done)
+
+
+def tune(
+    calls: Iterable[Site | Call],
+    hardware: HardwareProfile,
+    runner: Runner,
+    *,
+    level: str,
+    passes: str,
+    budget: float,
+    done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
+) -> Tuned:
+    """Times the candidates of every kind of call that has several, or one of another package; those first that move most bytes.
+
+    Args:
+      calls: sites of a plan, or calls that may be met in one.
+      hardware: of the plan. For other hardware than the runner's nothing is timed.
+      level: of which the candidates are.
+      passes: "forward" or "forward and backward".
+      budget: seconds.
+    """
     start = time.monotonic()
-    if hardware.name != here.name:
+    if hardware.name != runner.hardware.name:
         return Tuned(0, 0, 0, 0, {}, 0.0)
-    place, table = place_of(hardware, compilers), Measurements()
+    place, table = runner.place, Measurements()
     count: dict[tuple, int] = collections.Counter()
     kinds: dict[tuple, Site | Call] = {}
     for call in calls:
@@ -108,14 +142,15 @@ def tune(
     for kind in sorted(kinds, key=lambda k: -count[k] * _elements(kinds[k])):
         call = kinds[kind]
         dtype = next(iter(call.specs.values())).dtype
-        able, _ = kernel_room.registry.able(call.op, hardware, dtype, call.specs, call.params, level, framework)
-        able = [k for k in able if ready is not None or _importable(k.loader)]
-        if len(able) < 2:
+        able, _ = kernel_room.registry.able(call.op, hardware, dtype, call.specs, call.params, level, runner.framework)
+        able = [k for k in able if runner.finds(k)]
+        # With one kernel there is nothing to compare. Another package's is tried all the same: one that hangs would hang its proof.
+        if len(able) < 2 and not any(trials.foreign(k.loader) for k in able):
             continue
-        if set(trials.known(table, place, able, call.specs, call.params, (passes,))) == {k.name for k in able}:
+        if trials.timed(table, place, able, call.specs, call.params, passes):
             known += 1
             continue
-        wanted.append(Trial(call.op, call.specs, call.params, {k.name: k.loader for k in able}, passes, device))
+        wanted.append(Trial(call.op, call.specs, call.params, {k.name: k.loader for k in able}, passes, runner.device))
     dropped: dict[str, str] = {}
 
     def kept(trial: Trial, outcome: Outcome) -> None:
@@ -125,13 +160,57 @@ def tune(
             log.warning("%s %s; it is not used", kernel, why)
         done(trial, outcome)
 
-    outcomes = trials.run(wanted, module, budget, kept) if ready is None else trials.run_here(wanted, ready, budget, kept)
+    outcomes = runner.run(wanted, budget, kept)
     measured, left = sum(bool(o and o.seconds) for o in outcomes), sum(o is None for o in outcomes)
     return Tuned(measured, known, left, len(wanted) - measured - left, dropped, time.monotonic() - start)
 
 
+def ahead(
+    calls: Iterable[Site | Call],
+    runner: Runner,
+    level: str,
+    budget: float,
+    done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
+) -> Tuned:
+    """Times what was not timed yet of calls that no program has asked for so far, forward and with the backward pass."""
+    calls, end = list(calls), time.monotonic() + budget
+    both, forward = (
+        tune(calls, runner.hardware, runner, level=level, passes=passes, budget=max(0.0, end - time.monotonic()), done=done)
+        for passes in (BOTH, FORWARD)
+    )
+    sums = {f: getattr(both, f) + getattr(forward, f) for f in ("measured", "known", "left", "failed", "seconds")}
+    return dataclasses.replace(both, dropped={**both.dropped, **forward.dropped}, **sums)
+
+
+def measured_again(
+    runner: Runner, environment: Environment, contests: Sequence[Contest], count: int
+) -> list[tuple[Contest, Mapping[str, Sequence[float]]]] | str:
+    """As many as `count` of another machine's contests, held again here: see `kpt.tuning.import_json`."""
+    place = runner.place
+    if environment != dataclasses.astuple(place):
+        return f"this machine is {place}"
+    wanted: list[tuple[Contest, Trial]] = []
+    for contest in contests:
+        if len(wanted) < count and (trial := _trial(contest, runner)) is not None:
+            wanted.append((contest, trial))
+    outcomes = runner.run([trial for _, trial in wanted], AGAIN)
+    return [(c, o.seconds) for (c, _), o in zip(wanted, outcomes, strict=True) if o is not None and len(o.seconds) > 1]
+
+
+def _trial(contest: Contest, runner: Runner) -> Trial | None:
+    """The call of a contest, and those of its kernels that are here in the same version; None where they are fewer than two."""
+    latest = max(contest, key=lambda m: m.measured)
+    keys, passes, registry = {m.key for m in contest}, latest.key.passes, kernel_room.registry
+    try:
+        op, specs, params = (wire.decode(latest.call[n]) for n in ("op", "specs", "params"))
+        able, _ = registry.able(op, runner.hardware, latest.key.dtype, specs, params, "aggressive", runner.framework)
+        kernels = {k.name: k.loader for k in able if runner.place.key(k, specs, params, passes) in keys and runner.finds(k)}
+    except (KptError, LookupError, TypeError, ValueError, AttributeError):  # a file's call may be anything, or be missing
+        return None
+    return Trial(op, specs, params, kernels, passes, runner.device) if len(kernels) > 1 else None
+
+
 def _importable(loader: str) -> bool:
-    """Whether another process finds the kernel: not what a notebook defined."""
     module = loader.partition(":")[0]
     try:
         return module != "__main__" and importlib.util.find_spec(module) is not None

@@ -7,18 +7,24 @@ import hashlib
 import json
 import platform
 import random
-import warnings
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 
 from kpt._version import __version__
 from kpt.errors import StoreError
 from kpt.tuning.measurements import Measurement, Measurements, _insert, now
+from kpt.tuning.rounds import SIGMAS, gain, ratio
 
 FORMAT = 1
 SAMPLE = 5
-"""Rows of each environment that are measured again."""
-AGREEMENT = 1.25
-"""Ratio up to which two medians agree: machines of one kind differ in clocks and cooling, and a wrong row is off by far more."""
+"""Calls of each environment that are measured again."""
+Environment = tuple[str, str, str]
+"""Chip, driver and framework with its versions."""
+Contest = Sequence[Measurement]
+"""Rows of several kernels for one kind of call."""
+Again = Callable[[Environment, Sequence[Contest], int], Sequence[tuple[Contest, Mapping[str, Sequence[float]]]] | str]
+"""`again(environment, contests, count)`: up to `count` of the contests, with the seconds that each kernel took here, one figure a round; or
+why nothing of that environment can be measured here, in one clause."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +34,14 @@ class Import:
     rows: in the file.
     added: of them, those that were new or newer.
     verified: of those, the ones that may be relied on now.
-    disagreements: what measuring again found to be otherwise, one sentence each.
+    notes: what became of the rows of each environment, one sentence each.
     """
 
     origin: str
     rows: int
     added: int
     verified: int
-    disagreements: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def export_json(table: Measurements) -> str:
@@ -45,16 +51,15 @@ def export_json(table: Measurements) -> str:
     return json.dumps(about | {"rows": rows}, indent=1)
 
 
-def import_json(
-    table: Measurements, text: str, measure_again: Callable[[Measurement], float | None] | None = None, seed: int = 0
-) -> Import:
-    """Takes in an export. The rows count for `Measurements.best` only once a sample of them was measured again and agreed.
+def import_json(table: Measurements, text: str, again: Again | None = None, seed: int = 0) -> Import:
+    """Takes in an export. The rows count for `Measurements.best` only once a sample of their calls was measured again and agreed.
 
-    The sample is drawn apart for each chip, driver and framework version: rows of a chip that is not here stay unverified, and no
-    key of this machine asks for them. One disagreement leaves all rows of that environment unverified.
+    Plans choose by who is the fastest, so that is what has to hold, within the noise of both machines; times themselves differ with
+    clocks and cooling. The sample is drawn apart for each chip, driver and framework version: rows of a chip that is not here stay
+    unverified, and no key of this machine asks for them. One disagreement leaves all rows of that environment unverified.
 
     Args:
-      measure_again: seconds of a call on this machine for a row's key and config, or None where it cannot be measured here.
+      again: measures on this machine; without it nothing is verified.
       seed: of the draw.
 
     Raises:
@@ -73,35 +78,54 @@ def import_json(
         what = f"{type(problem).__name__}: {problem}"
         raise StoreError("Measurements were to be imported", what, "Give a file that kpt tune export wrote") from None
     added = table.store.write(lambda c: _insert(c, rows))
-    agreed: list[Measurement] = []
-    disagreements: list[str] = []
-    if measure_again is not None:
-        environments: dict[tuple[str, str, str], list[Measurement]] = {}
-        for m in rows:
-            environments.setdefault((m.key.chip, m.key.driver, m.key.framework), []).append(m)
-        for members in environments.values():
-            found = _check(members, measure_again, random.Random(seed))
-            if found:
-                disagreements += found
-            elif found is not None:
-                agreed += members
-    table.verify(agreed)
+    environments: dict[Environment, list[Measurement]] = {}
+    for m in rows:
+        environments.setdefault((m.key.chip, m.key.driver, m.key.framework), []).append(m)
+    notes = []
+    for environment, members in environments.items():
+        agreed, why = _checked(environment, members, again, random.Random(seed))
+        if agreed:
+            table.verify(members)
+        words = f"{len(members)} measurement{'' if len(members) == 1 else 's'} of {', '.join(filter(None, environment))}"
+        notes.append(f"{words}: {'used' if agreed else 'kept, not verified and not used'}; {why}.")
     verified = sum(m.verified and m.origin == origin for m in table.all())
-    for sentence in disagreements:
-        warnings.warn(sentence, stacklevel=2)
-    return Import(origin, len(rows), added, verified, tuple(disagreements))
+    return Import(origin, len(rows), added, verified, tuple(notes))
 
 
-def _check(rows: Sequence[Measurement], measure_again: Callable[[Measurement], float | None], draw: random.Random) -> list[str] | None:
-    """Disagreements in a sample of rows; None where too few can be measured here."""
-    checked, found = 0, []
-    for m in draw.sample(rows, len(rows)):
-        seconds = measure_again(m)
-        if seconds is None:
-            continue
-        checked += 1
-        if not 1 / AGREEMENT <= seconds / m.seconds <= AGREEMENT:
-            found.append(f"{m.key.kernel} at {m.key.shape} took {seconds:.3g} s here, and {m.seconds:.3g} s by the import.")
-        if checked == SAMPLE:
-            break
-    return found if checked == min(SAMPLE, len(rows)) else None
+def _checked(environment: Environment, rows: Sequence[Measurement], again: Again | None, draw: random.Random) -> tuple[bool, str]:
+    """Whether a sample of the calls has the same winners here, and the reason in words."""
+    kinds: dict[tuple[str, ...], list[Measurement]] = {}
+    for m in rows:
+        kinds.setdefault((m.key.kernel.partition(".")[0], m.key.dtype, m.key.shape, m.key.mask, m.key.passes), []).append(m)
+    contests = [c for c in kinds.values() if len({m.key.kernel for m in c}) > 1]
+    if not contests:
+        return False, "no two of them are of kernels for the same call, so that there is nothing to choose by them"
+    if again is None:
+        return False, "nothing was measured again"
+    draw.shuffle(contests)
+    found = again(environment, contests, SAMPLE)
+    if isinstance(found, str):
+        return False, found
+    otherwise = [said for contest, seconds in found if (said := _disagreement(contest, seconds))]
+    if otherwise:
+        return False, "; ".join(otherwise)
+    wanted = min(SAMPLE, len(contests))
+    calls = f"{wanted} of {len(contests)} call{'' if len(contests) == 1 else 's'} {'was' if wanted == 1 else 'were'}"
+    if len(found) < wanted:
+        return False, f"{calls} to be measured again, and {len(found)} could be"
+    return True, f"{calls} measured again here, with the same winner"
+
+
+def _disagreement(contest: Contest, seconds: Mapping[str, Sequence[float]]) -> str:
+    """How the winner of the import loses here, by more than the noise of both; "" where it does not."""
+    best = {n: min((m for m in contest if m.key.kernel == n), key=lambda m: m.seconds) for n in seconds}
+    winner = min(best, key=lambda n: best[n].seconds)
+    here = min(seconds, key=lambda n: statistics.median(seconds[n]))
+    if winner == here:
+        return ""
+    won, noise = gain(seconds[winner], seconds[here])
+    spread = sum((best[n].high - best[n].low) / 2 / best[n].seconds for n in (winner, here))
+    if won <= SIGMAS * noise + spread:
+        return ""
+    at = contest[0].key
+    return f"at {at.shape} {at.dtype}, {at.passes}, {winner} won there, and {here} is {ratio(won)} here"

@@ -31,6 +31,7 @@ SCHEMA = Schema(
           PRIMARY KEY (kernel, version, chip, driver, framework, dtype, shape, mask, passes, config)
         ) WITHOUT ROWID
         """,
+        "ALTER TABLE measurement ADD COLUMN call TEXT NOT NULL DEFAULT '{}'",
     ),
 )
 
@@ -78,6 +79,7 @@ class Measurement:
     kpt: the version that measured.
     origin: "" if measured here, else which import brought it.
     verified: whether it may be relied on: measured here, or from an import whose sample was measured again and agreed.
+    call: what ran, JSON-ready as a `Trial` has it (`op`, `specs`, `params`), for the key has only its bucket; empty where unknown.
     """
 
     key: Key
@@ -90,6 +92,7 @@ class Measurement:
     kpt: str = __version__
     origin: str = ""
     verified: bool = True
+    call: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (0 < self.low <= self.seconds <= self.high < math.inf) or self.samples < 1:
@@ -99,15 +102,17 @@ class Measurement:
             )
 
     @classmethod
-    def of(cls, key: Key, seconds: Sequence[float], config: Mapping[str, Any] | None = None) -> Measurement:
+    def of(
+        cls, key: Key, seconds: Sequence[float], config: Mapping[str, Any] | None = None, call: Mapping[str, Any] | None = None
+    ) -> Measurement:
         """From the samples themselves, in seconds."""
         low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [*seconds]
-        return cls(key, middle, low, high, len(seconds), config or {})
+        return cls(key, middle, low, high, len(seconds), config or {}, call=call or {})
 
     def to_json(self) -> dict[str, Any]:
         """As an export has it, flat; what another machine has to find out itself (`origin`, `verified`) is not in it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("key", "origin", "verified")}
-        return dataclasses.asdict(self.key) | fields | {"config": dict(self.config)}
+        return dataclasses.asdict(self.key) | fields | {"config": dict(self.config), "call": dict(self.call)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], origin: str) -> Measurement:
@@ -122,7 +127,8 @@ class Measurement:
             figures = [float(data[n]) for n in ("seconds", "low", "high")]
             when = datetime.datetime.fromisoformat(_text(data["measured"])).isoformat()
             made = cls(key, figures[0], figures[1], figures[2], int(data["samples"]), dict(data["config"]), when, _text(data["kpt"]))
-            _config(made.config)
+            made = dataclasses.replace(made, call=dict(data.get("call", {})))
+            _text_of(made.config), _text_of(made.call)
         except (KeyError, TypeError, ValueError) as problem:
             asked = "A measurement was read from JSON"
             raise StoreError(asked, f"{type(problem).__name__}: {problem}", "Export it again with kpt tune export") from None
@@ -170,33 +176,33 @@ class Measurements:
     def verify(self, measurements: Iterable[Measurement]) -> None:
         """Marks imported rows as verified, those that are still what they were."""
         where = " AND ".join(f"{n} = ?" for n in (*_KEY, "config", "origin"))
-        rows = [(*dataclasses.astuple(m.key), _config(m.config), m.origin) for m in measurements]
+        rows = [(*dataclasses.astuple(m.key), _text_of(m.config), m.origin) for m in measurements]
         self.store.write(lambda c: c.executemany(f"UPDATE measurement SET verified = 1 WHERE {where}", rows))
 
 
 def _insert(connection: sqlite3.Connection, measurements: Iterable[Measurement]) -> int:
     """Adds rows; an imported one gives way to one that was measured here, or later. Returns how many there are now because of it."""
     sql = f"""
-        INSERT INTO measurement VALUES ({", ".join("?" * (len(_KEY) + 9))})
+        INSERT INTO measurement VALUES ({", ".join("?" * (len(_KEY) + 10))})
         ON CONFLICT DO UPDATE SET seconds = excluded.seconds, low = excluded.low, high = excluded.high, samples = excluded.samples,
-          measured = excluded.measured, kpt = excluded.kpt, origin = excluded.origin, verified = excluded.verified
+          measured = excluded.measured, kpt = excluded.kpt, origin = excluded.origin, verified = excluded.verified, call = excluded.call
         WHERE excluded.origin = '' OR (measurement.origin != '' AND excluded.measured > measurement.measured)
     """
     before = connection.total_changes
     for m in measurements:
-        row = (_config(m.config), m.seconds, m.low, m.high, m.samples, m.measured, m.kpt, m.origin, int(m.verified))
-        connection.execute(sql, (*dataclasses.astuple(m.key), *row))
+        figures = (m.seconds, m.low, m.high, m.samples, m.measured, m.kpt, m.origin, int(m.verified))
+        connection.execute(sql, (*dataclasses.astuple(m.key), _text_of(m.config), *figures, _text_of(m.call)))
     return connection.total_changes - before
 
 
 def _measurement(row: sqlite3.Row) -> Measurement:
     values = {f.name: row[f.name] for f in dataclasses.fields(Measurement) if f.name != "key"}
-    values |= {"config": json.loads(row["config"]), "verified": bool(row["verified"])}
+    values |= {"config": json.loads(row["config"]), "call": json.loads(row["call"]), "verified": bool(row["verified"])}
     return Measurement(Key(*(row[n] for n in _KEY)), **values)
 
 
-def _config(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)
+def _text_of(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _text(value: Any) -> str:

@@ -72,6 +72,9 @@ class Place:
     def of(cls, chip: str, platform: str, versions: Mapping[str, str]) -> Place:
         return cls(chip, driver(platform), ", ".join(f"{n} {v}" for n, v in versions.items()))
 
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.chip, f"driver {self.driver}" if self.driver else "", self.framework)))
+
     def key(self, kernel: KernelSpec, specs: Mapping[str, Spec], params: Mapping[str, Any], passes: str) -> Key:
         at = bucket(specs, params)
         return Key(kernel.name, kernel.version, self.chip, self.driver, self.framework, at.dtype, at.shape, at.mask, passes)
@@ -103,9 +106,13 @@ class Trial:
     passes: str
     device: str
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """What is computed, JSON-ready."""
+        return {"op": self.op, "specs": wire.encode(dict(self.specs)), "params": wire.encode(dict(self.params))}
+
     def to_json(self) -> dict[str, Any]:
-        return {"op": self.op, "specs": wire.encode(dict(self.specs)), "params": wire.encode(dict(self.params)),
-                "kernels": dict(self.kernels), "passes": self.passes, "device": self.device}  # fmt: skip
+        return self.call | {"kernels": dict(self.kernels), "passes": self.passes, "device": self.device}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
@@ -145,9 +152,23 @@ def known(
     return {}
 
 
+def timed(
+    table: Measurements, place: Place, kernels: Iterable[KernelSpec], specs: Mapping[str, Spec], params: Mapping[str, Any], passes: str
+) -> bool:
+    """Whether each of the kernels was measured here in those passes."""
+    there = table.store.path.exists() or table.store.in_memory
+    return there and all(table.best(place.key(k, specs, params, passes)) is not None for k in kernels)
+
+
+def foreign(loader: str) -> bool:
+    """Whether a kernel is another package's, of which nothing is known before it was tried."""
+    return loader.partition(":")[0].partition(".")[0] not in ("kpt_jax", "kpt_torch", "pallas_kernels")
+
+
 def keep(table: Measurements, place: Place, trial: Trial, outcome: Outcome, kernels: Mapping[str, KernelSpec]) -> None:
     """Puts what was measured into the table."""
-    table.put(*(Measurement.of(place.key(kernels[n], trial.specs, trial.params, trial.passes), s) for n, s in outcome.seconds.items()))
+    keys = {n: place.key(kernels[n], trial.specs, trial.params, trial.passes) for n in outcome.seconds}
+    table.put(*(Measurement.of(keys[n], s, call=trial.call) for n, s in outcome.seconds.items()))
 
 
 def run(
@@ -166,7 +187,8 @@ def run(
       patience: seconds for one candidate to be ready; `PATIENCE` by default.
 
     Returns:
-      By trial; None for those that the budget did not reach. A candidate that fails, hangs or ends its process is named in `dropped`.
+      By trial; None for those that the budget did not reach. A candidate that fails, hangs or ends its process is named in `dropped`,
+      and so is another package's that was not ready when the budget ended: it may be one that hangs.
     """
     end = time.monotonic() + budget
     patience = PATIENCE if patience is None else patience
@@ -176,13 +198,12 @@ def run(
     while left and time.monotonic() < end:
         told = [dataclasses.replace(trials[i], kernels={k: at for k, at in trials[i].kernels.items() if k not in dropped[i]}) for i in left]
         with _Child(module, told) as child:
-            at = ""  # the candidate under way
+            at, wait = "", PATIENCE  # the candidate under way; until the first one, the process starts
             while left:
-                until = min(end, time.monotonic() + patience)
-                answer = child.answer(until)
+                answer = child.answer(min(end, time.monotonic() + wait))
                 if answer is None:
                     break
-                i = left[0]
+                i, wait = left[0], patience
                 if "started" in answer:
                     at = answer["started"]
                 elif "ready" in answer:
@@ -194,14 +215,18 @@ def run(
                     outcomes[i] = Outcome({n: tuple(s) for n, s in answer["seconds"].items()}, dropped[i])
                     done(trials[i], outcomes[i])  # type: ignore[arg-type]
                     left.pop(0)
-            if not left or time.monotonic() >= end:
+            if not left:
                 break
-            problem = child.problem(patience)
+            over = child.late and time.monotonic() >= end
+            problem = f"was not ready when the budget of {budget:.0f} s ended" if over else child.problem(wait)
         i = left[0]
+        if over and not (at and foreign(trials[i].kernels[at])):
+            break
         if at:
             dropped[i][at] = problem
         else:  # all had run once: whichever it was, this call stays unmeasured
             log.warning("The process that timed %s %s", trials[i], problem)
+        if over or not at:
             outcomes[i] = Outcome({}, dropped[i])
             done(trials[i], outcomes[i])  # type: ignore[arg-type]
             left.pop(0)

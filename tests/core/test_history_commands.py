@@ -1,5 +1,6 @@
 """`kpt history`, `compare`, `regress` and `tune`: words, JSON, pages and exit codes, on a history with a known answer."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -158,15 +159,18 @@ def test_pages_of_nothing_are_pages(cache):
         Page((cache / "page.html").read_text())
 
 
-def test_measurements_move_between_machines(cache, monkeypatch):
-    Measurements().put(Measurement.of(Key("a", 1, "h100-sxm", "1", "jax 1", "float32", "x[8]"), [1.0, 2.0, 3.0], {"block": 8}))
+@pytest.mark.parametrize(("framework", "why"), [("jax 1", "this machine is cpu"), ("abacus 3", "Kernels of 'abacus' were asked for")])
+def test_measurements_move_between_machines(cache, monkeypatch, framework, why):
+    key = Key("a.fast", 1, "h100-sxm", "1", framework, "float32", "x[8]")
+    Measurements().put(Measurement.of(key, [1.0, 2.0, 3.0], {"block": 8}), Measurement.of(dataclasses.replace(key, kernel="a.slow"), [4.0]))
     said = call("tune", "export", "m.json")
-    assert said.exit_code == OK and "1 measurement in m.json" in said.stdout
+    assert said.exit_code == OK and "2 measurements in m.json" in said.stdout
     monkeypatch.setenv("KPT_CACHE_DIR", str(cache / "elsewhere"))
     said = call("tune", "import", "m.json")
-    assert said.exit_code == OK and "1 measurements, 1 of them new, unverified" in said.stdout
+    assert said.exit_code == OK and "2 measurements, 2 of them new: " in said.stdout
+    assert f"of h100-sxm, 1, {framework}: kept, not verified and not used; {why}" in said.stdout
     assert json.loads(call("tune", "import", "m.json", "--json").stdout)["added"] == 0
-    (row,) = Measurements().all()
+    row, _ = Measurements().all()
     assert (row.seconds, row.config, row.verified) == (2.0, {"block": 8}, False)
 
 

@@ -4,13 +4,20 @@ import html.parser
 import importlib.util
 import math
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from kpt.errors import KptError, MissingDependencyError
+from kpt.hardware import hardware_profile
+from kpt.kernels import registry
+from kpt.kernels.estimate import seconds
+from kpt.ops import Spec, op
 from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, drawable, line_chart, render, save, write
 from kpt.report.html import groups
+from kpt.report.roofline import roofline
 from kpt.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
 from kpt.strategy import Plan, Site
 
@@ -196,3 +203,58 @@ def test_a_png_without_matplotlib_is_refused_with_the_install_line(tmp_path, mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
         drawable(tmp_path / "chart.png")
+
+
+def a_site(kernel, rows, **more):
+    specs = {"x": Spec((rows, 4096), "float32"), "weight": Spec((4096,), "float32")}
+    version = None if kernel == "original" else registry.get(kernel).version
+    return Site("rms_norm", kernel, version, "", "model.py:1", "why", params={"eps": 1e-6}, specs=specs, **more)
+
+
+def test_sites_stand_under_the_roof_of_their_chip():
+    plan = Plan("f", "balanced", "cpu", "jax", {}, (a_site("rms_norm.xla", 1024), a_site("rms_norm.xla", 1024)), (a_site("original", 64),))
+    figure = roofline(plan)
+    (roof,) = paths(figure.svg, "line")
+    before, after = paths(figure.svg, "dots")
+    assert len(roof) == 3 and len(before) == 2 and len(after) == 1
+    # The same work in less time is higher, and nothing is above the roof, whose slope is the memory's.
+    assert after[0][0] == before[0][0] and after[0][1] < before[0][1]
+    (x0, y0), (x1, y1), (x2, y2) = roof
+    assert x0 < before[0][0] < x1 <= x2 and y2 == y1 < y0
+    assert all(y > y0 + (x - x0) / (x1 - x0) * (y1 - y0) for x, y in (*before, *after))
+    cpu, cost = hardware_profile("cpu"), op("rms_norm").cost(plan.sites[0].specs, eps=1e-6)
+    assert [r[:4] for r in figure.table.rows] == [("rms_norm", "rms_norm.xla", "2", "float32"), ("rms_norm", "original", "1", "float32")]
+    assert figure.table.rows[0][4:7] == (f"{cost.flops / cost.bytes:,.3g}", "memory", seconds(cost.bytes / cpu.memory_bandwidth))
+    assert render(report(plan=plan)) and "FLOP/byte" in figure.svg
+
+
+@pytest.mark.parametrize("plan", [Plan("f", "balanced", "a chip of mine", "jax", {}, (a_site("rms_norm.xla", 8),)),
+                                  Plan("f", "balanced", "cpu", "jax", {}, ()), PLAN], ids=["unknown chip", "no sites", "no arrays"])  # fmt: skip
+def test_without_figures_there_is_no_roofline(plan):
+    assert roofline(plan) is None
+
+
+def test_a_logarithmic_axis_places_powers_of_ten_evenly():
+    ((a, b, c),) = paths(line_chart([Line("a", [0.1, 1.0, 10.0], [1.0, 10.0, 100.0], "roof")], **WORDS, log_x=True, log_y=True), "line")
+    assert b[0] - a[0] == pytest.approx(c[0] - b[0], abs=0.1) and a[1] - b[1] == pytest.approx(b[1] - c[1], abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_renders_a_report_without_a_complaint(tmp_path, dark):
+    def shown(name, text):
+        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
+        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=300,300",
+                   f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={int(not dark)}",
+                   f"--screenshot={tmp_path / name}.png", f"file://{tmp_path / name}.html"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return "CONSOLE" in done.stderr, (tmp_path / f"{name}.png").read_bytes()
+
+    page = render(report())
+    complained, picture = shown("report", page)
+    assert not complained and picture.startswith(b"\x89PNG")
+    assert shown("broken", page.replace("</body>", "<script>broken()</script></body>"))[0]
+    # The theme is the reader's.
+    other = page.replace("(prefers-color-scheme: dark)", "(prefers-color-scheme: no)")
+    assert (shown("other", other)[1] != picture) == dark

@@ -205,11 +205,16 @@ def test_the_next_kernel_takes_the_place_of_a_wrong_one(with_slow):
     assert site.kernel == "rms_norm.xla" and "disagrees with the original" in site.alternatives["rms_norm.wrong"]
 
 
-def test_kpt_tune_goes_on_where_it_was(with_slow):
+def test_kpt_tune_goes_on_where_it_was_and_is_believed_elsewhere(with_slow, tmp_path, monkeypatch):
     command = ["tune", "--op", "rms_norm", "--budget", "60s", "--json"]
     first, again = (json.loads(CliRunner().invoke(cli.app, command).stdout) for _ in range(2))
     assert first["measured"] == 2 and first["known"] == first["left"] == 0 and not first["dropped"]  # two passes
     assert again["measured"] == 0 and again["known"] == 2
+    moved = CliRunner().invoke(cli.app, ["tune", "export", str(tmp_path / "here.json")])
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / "elsewhere"))
+    moved = CliRunner().invoke(cli.app, ["tune", "import", str(tmp_path / "here.json")])
+    assert moved.exit_code == 0 and "used; 2 of 2 calls were measured again here, with the same winner." in moved.output
+    assert json.loads(CliRunner().invoke(cli.app, command).stdout)["known"] == 2
     shown = CliRunner().invoke(cli.app, ["tune", "--op", "layer_norm"])
     assert shown.exit_code == 0 and "nothing to compare" in shown.output
     assert CliRunner().invoke(cli.app, ["tune", "--op", "abacus"]).exit_code == console.REFUSED

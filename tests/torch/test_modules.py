@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from typer.testing import CliRunner
 
 import kpt
 import kpt_torch
-from kpt import Plan
+from kpt import Plan, cli, console
 from kpt.errors import ConfigError, KernelError, KptError, PlanError
 from kpt.kernels import KernelSpec, registry
+from kpt_torch import shapes
 from kpt_torch.backend import kpt as compile_backend
 
 
@@ -368,16 +371,55 @@ def test_auto_optimize_measures_and_keeps_what_wins():
     assert nothing.fn is F.relu and "no site has a kernel" in nothing.plan.notes[-1]
 
 
-def test_candidates_are_timed_and_the_faster_one_is_taken(monkeypatch, tmp_path):
+@pytest.fixture
+def with_slow(monkeypatch, tmp_path):
+    """A kernel that is said to be the best and is not, and where measurements go."""
     monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
     registry.register(KernelSpec("rms_norm.slow", "rms_norm", 1, "test", "torch", ("cpu",), "tests.slow_kernels:torch_rms_norm", ("float32",),
                                  efficiency=1.0))  # fmt: skip
 
-    def normalised(x, w):
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w).sum()
 
-    x, w = torch.randn(64, 32), torch.ones(32, requires_grad=True)
+def normalised(x, w):
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w).sum()
+
+
+def arguments():
+    return torch.randn(64, 32), torch.ones(32, requires_grad=True)
+
+
+def told(*command):
+    done = CliRunner().invoke(cli.app, ["tune", *command, "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_kpt_tune_times_kernels_for_pytorch(with_slow):
+    command = "--framework", "torch", "--op", "rms_norm", "--budget", "60s"
+    first, again = told(*command), told(*command)
+    assert (first["measured"], first["known"], first["dropped"]) == (2, 0, {}) and (again["measured"], again["known"]) == (0, 2)
+    (site,) = kpt_torch.plan(normalised, torch.randn(2048, 1024), torch.ones(1024, requires_grad=True)).sites
+    assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
+    refused = CliRunner().invoke(cli.app, ["tune", "--framework", "torch", "--op", "abacus"])
+    assert refused.exit_code == console.REFUSED and "For PyTorch there are" in refused.output
+
+
+def test_kpt_tune_times_the_calls_of_a_program(with_slow):
+    command = "--program", f"{__name__}:normalised", "--args-from", f"{__name__}:arguments"
+    assert (told(*command)["measured"], told(*command)["known"]) == (1, 1)
+    (site,) = kpt_torch.plan(normalised, *arguments()).sites
+    assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
+
+
+@pytest.mark.parametrize("op", shapes.CPU_SHAPES)
+def test_shapes_that_are_tuned_at_are_calls_of_their_op(op):
+    for table, dtype in ((shapes.CPU_SHAPES, "float32"), (shapes.SHAPES, "bfloat16")):
+        for dims in table[op]:
+            kpt.ops.op(op).infer(shapes.specs_of(op, dims, dtype), **shapes.PARAMS.get(op, {}))
+
+
+def test_candidates_are_timed_and_the_faster_one_is_taken(with_slow):
+    x, w = arguments()
     assert [s.kernel for s in kpt_torch.plan(normalised, x, w).sites] == ["rms_norm.slow"]
     result = kpt.auto_optimize(normalised, x, w)
     (site,) = kpt_torch.plan(normalised, x, w).sites
