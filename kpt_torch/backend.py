@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import kpt.hardware as hardware_room
 from kpt.config import config
@@ -58,8 +60,13 @@ class Backend:
         part = len(self.plans)
         made: fx.GraphModule | None = None
         planner = self._planner(gm, inputs)
+        wrapped = _wrapped(gm, inputs)
         try:
-            made = self._rewritten(planner, gm, inputs, f"graph{part}" if part else "")
+            if wrapped:
+                why = f"it computes with {', '.join(wrapped)}, and kernels are for plain tensors"
+                planner.notes.append(f"Graph {part} runs as it was written: {why}.")
+            else:
+                made = self._rewritten(planner, gm, inputs, f"graph{part}" if part else "")
         except Exception as error:  # the user's program runs, whatever becomes of the search
             log.warning("kpt left a graph of %s as it was written: %s: %s", self.name, type(error).__name__, error, exc_info=True)
             planner.sites.clear()
@@ -104,6 +111,12 @@ def transformed(
         other = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[1])
         made = rewritten(planner, front, path, None, Steady(captured, other))
     return made if made is not None else module if changed else None
+
+
+def _wrapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
+    """The kinds of tensors in a graph that are made of others and say themselves what an op on them is: DTensor, nested tensors."""
+    there = [*inputs, *(n.meta.get("example_value") for n in gm.graph.nodes)]
+    return sorted({type(t).__name__ for t in pytree.tree_leaves(there) if is_traceable_wrapper_subclass(t)})
 
 
 def _checkpoints(module: fx.GraphModule) -> None:

@@ -378,8 +378,11 @@ def _constant(b: Builder, tensor: torch.Tensor) -> V:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor; bfloat16 as ml_dtypes has it."""
-    t = tensor.detach().cpu()
+    """A copy of the values of a tensor; bfloat16 as ml_dtypes has it.
+
+    A copy on the CPU, too: memory that NumPy has seen can never be resized, and FSDP resizes that of its parameters.
+    """
+    t = tensor.detach().to("cpu", copy=True)
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(_numpy("bfloat16"))
     return t.numpy()
