@@ -99,7 +99,7 @@ def kernel(
             moving = [n for n in meaning.differentiable if n in arrays and arrays[n].requires_grad and torch.is_grad_enabled()]
             chosen |= {"early": early(arrays, moving) if moving else "", "unseen": True}
         inputs = [arrays.get(n) for n in names]
-        made = (straight if _nobody_watches(inputs) else definition)(*inputs, _encoded(chosen))
+        made = (straight if nobody_watches(inputs) else definition)(*inputs, _encoded(chosen))
         count = 2 if "residual" in arrays else 1
         return made[0] if count == 1 else tuple(made[:count])
 
@@ -124,7 +124,7 @@ def _straight(name: str, run: Callable[..., list[torch.Tensor]], keep: Callable[
     return made.apply
 
 
-def _nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
+def nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether these are plain tensors with memory, and neither a tracer, a mode nor a transformation of `torch.func` is to see the op.
 
     By their dispatch keys: other ones have tensors without memory, with a lazy sign or conjugation, batched and wrapped ones.
@@ -211,7 +211,7 @@ def _differentiable(
         if ctx.spent:
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
                               "written over what it read", "Run the forward pass again")  # fmt: skip
-        if not torch.is_grad_enabled() and _nobody_watches([*saved, *given]):
+        if not torch.is_grad_enabled() and nobody_watches([*saved, *given]):
             ctx.spent = params.get("unseen", False) and _about_to_be_freed()
             with torch.no_grad():
                 gradients = pulled_back(arrays, params | {"last": ctx.spent}, made[:count], made[count:], given, wanted)

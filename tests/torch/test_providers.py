@@ -206,23 +206,23 @@ class Wrapped(torch.Tensor):
 def test_who_watches():
     from torch.func import vmap
 
-    from kpt_torch.library import _nobody_watches
+    from kpt_torch.library import nobody_watches
 
     plain = torch.ones(4, 4)
     with torch.inference_mode():
         inferred = torch.ones(2)
-    assert _nobody_watches([plain, None, torch.nn.Parameter(plain), plain.t()[1:], (plain.requires_grad_() * 2), inferred])
+    assert nobody_watches([plain, None, torch.nn.Parameter(plain), plain.t()[1:], (plain.requires_grad_() * 2), inferred])
     lazy = torch._neg_view(torch.ones(2)), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(2)
     for other in (*lazy, torch.ones(2, device="meta"), torch.ones(2).to_sparse(), torch.ones(2).as_subclass(Wrapped)):
-        assert not _nobody_watches([plain, other])
+        assert not nobody_watches([plain, other])
     seen = []
-    vmap(lambda v: (seen.append(_nobody_watches([v])), v)[1])(torch.ones(2, 3))
+    vmap(lambda v: (seen.append(nobody_watches([v])), v)[1])(torch.ones(2, 3))
     with Seen():
-        seen.append(_nobody_watches([plain]))
+        seen.append(nobody_watches([plain]))
     with torch.device("cpu"):
-        seen.append(_nobody_watches([plain]))
-    torch.jit.trace(lambda v: (seen.append(_nobody_watches([v])), v * 2)[1], torch.ones(2), check_trace=False)
-    make_fx(lambda v: (seen.append(_nobody_watches([v])), v * 2)[1], pre_dispatch=True)(torch.ones(2))
+        seen.append(nobody_watches([plain]))
+    torch.jit.trace(lambda v: (seen.append(nobody_watches([v])), v * 2)[1], torch.ones(2), check_trace=False)
+    make_fx(lambda v: (seen.append(nobody_watches([v])), v * 2)[1], pre_dispatch=True)(torch.ones(2))
     assert seen == [False] * 5
 
 
