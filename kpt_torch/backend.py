@@ -22,9 +22,9 @@ from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, Site, level_named
 from kpt.strategy.planner import Planner
 from kpt_torch.apply import is_symbolic
-from kpt_torch.capture import Sizes, capture, to_numpy
+from kpt_torch.capture import Sizes, capture, mutated_storages, to_numpy
 from kpt_torch.held import Held, held, while_held
-from kpt_torch.lower import lower
+from kpt_torch.lower import lower, storage
 from kpt_torch.planner import Front, rewritten
 
 log = logging.getLogger("kpt")
@@ -63,14 +63,14 @@ class Backend:
         self.plans.append(self._planner(gm, inputs).plan(self.name))  # its place; what the inner compiler does may call this again
         return self._while_held(gm, inputs, part, held(gm, inputs))
 
-    def _while_held(self, gm: fx.GraphModule, inputs: Sequence[Any], part: int, known: Mapping[int, Held]) -> Callable[..., Any]:
+    def _while_held(self, gm: fx.GraphModule, inputs: Sequence[Any], part: int, known: dict[int, Held]) -> Callable[..., Any]:
         self.plans[part], run = self._part(gm, inputs, part, known)
         if not known or not self.plans[part].sites:
             return run
         return while_held(known, run, lambda args, still: self._while_held(gm, args, part, still))
 
     def _part(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], part: int, known: Mapping[int, Held]
+        self, gm: fx.GraphModule, inputs: Sequence[Any], part: int, known: dict[int, Held]
     ) -> tuple[Plan, Callable[..., Any]]:  # fmt: skip
         """The plan of one graph, and what runs in its place."""
         made: fx.GraphModule | None = None
@@ -103,26 +103,33 @@ class Backend:
                        self.certify or config().certify, here, self.foreign, self.dropped)  # fmt: skip
 
     def _rewritten(
-        self, planner: Planner, gm: fx.GraphModule, inputs: Sequence[Any], path: str, known: Mapping[int, Held]
+        self, planner: Planner, gm: fx.GraphModule, inputs: Sequence[Any], path: str, known: dict[int, Held]
     ) -> fx.GraphModule | None:  # fmt: skip
         holders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", t) for n, t in zip(holders, inputs, strict=True)]
         real = all(isinstance(t, torch.Tensor) and not isinstance(t, torch._subclasses.FakeTensor) for t in inputs)
         values = {i: to_numpy(h.values) for i, h in known.items()}
-        return transformed(planner, gm, fakes, list(inputs) if real else None, device_of(inputs), path, values)
+        made = transformed(planner, gm, fakes, list(inputs) if real else None, device_of(inputs), path, values)
+        for i in [i for i in known if i not in values]:
+            del known[i]
+        return made
 
 
 def transformed(
     planner: Planner, gm: fx.GraphModule, fakes: Sequence[Any], real: Sequence[Any] | None, device: torch.device, path: str,
-    values: Mapping[int, np.ndarray],
+    values: dict[int, np.ndarray],
 ) -> fx.GraphModule | None:  # fmt: skip
     """The graph with kernels in it and in the bodies of its higher-order ops; None where nothing changed.
 
     Args:
-      values: what some of the graph's inputs are known to hold, by number.
+      values: what some of the graph's inputs are known to hold, by number. Those that the graph writes into are taken out.
     """
     module = lower(gm, fakes)
-    known = {n: values[i] for i, n in enumerate(n for n in module.graph.nodes if n.op == "placeholder") if i in values}
+    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    written = mutated_storages(module)
+    for i in [i for i in values if storage(holders[i].meta["val"]) in written]:
+        del values[i]
+    known = {n: values[i] for i, n in enumerate(holders) if i in values}
     sizes = _other_sizes(module)
     on = {d: torch.get_autocast_dtype(d) for d in {device.type} if torch.is_autocast_enabled(d)}
     captured = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[0], known)

@@ -197,7 +197,7 @@ def capture(
     made: dict[int, tuple[fx.Node, int | None]] = {}
     values: dict[fx.Node, Any] = {}
     state = _State(dict(autocast or {}), gradients)
-    spoilt = _mutated_storages(gm)
+    spoilt = mutated_storages(gm)
     inputs: list[int] = []
     where: dict[fx.Node, dict[str, torch.dtype]] = {}
     marks: list[int] = []
@@ -210,7 +210,7 @@ def capture(
                 made[values[n].id] = n, None
                 if storage(val) in spoilt:
                     pass
-                elif known and n in known:
+                elif known is not None and n in known:
                     b.graph.consts[values[n].id] = known[n]
                 else:
                     inputs.append(values[n].id)
@@ -408,9 +408,9 @@ def _attribute(gm: Any, target: str) -> Any:
     return gm
 
 
-def _mutated_storages(gm: fx.GraphModule) -> dict[int, int]:
+def mutated_storages(gm: fx.GraphModule) -> dict[int, int]:
     """Memory that the graph writes into, and where it does last: up to there, what reads it reads now this, now that."""
-    found = {}
+    found: dict[int, int] = {}
     for at, n in enumerate(gm.graph.nodes):
         if n.op == "call_function" and mutates(n):
             schema = n.target._schema.arguments

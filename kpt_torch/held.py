@@ -1,9 +1,9 @@
 """Masks and scalars that a module holds in buffers, known while a graph is planned: GPT-2's triangle is a causal mask, not some array.
 
-Dynamo hands what a module holds to a graph as an input. Its values are looked at where there are at most two of them, which is what a mask has,
-and the rewritten graph runs as long as they are the same. Identity and version counter say so, for torch counts every write (but those through
-`.data`, which autograd does not see either); where one of them is another, the values are compared, and where these are, the graph is planned anew
-without that input's.
+Dynamo hands what a module holds to a graph as an input. Its values are looked at where there are at most two of them, which is what a
+mask has, and the rewritten graph runs as long as they are the same. Identity and version counter say so, for torch counts every write (but
+those through `.data`, which autograd does not see either); where one of them is another, the values are compared, and where these are,
+the graph is planned anew without that input's.
 """
 
 from __future__ import annotations
@@ -59,18 +59,21 @@ def _of_a_module(n: fx.Node) -> bool:
 
 
 def _readable(t: torch.Tensor) -> bool:
-    """Whether it is a scalar, or a matrix of no more than two values. (There are none that do not equal themselves.)"""
+    """Whether it is a scalar that is no count, or a matrix of no more than two values. (There are none that do not equal themselves.)"""
     if not 0 < t.numel() <= MOST or t.dtype.is_complex or t.is_inference() or not nobody_watches([t]):
         return False
     if t.ndim < 2 or min(t.shape[-2:]) < 2:
-        return t.ndim == 0
+        return t.ndim == 0 and t.is_floating_point()
     return t.dtype == torch.bool or bool(((t == t.min()) | (t == t.max())).all())
 
 
 def while_held(
     known: Mapping[int, Held], run: Callable[..., Any], again: Callable[[Sequence[Any], dict[int, Held]], Callable[..., Any]]
 ) -> Callable[..., Any]:  # fmt: skip
-    """`run` while the inputs hold what they held; from the first call on for which some do not, what `again` makes of its arguments and the others."""
+    """`run` while the inputs hold what they held; from the first call on for which some do not, what `again` makes of its arguments.
+
+    `again` is given those that still do.
+    """
     other: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
@@ -105,6 +106,8 @@ def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any =
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return run(*args, **kwargs)
+        if forward_ad._current_level >= 0:  # a kernel has no forward derivative: the code as it was written
+            return fn(*args, **kwargs)
         with torch._dynamo.config.patch(_DYNAMO):
             return run(*args, **kwargs)
 

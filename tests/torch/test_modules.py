@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kpt
@@ -230,6 +231,32 @@ def test_a_mask_that_depends_on_a_size_keeps_its_code_when_the_size_may_change()
     assert "other sizes" in second.skipped[0].reason
 
 
+class Straight(torch.autograd.Function):
+    """A rule of the user's, which is not the derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g + 0 * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_derivative_rule_of_the_users_stays_beside_the_sites(inner):
+    def program(x, w):
+        y = Straight.apply(x) + x
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * w
+
+    x, w = inputs().requires_grad_(), torch.ones(32)
+    assert ops(kpt_torch.plan(program, x, w)) == ["rms_norm"]
+    fast = torch.compile(program, backend=compile_backend, options={"inner": inner})
+    want, got = (torch.autograd.grad((f(x, w) * inputs(b=2).cos()).sum(), x) for f in (program, fast))
+    close(got, want)
+
+
 def test_graph_breaks_are_tolerated_and_named():
     inner = block().eval()
 
@@ -402,6 +429,19 @@ def test_a_gradient_of_a_gradient_is_refused_in_words():
     (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
     with pytest.raises(KernelError, match="gradient of a gradient"):
         torch.autograd.grad(g.square().sum(), x)
+
+
+def test_a_forward_derivative_is_that_of_the_code_as_it_was_written():
+    module = block(counts=False).eval()
+    fast, t = kpt_torch.optimize(module), inputs(b=2).flip(0)
+    close(fast(inputs()), module(inputs()))
+    close(torch.func.jvp(fast, (inputs(),), (t,)), torch.func.jvp(module, (inputs(),), (t,)))
+
+    def dual(m):
+        with forward_ad.dual_level():
+            return tuple(forward_ad.unpack_dual(m(forward_ad.make_dual(inputs(), t))))
+
+    close(dual(fast), dual(module))
 
 
 def test_optimize_is_a_function_whatever_was_imported_before():
