@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -114,11 +115,19 @@ def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any =
     return call, backend
 
 
+_COUNT = itertools.count()
+
+
 def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own: Dynamo counts recompilations by code, and other users of `fn` are no business of ours."""
+    """The function with a code object of its own: Dynamo counts recompilations by code, and other users of `fn` are no business of ours.
+
+    And with a name of its own, for by file, line and name Dynamo remembers which numbers differed between calls, and makes symbols of
+    them. Where models share a decorated `forward`, as those of transformers do, the scale of one's attention would be none in the next.
+    """
     if not isinstance(fn, types.FunctionType):
         return fn
-    made = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    code = fn.__code__.replace(co_name=f"{fn.__code__.co_name}_{next(_COUNT)}")
+    made = types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     made.__kwdefaults__ = fn.__kwdefaults__
     made.__dict__.update({k: v for k, v in fn.__dict__.items() if k != "__wrapped__"})
     return made

@@ -231,6 +231,23 @@ def test_a_mask_that_depends_on_a_size_keeps_its_code_when_the_size_may_change()
     assert "other sizes" in second.skipped[0].reason
 
 
+def test_a_number_of_another_module_is_no_reason_to_make_a_symbol_of_this_ones():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, q, k, v):
+            return (q @ k.mT * self.scale).softmax(-1) @ v
+
+    arrays = torch.randn(3, 1, 2, 8, 4)
+    for scale in (0.5, 0.25, 0.125):
+        fast = kpt_torch.optimize(Scaled(scale))
+        fast(*arrays)
+        (plan,) = fast._kpt_backend.plans
+        assert [s.params["scale"] for s in plan.sites] == [scale]
+
+
 class Straight(torch.autograd.Function):
     """A rule of the user's, which is not the derivative."""
 
