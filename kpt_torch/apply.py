@@ -87,7 +87,7 @@ class Emission:
                 whole = self.old(n)
                 got = whole if index is None else self.call(operator.getitem, whole, index)
             except Unavailable:
-                if v not in self.maker or self.maker[v].op.startswith("opaque:"):
+                if v not in self.captured.graph.consts and (v not in self.maker or self.maker[v].op.startswith("opaque:")):
                     raise
         if got is not None:
             pass

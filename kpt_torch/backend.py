@@ -7,9 +7,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import kpt.hardware as hardware_room
 from kpt.config import config
@@ -19,8 +22,9 @@ from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, Site, level_named
 from kpt.strategy.planner import Planner
 from kpt_torch.apply import is_symbolic
-from kpt_torch.capture import Sizes, capture
-from kpt_torch.lower import lower
+from kpt_torch.capture import Sizes, capture, mutated_storages, to_numpy
+from kpt_torch.held import Held, held, while_held
+from kpt_torch.lower import lower, storage
 from kpt_torch.planner import Front, rewritten
 
 log = logging.getLogger("kpt")
@@ -56,20 +60,37 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         part = len(self.plans)
+        self.plans.append(self._planner(gm, inputs).plan(self.name))  # its place; what the inner compiler does may call this again
+        return self._while_held(gm, inputs, part, held(gm, inputs))
+
+    def _while_held(self, gm: fx.GraphModule, inputs: Sequence[Any], part: int, known: dict[int, Held]) -> Callable[..., Any]:
+        self.plans[part], run = self._part(gm, inputs, part, known)
+        if not known or not self.plans[part].sites:
+            return run
+        return while_held(known, run, lambda args, still: self._while_held(gm, args, part, still))
+
+    def _part(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], part: int, known: dict[int, Held]
+    ) -> tuple[Plan, Callable[..., Any]]:  # fmt: skip
+        """The plan of one graph, and what runs in its place."""
         made: fx.GraphModule | None = None
         planner = self._planner(gm, inputs)
+        wrapped = _wrapped(gm, inputs)
         try:
-            made = self._rewritten(planner, gm, inputs, f"graph{part}" if part else "")
+            if wrapped:
+                why = f"it computes with {', '.join(wrapped)}, and kernels are for plain tensors"
+                planner.notes.append(f"Graph {part} runs as it was written: {why}.")
+            else:
+                made = self._rewritten(planner, gm, inputs, f"graph{part}" if part else "", known)
         except Exception as error:  # the user's program runs, whatever becomes of the search
             log.warning("kpt left a graph of %s as it was written: %s: %s", self.name, type(error).__name__, error, exc_info=True)
             planner.sites.clear()
             planner.notes.append(f"Graph {part} runs as it was written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-        self.plans.append(planner.plan(self.name))
         run = gm if made is None else made
         if self.inner is not None:
-            return self.inner(run, inputs)
+            return planner.plan(self.name), self.inner(run, inputs)
         _checkpoints(run)
-        return run.forward
+        return planner.plan(self.name), run.forward
 
     def _planner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Planner:
         wanted: Mapping[tuple[str, str, str], Site] | None = None
@@ -81,29 +102,51 @@ class Backend:
         return Planner(front, self.level, profile(self.hardware, device), wanted, self.banned,
                        self.certify or config().certify, here, self.foreign, self.dropped)  # fmt: skip
 
-    def _rewritten(self, planner: Planner, gm: fx.GraphModule, inputs: Sequence[Any], path: str) -> fx.GraphModule | None:
+    def _rewritten(
+        self, planner: Planner, gm: fx.GraphModule, inputs: Sequence[Any], path: str, known: dict[int, Held]
+    ) -> fx.GraphModule | None:  # fmt: skip
         holders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", t) for n, t in zip(holders, inputs, strict=True)]
         real = all(isinstance(t, torch.Tensor) and not isinstance(t, torch._subclasses.FakeTensor) for t in inputs)
-        return transformed(planner, gm, fakes, list(inputs) if real else None, device_of(inputs), path)
+        values = {i: to_numpy(h.values) for i, h in known.items()}
+        made = transformed(planner, gm, fakes, list(inputs) if real else None, device_of(inputs), path, values)
+        for i in [i for i in known if i not in values]:
+            del known[i]
+        return made
 
 
 def transformed(
-    planner: Planner, gm: fx.GraphModule, fakes: Sequence[Any], real: Sequence[Any] | None, device: torch.device, path: str
-) -> fx.GraphModule | None:
-    """The graph with kernels in it and in the bodies of its higher-order ops; None where nothing changed."""
+    planner: Planner, gm: fx.GraphModule, fakes: Sequence[Any], real: Sequence[Any] | None, device: torch.device, path: str,
+    values: dict[int, np.ndarray],
+) -> fx.GraphModule | None:  # fmt: skip
+    """The graph with kernels in it and in the bodies of its higher-order ops; None where nothing changed.
+
+    Args:
+      values: what some of the graph's inputs are known to hold, by number. Those that the graph writes into are taken out.
+    """
     module = lower(gm, fakes)
+    holders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    written = mutated_storages(module)
+    for i in [i for i in values if storage(holders[i].meta["val"]) in written]:
+        del values[i]
+    known = {n: values[i] for i, n in enumerate(holders) if i in values}
     sizes = _other_sizes(module)
     on = {d: torch.get_autocast_dtype(d) for d in {device.type} if torch.is_autocast_enabled(d)}
-    captured = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[0])
-    changed = _bodies(planner, module, device, path)
+    captured = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[0], known)
+    changed = _bodies(planner, module, device, path, known)
     front = Front(module, captured, device)
     if not sizes[0].at:
         made = rewritten(planner, front, path, real)
     else:
-        other = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[1])
+        other = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[1], known)
         made = rewritten(planner, front, path, None, Steady(captured, other))
     return made if made is not None else module if changed else None
+
+
+def _wrapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:
+    """The kinds of tensors in a graph that are made of others and say themselves what an op on them is: DTensor, nested tensors."""
+    there = [*inputs, *(n.meta.get("example_value") for n in gm.graph.nodes)]
+    return sorted({type(t).__name__ for t in pytree.tree_leaves(there) if is_traceable_wrapper_subclass(t)})
 
 
 def _checkpoints(module: fx.GraphModule) -> None:
@@ -126,7 +169,7 @@ def planner_name(path: str) -> str:
     return path or "graph"
 
 
-def _bodies(planner: Planner, module: fx.GraphModule, device: torch.device, path: str) -> bool:
+def _bodies(planner: Planner, module: fx.GraphModule, device: torch.device, path: str, known: Mapping[fx.Node, np.ndarray]) -> bool:
     """Rewrites the bodies of checkpointed regions where they are kept."""
     changed, count = False, 0
     for n in list(module.graph.nodes):
@@ -137,7 +180,8 @@ def _bodies(planner: Planner, module: fx.GraphModule, device: torch.device, path
         fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in n.args[1:]]
         where = f"{path}/remat{count}" if path else f"remat{count}"
         count += 1
-        made = transformed(planner, getattr(module, str(body.target)), fakes, None, device, where)
+        values = {i: known[a] for i, a in enumerate(n.args[1:]) if isinstance(a, fx.Node) and a in known}
+        made = transformed(planner, getattr(module, str(body.target)), fakes, None, device, where, values)
         if made is not None:
             setattr(module, str(body.target), made)
             changed = True

@@ -182,20 +182,22 @@ def _numpy(dtype: str) -> Any:
 
 
 def capture(
-    gm: fx.GraphModule, name: str, autocast: dict[str, torch.dtype] | None = None, gradients: bool = True, sizes: Sizes | None = None
-) -> Captured:
+    gm: fx.GraphModule, name: str, autocast: dict[str, torch.dtype] | None = None, gradients: bool = True, sizes: Sizes | None = None,
+    known: Mapping[fx.Node, np.ndarray] | None = None,
+) -> Captured:  # fmt: skip
     """The neutral graph of a lowered FX graph.
 
     Args:
       autocast: what is in force around the call: device type -> dtype.
       gradients: whether they are taken there.
+      known: the values of inputs that are the same at every call.
     """
     b = Builder(name, sizes or Sizes())
     _spec = b.sizes.spec
     made: dict[int, tuple[fx.Node, int | None]] = {}
     values: dict[fx.Node, Any] = {}
     state = _State(dict(autocast or {}), gradients)
-    spoilt = _mutated_storages(gm)
+    spoilt = mutated_storages(gm)
     inputs: list[int] = []
     where: dict[fx.Node, dict[str, torch.dtype]] = {}
     marks: list[int] = []
@@ -206,7 +208,11 @@ def capture(
             if isinstance(val, torch.Tensor):
                 values[n] = _opaque(b, n, val, made) if storage(val) in spoilt else b.value(_spec(val))
                 made[values[n].id] = n, None
-                if storage(val) not in spoilt:
+                if storage(val) in spoilt:
+                    pass
+                elif known is not None and n in known:
+                    b.graph.consts[values[n].id] = known[n]
+                else:
                     inputs.append(values[n].id)
             continue
         if n.op == "get_attr":
@@ -223,7 +229,7 @@ def capture(
             marks.append(at)
             b.graph.nodes.append(Node("opaque:state", (), (), {}, b.source, True, payload=n))
             continue
-        out = _node(b, n, values, state, spoilt, made)
+        out = _node(b, n, values, state, {s for s, last in spoilt.items() if at <= last}, made)
         if out is None:
             continue
         stopped = pytree.tree_map(lambda v: _stopped(b, v), out) if gradients and not state.gradients else out
@@ -378,8 +384,11 @@ def _constant(b: Builder, tensor: torch.Tensor) -> V:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor; bfloat16 as ml_dtypes has it."""
-    t = tensor.detach().cpu()
+    """A copy of the values of a tensor; bfloat16 as ml_dtypes has it.
+
+    A copy on the CPU, too: memory that NumPy has seen can never be resized, and FSDP resizes that of its parameters.
+    """
+    t = tensor.detach().to("cpu", copy=True)
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(_numpy("bfloat16"))
     return t.numpy()
@@ -399,15 +408,15 @@ def _attribute(gm: Any, target: str) -> Any:
     return gm
 
 
-def _mutated_storages(gm: fx.GraphModule) -> set[int]:
-    """Memory that the graph writes into: what reads it reads now this, now that."""
-    found = set()
-    for n in gm.graph.nodes:
+def mutated_storages(gm: fx.GraphModule) -> dict[int, int]:
+    """Memory that the graph writes into, and where it does last: up to there, what reads it reads now this, now that."""
+    found: dict[int, int] = {}
+    for at, n in enumerate(gm.graph.nodes):
         if n.op == "call_function" and mutates(n):
             schema = n.target._schema.arguments
             for a, s in zip(n.args, schema, strict=False):
                 if s.alias_info is not None and s.alias_info.is_write:
-                    found |= {storage(x.meta["val"]) for x in pytree.tree_leaves(a) if isinstance(x, fx.Node) and "val" in x.meta}
+                    found |= {storage(x.meta["val"]): at for x in pytree.tree_leaves(a) if isinstance(x, fx.Node) and "val" in x.meta}
     return found
 
 

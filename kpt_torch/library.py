@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kpt import ops
 from kpt.errors import KernelError
@@ -62,7 +63,8 @@ def kernel(
       kept: the specs of what `forward` keeps. Shapes may hold symbolic sizes.
       early: `early(arrays, names) -> text`: what `forward` keeps where gradients of the arrays `names` can be asked for, and no others:
         some of them made already, perhaps. It is told by `params["early"]`, "" where there will be no gradients. `backward` may write
-        over what was kept where `params["last"]`: autograd is about to free it. Gradients are in the layout of their arrays.
+        over what was kept where `params["last"]`: autograd is about to free it, and nobody else has it. Gradients are in the layout of
+        their arrays.
 
     `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
     """
@@ -97,9 +99,11 @@ def kernel(
         chosen = {k: v for k, v in given.items() if k not in names}
         if early is not None:
             moving = [n for n in meaning.differentiable if n in arrays and arrays[n].requires_grad and torch.is_grad_enabled()]
-            chosen |= {"early": early(arrays, moving) if moving else "", "unseen": True}
+            chosen["early"] = early(arrays, moving) if moving else ""
         inputs = [arrays.get(n) for n in names]
-        made = (straight if _nobody_watches(inputs) else definition)(*inputs, _encoded(chosen))
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in arrays.values()):
+            raise _no_forward_mode(name)
+        made = (straight if nobody_watches(inputs) else definition)(*inputs, _encoded(chosen))
         count = 2 if "residual" in arrays else 1
         return made[0] if count == 1 else tuple(made[:count])
 
@@ -108,13 +112,22 @@ def kernel(
     return call
 
 
+def _no_forward_mode(name: str) -> KernelError:
+    return KernelError(f"A forward derivative was asked for through {name}", "A kernel has a backward pass only",
+                       "Differentiate the module as it was written; what kpt_torch.optimize makes of it runs so by itself")  # fmt: skip
+
+
 def _straight(name: str, run: Callable[..., list[torch.Tensor]], keep: Callable[..., None], pull: Callable[..., Any]) -> Callable[..., Any]:
-    """The custom op `name` without the dispatcher."""
+    """The custom op `name` without the dispatcher.
+
+    What is kept for the backward pass and is no result stays with the node of autograd alone, so that nobody else can hold what is
+    written over, but where saved tensors have hooks: whoever set them (a checkpoint, say) is to see everything, and may hold it.
+    """
 
     def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
         made = run(*given)
-        keep(ctx, given, made)
-        return tuple(made)
+        keep(ctx, given, made, alone=not _saved_tensors_are_seen())
+        return tuple(made[: ctx.count])
 
     def backward(ctx: Any, *cotangents: Any) -> Any:
         return pull(ctx, cotangents)
@@ -124,7 +137,7 @@ def _straight(name: str, run: Callable[..., list[torch.Tensor]], keep: Callable[
     return made.apply
 
 
-def _nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
+def nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether these are plain tensors with memory, and neither a tracer, a mode nor a transformation of `torch.func` is to see the op.
 
     By their dispatch keys: other ones have tensors without memory, with a lazy sign or conjugation, batched and wrapped ones.
@@ -194,28 +207,31 @@ def _differentiable(
 
     pulled.register_autograd(twice)
 
-    def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor], alone: bool = False) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
         ctx.count, ctx.spent = 2 if "residual" in ctx.present else 1, False
-        ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *output)
+        ctx.alone = output[ctx.count :] if alone else None
+        ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *(output[: ctx.count] if alone else output))
 
     def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         arrays = dict(zip(ctx.present, saved, strict=False))
-        made = list(saved[len(ctx.present) :])
+        made = [*saved[len(ctx.present) :], *(ctx.alone or ())]
         given = [torch.zeros_like(m) if c is None else c for c, m in zip(cotangents[: ctx.count], made, strict=False)]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
         params, count = _params(op.name, ctx.params), ctx.count
-        # Whoever calls the custom op itself, as opcheck does, sees what was kept.
         if ctx.spent:
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
                               "written over what it read", "Run the forward pass again")  # fmt: skip
-        if not torch.is_grad_enabled() and _nobody_watches([*saved, *given]):
-            ctx.spent = params.get("unseen", False) and _about_to_be_freed()
+        freed = _about_to_be_freed()
+        if not torch.is_grad_enabled() and nobody_watches([*made, *arrays.values(), *given]):
+            ctx.spent = freed and ctx.alone is not None
             with torch.no_grad():
                 gradients = pulled_back(arrays, params | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
             gradients = _apart(gradients, [*arrays.values(), *made[:count], *given])
+            if freed:
+                ctx.alone = None  # as autograd frees what it saved
         else:
             gradients = pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted))
         found = dict(zip(wanted, gradients, strict=True))
@@ -223,6 +239,12 @@ def _differentiable(
 
     definition.register_autograd(pull, setup_context=keep)
     return keep, pull
+
+
+def _saved_tensors_are_seen() -> bool:
+    """Whether tensors that autograd saves here go through hooks."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private; without it they are taken to
+    return top is None or top(True) is not None
 
 
 def _about_to_be_freed() -> bool:

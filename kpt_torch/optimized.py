@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
@@ -90,6 +92,12 @@ class Settings:
         return dataclasses.replace(self, dropped={**self.dropped, **kernels})
 
 
+# By default Dynamo does not look again whether a submodule has got hooks since it was captured. It cuts what DistributedDataParallel wraps
+# at its buckets, so that a compiled backward pass has places to send them from; ours is autograd's, which has them anyway. The cuts would
+# cost sites, and regions that are checkpointed cannot be cut.
+_DYNAMO = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False}
+
+
 def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:
     """`fn` under a backend of its own."""
     backend = settings.backend(name, inner)
@@ -99,18 +107,27 @@ def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any =
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return run(*args, **kwargs)
-        # By default Dynamo does not look again whether a submodule has got hooks since it was captured.
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        if forward_ad._current_level >= 0:  # a kernel has no forward derivative: the code as it was written
+            return fn(*args, **kwargs)
+        with torch._dynamo.config.patch(_DYNAMO):
             return run(*args, **kwargs)
 
     return call, backend
 
 
+_COUNT = itertools.count()
+
+
 def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own: Dynamo counts recompilations by code, and other users of `fn` are no business of ours."""
+    """The function with a code object of its own: Dynamo counts recompilations by code, and other users of `fn` are no business of ours.
+
+    And with a name of its own, for by file, line and name Dynamo remembers which numbers differed between calls, and makes symbols of
+    them. Where models share a decorated `forward`, as those of transformers do, the scale of one's attention would be none in the next.
+    """
     if not isinstance(fn, types.FunctionType):
         return fn
-    made = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    code = fn.__code__.replace(co_name=f"{fn.__code__.co_name}_{next(_COUNT)}")
+    made = types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     made.__kwdefaults__ = fn.__kwdefaults__
     made.__dict__.update({k: v for k, v in fn.__dict__.items() if k != "__wrapped__"})
     return made
@@ -124,7 +141,7 @@ def planned(
     run = torch.compile(_fresh(fn), backend=backend, dynamic=False)  # the plan is for these sizes
     kept = [t.detach().clone() for t in tensors]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch._dynamo.config.patch(_DYNAMO):
         try:
             run(*args, **kwargs)
         finally:
@@ -256,4 +273,15 @@ def _module(module: torch.nn.Module, settings: Settings) -> Any:
             members[name] = method
     made = object.__new__(type(base)(base.__name__, (base,), members))
     vars(made).update(vars(module))
+    _shard_alike(made, module)
     return made
+
+
+def _shard_alike(made: torch.nn.Module, module: torch.nn.Module) -> None:
+    """Gives `made` what FSDP2 knows of `module`, which it keeps beside modules, by identity: its hooks came along with the rest."""
+    if torch.distributed.is_available():
+        from torch.distributed import _composable_state as kept
+
+        state = kept._get_module_state(module)
+        if state is not None:
+            kept._insert_module_state(made, state)

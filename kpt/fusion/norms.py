@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from kpt.fusion.formula import factors, mean, scalar, terms
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
-from kpt.fusion.view import TRANSPARENT, Axes, Ref
+from kpt.fusion.view import TRANSPARENT, Axes, Dims, Ref
 from kpt.graph.expr import Expr, numpy_dtype
 from kpt.ops.base import Spec
 
@@ -164,9 +164,17 @@ def _centred(ax: Axes, r: Ref, axis: tuple[int, ...]) -> Ref | None:
     here, there = ax.resolve(x), ax.resolve(inner)
     if here.expr is not there.expr:
         return None
-    swap = {tuple(ax.flat(over)): tuple(ax.flat(axis))}
-    dims = tuple(swap.get(d, d) for d in there.dims)
-    return x if dims == here.dims else None
+    return x if _renamed(there.dims, ax.flat(over), ax.flat(axis)) == here.dims else None
+
+
+def _renamed(dims: Dims, old: tuple[int, ...], new: tuple[int, ...]) -> Dims:
+    """`dims` with the axes `old` called `new`. They may be a part of a dimension: a norm over each head of a projection."""
+
+    def one(d: tuple[int, ...]) -> tuple[int, ...]:
+        at = next((i for i in range(len(d) - len(old) + 1) if d[i : i + len(old)] == old), None) if old else None
+        return d if at is None else d[:at] + new + d[at + len(old) :]
+
+    return tuple(map(one, dims))
 
 
 def _is_statistic(p: Program, root: Expr) -> bool:
@@ -198,8 +206,7 @@ def _fast_variance(ax: Axes, root: Ref) -> tuple[float, Ref, str, tuple[int, ...
     if x is None:
         return None
     a, b = ax.resolve(x), ax.resolve(first[0])
-    swap = {tuple(ax.flat(first[1])): tuple(ax.flat(second[2]))}
-    same = a.expr is b.expr and tuple(swap.get(d, d) for d in b.dims) == a.dims
+    same = a.expr is b.expr and _renamed(b.dims, ax.flat(first[1]), ax.flat(second[2])) == a.dims
     return (eps, x, "layer", second[2]) if same else None
 
 
@@ -310,8 +317,7 @@ def _same_but_mean(ax: Axes, product: Ref, x: Ref, axis: tuple[int, ...], c: flo
     if len(fresh) != 1 or abs(k * ax.extent(fresh[0]) - c) > 1e-6 * abs(c):
         return False
     inner = ax.strip(inner)
-    over = {ax.flat(fresh[0]): axis}
-    return inner.expr is x.expr and tuple(over.get(d, d) for d in inner.dims) == x.dims
+    return inner.expr is x.expr and _renamed(inner.dims, ax.flat(fresh[0]), axis) == x.dims
 
 
 def _holds(e: Expr, target: Expr, depth: int = 0) -> bool:
@@ -342,8 +348,11 @@ def _norm_axis(ax: Axes, r: Ref, x: Ref, axis: tuple[int, ...], kind: str) -> tu
         if b == axis:
             own = a
         elif a != b:
-            return None
-    if own is None:
+            before = next((i for i in range(len(b)) if b[i : i + len(axis)] == axis), len(b))
+            own = a[before : len(a) - len(b) + before + len(axis)]
+            if _renamed((b,), axis, own) != (a,) or ax.extent(own) != ax.extent(axis):
+                return None
+    if own is None or _renamed(theirs.dims, axis, own) != mine.dims:
         return None
     if kind == "layer":
         return own if _centred(ax, r, own) is not None else None

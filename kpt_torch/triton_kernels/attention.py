@@ -412,7 +412,8 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
     if "v" in wanted and _may_be_empty(params["mask"]):
         # Of a query that sees nothing the probabilities are those of equal scores, or NaN.
         unseen = (lse == math.inf).transpose(1, 2)[..., None]
-        each = (g.float() * unseen).sum(1) / keys if math.isfinite(params["mask"].fill) else torch.where(unseen.any(1), math.nan, 0.0)
+        finite = math.isfinite(params["mask"].fill)
+        each = (g * unseen).sum(1, dtype=torch.float32) / keys if finite else torch.where(unseen.any(1), math.nan, 0.0)
         spread = each.unflatten(1, (shared, heads // shared)).sum(2)
         found["v"] = (found["v"].float() + spread[:, None]).to(v.dtype)
     return found

@@ -188,6 +188,19 @@ def layer_norm_by_var(x, g, b):
     return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5) * g + b
 
 
+@spelled(site("rms_norm", eps=1e-6, x=(B, T, 2, D // 2)))
+def rms_of_the_heads_of_a_projection(x, g):
+    h = x.view(B, T, 2, -1)
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * g[: D // 2]).transpose(1, 2)
+
+
+@spelled(site("layer_norm", eps=1e-5, x=(B, T, 2, D // 2)))
+def layer_norm_of_the_heads_of_a_projection(x, g):
+    h = x.view(B, T, 2, -1)
+    off = h - h.mean(-1, keepdim=True)
+    return (off * torch.rsqrt(off.pow(2).mean(-1, keepdim=True) + 1e-5) * g[: D // 2]).transpose(1, 2)
+
+
 # -- rope ------------------------------------------------------------------------------------------------------------------------
 
 

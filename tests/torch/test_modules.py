@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
@@ -233,6 +234,49 @@ def test_a_mask_that_depends_on_a_size_keeps_its_code_when_the_size_may_change()
     assert "other sizes" in second.skipped[0].reason
 
 
+def test_a_number_of_another_module_is_no_reason_to_make_a_symbol_of_this_ones():
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, q, k, v):
+            return (q @ k.mT * self.scale).softmax(-1) @ v
+
+    arrays = torch.randn(3, 1, 2, 8, 4)
+    for scale in (0.5, 0.25, 0.125):
+        fast = kpt_torch.optimize(Scaled(scale))
+        fast(*arrays)
+        (plan,) = fast._kpt_backend.plans
+        assert [s.params["scale"] for s in plan.sites] == [scale]
+
+
+class Straight(torch.autograd.Function):
+    """A rule of the user's, which is not the derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g + 0 * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_derivative_rule_of_the_users_stays_beside_the_sites(inner):
+    def program(x, w):
+        y = Straight.apply(x) + x
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * w
+
+    x, w = inputs().requires_grad_(), torch.ones(32)
+    assert ops(kpt_torch.plan(program, x, w)) == ["rms_norm"]
+    fast = torch.compile(program, backend=compile_backend, options={"inner": inner})
+    want, got = (torch.autograd.grad((f(x, w) * inputs(b=2).cos()).sum(), x) for f in (program, fast))
+    close(got, want)
+
+
 def test_graph_breaks_are_tolerated_and_named():
     inner = block().eval()
 
@@ -444,6 +488,19 @@ def test_a_gradient_of_a_gradient_is_refused_in_words():
     (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
     with pytest.raises(KernelError, match="gradient of a gradient"):
         torch.autograd.grad(g.square().sum(), x)
+
+
+def test_a_forward_derivative_is_that_of_the_code_as_it_was_written():
+    module = block(counts=False).eval()
+    fast, t = kpt_torch.optimize(module), inputs(b=2).flip(0)
+    close(fast(inputs()), module(inputs()))
+    close(torch.func.jvp(fast, (inputs(),), (t,)), torch.func.jvp(module, (inputs(),), (t,)))
+
+    def dual(m):
+        with forward_ad.dual_level():
+            return tuple(forward_ad.unpack_dual(m(forward_ad.make_dual(inputs(), t))))
+
+    close(dual(fast), dual(module))
 
 
 def test_optimize_is_a_function_whatever_was_imported_before():

@@ -123,3 +123,38 @@ def test_what_is_left_alone_says_why():
     plan = kpt_torch.plan(weights_returned, *given("q", "k", "v"))
     assert "also returned" in plan.skipped[0].reason
     assert "test_near_misses.py" in plan.skipped[0].source
+
+
+def _attended(q, k, v):
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def read_before_and_after_a_write(q, k, v, cache):
+    before = _attended(q, cache, v)
+    cache[:, :, 2:6] = k[:, :, 2:6]
+    return before + _attended(q, cache, v)
+
+
+def read_before_a_write(q, k, v, cache):
+    before = _attended(q, cache, v)
+    cache[:, :, 2:6] = k[:, :, 2:6]
+    return before
+
+
+def read_through_a_view_made_before_the_write(q, k, v, cache):
+    seen = cache[:, :, :6]
+    cache[:, :, 2:6] = k[:, :, 2:6]
+    return _attended(q, seen, v[:, :, :6])
+
+
+@pytest.mark.parametrize(("fn", "count"), [(read_before_and_after_a_write, 1), (read_before_a_write, 0), (read_through_a_view_made_before_the_write, 1)])
+@pytest.mark.parametrize("own", [False, True], ids=["given", "made here"])
+def test_memory_that_is_written_is_read_as_the_code_reads_it(fn, count, own):
+    """As a cache of keys is: what reads it after the last write is a site, and nothing before is."""
+    program = (lambda q, k, v, cache: fn(q, k, v, cache * 1)) if own else fn
+    q, k, v, cache = torch.randn(4, 2, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    fast = kpt_torch.optimize(program)
+    mine, its = cache.clone(), cache.clone()
+    torch.testing.assert_close(fast(q, k, v, mine), program(q, k, v, its), rtol=1e-5, atol=1e-6)
+    assert torch.equal(mine, its)
+    assert [s.op for p in fast._backend.plans for s in p.sites] == ["attention"] * count

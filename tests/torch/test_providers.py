@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from functorch.compile import aot_function, nop
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +101,54 @@ def test_a_kernel_may_return_what_aliases():
     assert y.data_ptr() != x.data_ptr()
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones(8, 8))
+
+
+def early_thrice(name, last=None):
+    """3 x, by a kernel that makes the gradient but for a factor in its forward pass, and writes it over what it kept in the last backward pass."""
+
+    def forward(arrays, params):
+        return [arrays["x"] * 3], [torch.full_like(arrays["x"], 3.0)] if params["early"] else []
+
+    def backward(arrays, params, results, kept, cotangents, wanted):
+        over = params.get("last", False)
+        if last is not None:
+            last.append((over, weakref.ref(kept[0])))
+        made = kept[0].data.mul_(cotangents[0]) if over else kept[0] * cotangents[0]  # as a Triton kernel, unseen by torch
+        return {"x": made}
+
+    return kernel("rms_norm", name, forward, backward, kept=lambda specs, params: (specs["x"],) if params["early"] else (),
+                  early=lambda arrays, names: " ".join(names))  # fmt: skip
+
+
+def test_what_somebody_else_holds_is_not_written_over():
+    last, held = [], []
+    thrice = early_thrice("test_held", last)
+    x = normal(4, D)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.detach()) or t, lambda t: t):
+        y = thrice(x=x)
+    was = [t.clone() for t in held]
+    y.backward(torch.full((4, D), 2.0))
+    assert torch.equal(x.grad, torch.full((4, D), 6.0))
+    assert any(torch.equal(t, torch.full((4, D), 3.0)) for t in held), "hooks see what is kept"
+    assert all(torch.equal(a, b) for a, b in zip(held, was, strict=True))
+    z = thrice(x=x)
+    shown = z.grad_fn.saved_tensors
+    was = [t.clone() for t in shown]
+    z.backward(torch.full((4, D), 2.0))
+    assert all(torch.equal(a, b) for a, b in zip(shown, was, strict=True))
+    assert [over for over, _ in last] == [False, True]
+    assert last[1][1]() is None and z.grad_fn is not None, "freed with what autograd saved"
+
+
+def test_forward_derivatives_are_refused_in_words():
+    x, w = normal(4, D).detach(), normal(D).detach()
+    norm = lambda x: rows.rms_norm(x=x, weight=w)  # noqa: E731
+    with pytest.raises(KernelError, match="forward derivative"):
+        torch.func.jvp(norm, (x,), (x,))
+    with forward_ad.dual_level():
+        norm(x)  # has no tangent
+        with pytest.raises(KernelError, match="forward derivative"):
+            norm(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -206,23 +256,23 @@ class Wrapped(torch.Tensor):
 def test_who_watches():
     from torch.func import vmap
 
-    from kpt_torch.library import _nobody_watches
+    from kpt_torch.library import nobody_watches
 
     plain = torch.ones(4, 4)
     with torch.inference_mode():
         inferred = torch.ones(2)
-    assert _nobody_watches([plain, None, torch.nn.Parameter(plain), plain.t()[1:], (plain.requires_grad_() * 2), inferred])
+    assert nobody_watches([plain, None, torch.nn.Parameter(plain), plain.t()[1:], (plain.requires_grad_() * 2), inferred])
     lazy = torch._neg_view(torch.ones(2)), torch.ones(2, dtype=torch.complex64).conj(), torch._efficientzerotensor(2)
     for other in (*lazy, torch.ones(2, device="meta"), torch.ones(2).to_sparse(), torch.ones(2).as_subclass(Wrapped)):
-        assert not _nobody_watches([plain, other])
+        assert not nobody_watches([plain, other])
     seen = []
-    vmap(lambda v: (seen.append(_nobody_watches([v])), v)[1])(torch.ones(2, 3))
+    vmap(lambda v: (seen.append(nobody_watches([v])), v)[1])(torch.ones(2, 3))
     with Seen():
-        seen.append(_nobody_watches([plain]))
+        seen.append(nobody_watches([plain]))
     with torch.device("cpu"):
-        seen.append(_nobody_watches([plain]))
-    torch.jit.trace(lambda v: (seen.append(_nobody_watches([v])), v * 2)[1], torch.ones(2), check_trace=False)
-    make_fx(lambda v: (seen.append(_nobody_watches([v])), v * 2)[1], pre_dispatch=True)(torch.ones(2))
+        seen.append(nobody_watches([plain]))
+    torch.jit.trace(lambda v: (seen.append(nobody_watches([v])), v * 2)[1], torch.ones(2), check_trace=False)
+    make_fx(lambda v: (seen.append(nobody_watches([v])), v * 2)[1], pre_dispatch=True)(torch.ones(2))
     assert seen == [False] * 5
 
 

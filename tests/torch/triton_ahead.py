@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kpt.ops.activations import ACTIVATIONS
-from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, rope
+from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, product, rope
 
 F32, I32 = "*fp32", "i32"
 NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
@@ -25,6 +25,7 @@ ATTENTION |= {"scale": "fp32", "cap": "fp32", "lse": F32, "delta": F32, "means":
 LOOSE = ("rows", "times", "count", "queries", "keys", "heads", "group", "low", "high")
 """Integers that need not be a multiple of 16."""
 GLU = {"count": I32}
+PRODUCT = dict.fromkeys("rows columns inner x_row x_inner w_inner w_column".split(), I32)
 SCALE = {"factors": F32, "width": I32}
 # Bytes of shared memory on a multiprocessor.
 SHARED = {"sm75": 65536, "sm80": 167936, "sm86": 102400, "sm89": 102400, "sm90": 233472, "sm100": 233472,
@@ -77,7 +78,19 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         constants = {"ACTIVATION": activation, "BLOCK": glu.BLOCK}
         found[f"glu {activation} forward"] = glu.forward_blocks, GLU, constants, glu.WARPS
         found[f"glu {activation} backward"] = glu.backward_blocks, GLU, constants, glu.WARPS
+        found[f"linear_act {activation} backward"] = product.slope_blocks, GLU, {"ACTIVATION": activation, "BLOCK": product.BLOCK}, product.WARPS
+        for turned in (False, True):  # as x @ w, and as torch's linear layers turn it
+            given = {"ACTIVATION": activation, "BIAS": True, "KEEP": True, "GROUP": product.GROUP, "x_inner": 1}
+            name = f"linear_act {activation} forward{' turned' if turned else ''}"
+            found[name] = product.product_blocks, PRODUCT, given | {"w_inner" if turned else "w_column": 1}, 0
+    given = {"ACTIVATION": "identity", "BIAS": False, "KEEP": False, "GROUP": product.GROUP, "x_inner": 1, "w_column": 1, "b": None, "z": None}
+    found["matmul"] = product.product_blocks, PRODUCT, given, 0
     return found
+
+
+def family(architecture: str) -> str:
+    """The name that tiles go by."""
+    return "cdna" if architecture.startswith("gfx") else "hopper" if int(architecture.removeprefix("sm")) >= 90 else "ampere"
 
 
 def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any:
@@ -87,10 +100,14 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
         constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
     options = {"num_warps": warps}
     if types is ATTENTION and "KEYS" in fn.arg_names:
-        tiles = attention.TILES["cdna" if architecture.startswith("gfx") else "hopper" if target.arch >= 90 else "ampere"][constants["HEAD"]]
+        tiles = attention.TILES[family(architecture)][constants["HEAD"]]
         chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(fn.__name__, tiles.busy if constants["CAP"] else tiles.forward)
         constants = constants | {"QUERIES": chosen.queries, "KEYS": chosen.keys}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    if types is PRODUCT:
+        t = product.TILES[family(architecture)] if dtype != "fp32" else product.WIDE
+        constants = constants | {"ROWS": t.rows, "COLUMNS": t.columns, "INNER": t.inner}
+        options = {"num_warps": t.warps, "num_stages": t.stages}
     types = types if fn is not norms.sums else types | {"dweight": f"*{dtype}", "dbias": f"*{dtype}"}
     constants = {n: v for n, v in constants.items() if n in fn.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in fn.arg_names}

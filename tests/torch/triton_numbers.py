@@ -25,7 +25,7 @@ from kpt.kernels.spec import refusal
 from kpt.ops import Causal, Mask, Spec, Window
 from kpt_torch.library import _encoded
 from kpt_torch.planner import calls, from_numpy, to_numpy
-from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, rope
+from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, product, rope
 from tests import fuzz
 from tests.cases import CASES, Case
 
@@ -36,6 +36,8 @@ SMALL = (
     (cross_entropy, "FORWARD_BLOCK", 16), (cross_entropy, "BACKWARD_BLOCK", 16), (rope, "TILE", 16),
     (linear_cross_entropy, "CHUNK_BYTES", 2048), (linear_cross_entropy, "TOKENS", 4), (linear_cross_entropy, "BLOCK", 16),
     (glu, "BLOCK", 16), (attention, "TILES", {"ampere": SIXTEEN, "hopper": SIXTEEN}),
+    (product, "TILES", dict.fromkeys(("ampere", "hopper", "cdna"), product.Tile(16, 16, 16, 1, 1))), (product, "WIDE", product.Tile(16, 32, 16, 1, 1)),
+    (product, "GROUP", 2), (product, "BLOCK", 16),
 )  # fmt: skip
 LARGE = [
     *(Case(op, {"x": Spec(shape, dtype), "weight": Spec(shape[-1:], dtype)}, {"eps": 1e-5})
@@ -51,6 +53,10 @@ LARGE = [
                                     "b": Spec((50257,), dtype)}, {"invalid": "drop"}) for dtype in ("bfloat16", "float16")),
     *(Case("glu", {"x": Spec((3, 517, 512), dtype), "w_gate": Spec((512, 1100), dtype), "w_up": Spec((512, 1100), dtype),
                    "b_up": Spec((1100,), dtype)}, {"activation": a}) for dtype in ("bfloat16", "float32") for a in ("silu", "gelu_tanh", "gelu")),
+    *(Case("linear_act", {"x": Spec((3, 517, 512), dtype), "w": Spec((512, 1100), dtype), "b": Spec((1100,), dtype)}, {"activation": a})
+      for dtype in ("bfloat16", "float16", "float32") for a in ("gelu", "gelu_tanh", "silu", "identity")),
+    *(Case("matmul", {"a": Spec((m, k), dtype), "b": Spec((k, n), dtype)}, {"out_dtype": out})
+      for m, k, n in ((1031, 517, 777), (4096, 1024, 2048), (1, 4096, 4096)) for dtype, out in (("bfloat16", None), ("float16", "float32"), ("float32", None))),
     *(Case("attention", {"q": Spec((1, t, 4, h), dtype), "k": Spec((1, s, 2, h), dtype), "v": Spec((1, s, 2, h), dtype)}, {"mask": mask})
       for t, s, h, dtype in ((517, 517, 128, "bfloat16"), (300, 700, 64, "float16"), (257, 257, 256, "bfloat16"), (260, 260, 64, "float32"))
       for mask in (Mask(), Mask((Causal(0),)), Mask((Causal(0), Window(100, None, 0))))),

@@ -36,6 +36,8 @@ table.add("rms_gemma", lambda x, g: x * jax.lax.rsqrt(mean_square(x) + 1e-6) * (
 table.add("rms_2d", lambda x2, g: x2 * jax.lax.rsqrt(mean_square(x2) + 1e-6) * g, site("rms_norm", x=(12, D)))
 table.add("rms_on_the_first_axis", lambda x2: x2 * jax.lax.rsqrt(jnp.mean(x2 * x2, 0) + 1e-6), site("rms_norm", x=(D, 12)))
 table.add("rms_of_heads", lambda q: q * jax.lax.rsqrt(mean_square(q) + 1e-6), site("rms_norm", x=(2, 12, 4, 8)))
+table.add("rms_of_heads_of_a_projection", lambda x: (lambda h: h * jax.lax.rsqrt(mean_square(h) + 1e-6))(x.reshape(2, 12, 2, D // 2)),
+          site("rms_norm", x=(2, 12, 2, D // 2)))
 table.add("rms_of_a_sum", lambda x, h, g: (y := x + h) * jax.lax.rsqrt(mean_square(y) + 1e-6) * g, rms)
 table.add("rms_vmapped", lambda x, g: jax.vmap(jax.vmap(lambda r: r * jax.lax.rsqrt(jnp.mean(r * r) + 1e-6) * g))(x), rms)
 
