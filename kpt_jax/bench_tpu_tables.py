@@ -82,6 +82,16 @@ def kernels(programs: Sequence[Row]) -> list[str]:
     return lines
 
 
+def rope(rows: Sequence[Row]) -> list[str]:
+    """`bench_tpu_rope`'s."""
+    lines = ["| B×S×H×KV×D | TPU | forward, kpt | plain | both, kpt | plain |", "|---|---|---|---|---|---|"]
+    for (dims, gen), found in _grouped(rows, "dims", "generation").items():
+        ms = {(r["passes"], r["provider"]): f"{r['ms']:.2f}" if "ms" in r else "(no program)" for r in found}
+        cells = (ms["forward", "kpt"], ms["forward", "xla"], ms["both", "kpt"], ms["both", "xla"])
+        lines.append(f"| {'×'.join(map(str, dims))} | {gen} | {' | '.join(cells)} |")
+    return lines
+
+
 def _grouped(rows: Sequence[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
     found: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
@@ -111,6 +121,7 @@ def written(folder: Path) -> dict[Path, str]:
         return json.loads((folder / name).read_text(encoding="utf-8"))
 
     tables = {"trust": trust(data("tpu-static.json")["rows"]), "kernels": kernels(data("tpu-compile.json"))}
+    tables["rope"] = rope(data("tpu-rope.json")["rows"])
     for gen in GENERATIONS:
         if (folder / f"tpu-peers-{gen}.json").exists():
             rows = data(f"tpu-peers-{gen}.json")["rows"]

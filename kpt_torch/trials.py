@@ -22,7 +22,7 @@ def ready(trial: Trial, kernel: str) -> Sample:
     """One candidate on random tensors."""
     fn = functools.partial(resolve(trial.kernels[kernel]), **trial.params)
     device = torch.device(trial.device)
-    arrays = _arrays(trial, device)
+    arrays = arrays_of(trial, device)
     moving = [n for n, a in arrays.items() if n in ops.op(trial.op).learned and a.is_floating_point()]
 
     def forward() -> Any:
@@ -46,7 +46,8 @@ _held: list[tuple[Trial, dict[str, torch.Tensor]]] = []
 """The tensors of the trial under way, which its candidates share."""
 
 
-def _arrays(trial: Trial, device: torch.device) -> dict[str, torch.Tensor]:
+def arrays_of(trial: Trial, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random tensors for a call; the same as long as it is the same trial."""
     if not _held or _held[0][0] is not trial:
         _held.clear()
         rng = np.random.default_rng(0)

@@ -63,14 +63,14 @@ def compile_kernels(
             for m in found:
                 where = (m.program.label, m.generation)
                 if m.error is not None:
-                    rows.append((*where, "", "refused" if m.refused else "failed", *[""] * 6))
+                    rows.append((*where, "", "", "refused" if m.refused else "failed", *[""] * 6))
                     continue
                 rows += [
-                    (*((*where, size(m.code)) if i == 0 else ("", "", "")), s.kernel, str(s.cores), size(s.vmem), size(s.read + s.written),
-                     f"{s.cycles:,.0f}", seconds(s.seconds), s.bound)
+                    (*((*where, size(m.code), size(m.around)) if i == 0 else [""] * 4), s.kernel, str(s.cores), size(s.vmem),
+                     size(s.read + s.written), f"{s.cycles:,.0f}", seconds(s.seconds), s.bound)
                     for i, s in enumerate(m.schedules)
                 ]  # fmt: skip
-            print_table(("program", "TPU", "code", "kernel", "cores", "VMEM", "HBM", "cycles", "time", "bound"), rows)
+            print_table(("program", "TPU", "code", "around", "kernel", "cores", "VMEM", "HBM", "cycles", "time", "bound"), rows)
             for m in unmade:
                 typer.echo(f"{m.program.label} on {m.generation}: {m.error}" + (f". {m.advice}." if m.advice else ""))
             typer.echo(f"{len(found) - len(unmade)} of {len(found)} programs compiled, {len(refused)} refused by the kernel.")
