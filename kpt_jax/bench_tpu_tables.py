@@ -52,19 +52,29 @@ def _mib(found: float | None) -> str:
     return "" if found is None else f"{found / 2**20:,.0f} MiB"
 
 
-def score(rows: Sequence[Row]) -> tuple[int, int]:
-    """(rows of peers, forward and backward apart, in which kpt needs fewer cycles; rows of peers), of those that can be scheduled."""
-    won = count = 0
-    for found in _grouped(rows, "bench", "dims").values():
+def ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """kpt's time over that of each peer, pass by pass, of those that can be scheduled."""
+    told = {}
+    for (bench, dims), found in _grouped(rows, "bench", "dims").items():
         ours = next(r for r in found if r["provider"] == "kpt")
         for r in found:
             if r["provider"] in ("kpt", "xla") or "error" in r:
                 continue
-            for part in ("forward_ms", "backward_ms"):
-                if r[part]:
-                    count += 1
-                    won += "error" not in ours and ours[part] < r[part] * (1 - 1e-6)
-    return won, count
+            for part in ("forward", "backward"):
+                if peers_ms := r[f"{part}_ms"]:
+                    ratio = float("inf") if "error" in ours else ours[f"{part}_ms"] / peers_ms
+                    told[f"{bench} {'×'.join(map(str, dims))} {part} to {r['provider']}"] = ratio
+    return told
+
+
+def score(rows: Sequence[Row]) -> str:
+    """In how many passes kpt needs fewer cycles than a peer, and where it does not; a tie counts against it."""
+    found = ratios(rows)
+    lost = {n: f"{n} by {r - 1:.1%}" for n, r in found.items() if r > 1 + 1e-4}
+    ties = sum(r >= 1 - 1e-6 for r in found.values()) - len(lost)
+    won = len(found) - len(lost) - ties
+    return (f"kpt needs fewer cycles in {won} of {len(found)} passes of peers ({won / len(found):.0%}) and as many in {ties}. "
+            f"It loses {'; '.join(lost.values()) or 'none'}.")  # fmt: skip
 
 
 def kernels(programs: Sequence[Row]) -> list[str]:
@@ -125,8 +135,7 @@ def written(folder: Path) -> dict[Path, str]:
     for gen in GENERATIONS:
         if (folder / f"tpu-peers-{gen}.json").exists():
             rows = data(f"tpu-peers-{gen}.json")["rows"]
-            won, count = score(rows)
-            tables[f"peers {gen}"] = [*peers(rows), "", f"kpt needs fewer cycles in {won} of {count} passes of peers ({won / count:.0%})."]
+            tables[f"peers {gen}"] = [*peers(rows), "", score(rows)]
     pages = {}
     for page in (folder / "tpu-static.md", folder / "tpu-kernels.md"):
         text = page.read_text(encoding="utf-8")

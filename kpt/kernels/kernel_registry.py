@@ -304,7 +304,6 @@ def _slower(time: float | None, best: float | None, measured: bool) -> str:
     return f"{how} {seconds(time)} against {seconds(best)} for the choice"
 
 
-@functools.cache
 @functools.cache  # one function a kernel: jax keeps what it compiled by function
 def _checked(function: Callable[..., Any], op: str) -> Callable[..., Any]:
     """The kernel, which refuses arrays that break the op's rule before it computes anything from them."""
@@ -323,6 +322,7 @@ def _checked(function: Callable[..., Any], op: str) -> Callable[..., Any]:
     return kernel
 
 
+@functools.cache
 def _op(name: str) -> Op | None:
     """The op that `kpt/ops/<name>.py` defines; None for one that only a third party's kernels know."""
     if importlib.util.find_spec(f"kpt.ops.{name}") is None:
