@@ -10,6 +10,7 @@ cached: an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 from importlib import metadata
@@ -114,8 +115,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = [r for name in args.gen.split(",") for r in compare(generation(name), say=lambda line: print(line, flush=True))]
     if args.json:
-        versions = {n: metadata.version(n) for n in ("jax", "libtpu")}
-        args.json.write_text(json.dumps({"command": "python -m kpt_jax.bench_tpu_peers", **versions, "rows": rows}, indent=1) + "\n")
+        versions = {n: metadata.version(n) for n in ("jax", "libtpu", "tokamax") if importlib.util.find_spec(n)}
+        told = {"command": f"python -m kpt_jax.bench_tpu_peers --gen {args.gen} --json {args.json}", **versions, "rows": rows}
+        args.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,10 +70,10 @@ def compared(on: Generation, dims: tuple[int, ...], passes: str) -> list[dict[st
     rows = []
     for made in others:
         row = {"generation": on.name, **made.program.given}
-        if (error := next((m.error for m in (made, without, *kernels) if m.error is not None), None)) is not None:
-            rows.append(row | {"error": error[:300]})
+        error = next((m.error for m in (made, without, *kernels) if m.error is not None), None)
+        if error is not None or made.around is None or without.around is None:
+            rows.append(row | {"error": (error or "XLA loops in this program, and its bytes are not known")[:300]})
             continue
-        assert made.around is not None and without.around is not None
         around = made.around - without.around
         mine = kernels if made.program.given["provider"] == OURS else []
         seconds = sum(m.seconds for m in mine)
