@@ -280,7 +280,7 @@ PEERS: dict[str, dict[str, Peer]] = {
         "jax megablox": Peer(
             "jax.experimental.pallas.ops.tpu.megablox.ops",
             _megablox,
-            {"block_m": (256, 512), "block_k": (1024, 2048), "block_n": (1024, 1408)},  # 1408: all columns of MOE
+            {"block_m": (256, 512), "block_k": (512, 1024, 2048), "block_n": (1024, 1408)},  # 1408: all columns of MOE
         )
     },
     "linear_cross_entropy": {
