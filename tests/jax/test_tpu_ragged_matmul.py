@@ -57,6 +57,18 @@ def test_blocks_that_cannot_be():
         lowers("ragged_matmul", LARGE["bfloat16"], {"blocks": Blocks(4096, 4096, 4096)})
 
 
+def test_blocks_whose_visits_scalar_memory_does_not_hold():
+    with pytest.raises(KernelError, match="visits of groups"):
+        lowers("ragged_matmul", ragged(rows=5_000_000), SMALL)
+
+
+def test_a_result_wider_than_its_factors():
+    """The defaults fit it, with no blocks passed."""
+    specs = ragged("bfloat16", 4096, 8192, 8192, 2)
+    assert lowers("ragged_matmul", specs, {"out_dtype": "float32"}, chip="TPU v4") == 3
+
+
 def test_refused():
-    assert "lists at most" in refused("ragged_matmul", ragged(rows=5_000_000), {})
+    assert "lists at most" in refused("ragged_matmul", ragged(rows=17_000_000), {})
+    assert refused("ragged_matmul", ragged(rows=16_000_000), {}) is None
     assert "empty" in refused("ragged_matmul", ragged(rows=0), {})
