@@ -34,7 +34,7 @@ class Generation:
       mxu: rows and columns of a matrix unit.
       vmem: bytes of vector memory of a TensorCore.
       cores: TensorCores that one device joins (megacore): dimensions of a grid marked parallel are spread over them.
-      int8: whether the matrix units multiply it.
+      int8: whether the matrix units multiply it; the compiler has no such product for v4.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Generation:
     int8: bool = True
 
 
-V4 = Generation("tpu-v4", 128, 16 << 20, 2)
+V4 = Generation("tpu-v4", 128, 16 << 20, 2, int8=False)
 V5E = Generation("tpu-v5e", 128, 128 << 20, 1)
 V5P = Generation("tpu-v5p", 128, 64 << 20, 2)
 V6E = Generation("tpu-v6e", 256, 128 << 20, 1)
