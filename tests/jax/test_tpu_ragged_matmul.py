@@ -62,10 +62,10 @@ def test_blocks_whose_visits_scalar_memory_does_not_hold():
         lowers("ragged_matmul", ragged(rows=5_000_000), SMALL)
 
 
-def test_a_result_wider_than_its_factors():
-    """The defaults fit it, with no blocks passed."""
-    specs = ragged("bfloat16", 4096, 8192, 8192, 2)
-    assert lowers("ragged_matmul", specs, {"out_dtype": "float32"}, chip="TPU v4") == 3
+def test_the_default_blocks_of_two_dtypes_fit():
+    """The cotangents have the wider one, which the product for x is made of."""
+    specs = specs_of("float32", x=((4096, 1408), "bfloat16"), w=(4, 1408, 1408)) | {"group_sizes": Spec((4,), "int32")}
+    assert lowers("ragged_matmul", specs, {}, chip="TPU7x") == 3
 
 
 def test_refused():
