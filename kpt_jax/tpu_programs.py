@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -20,6 +21,7 @@ from kpt.ops.mask import Causal, Mask, Window
 from kpt.tpu import Generation
 from kpt_jax.bench_ops import BENCHES, Bench, Call
 from kpt_jax.tpu import Program
+from pallas_kernels import tuned
 
 OURS, XLA = "kpt", "xla"
 PASSES = ("forward", "both")
@@ -80,12 +82,21 @@ def program(
     provider: str = OURS,
     blocks: Mapping[str, Any] | None = None,
 ) -> Program:
-    """What `kpt_jax.tpu.compile_programs` takes: one benchmark at one shape by one provider."""
+    """What `kpt_jax.tpu.compile_programs` takes: one benchmark at one shape by one provider.
+
+    Args:
+      blocks: None for what the kernel takes by itself, from the table of tuned blocks or by its rule; an empty one for the rule.
+
+    Raises:
+      KptError: the passes are unknown, or the shape is none of that benchmark.
+    """
     if passes not in PASSES:
         raise KptError(f"Passes {passes!r} were asked for", f"There are {' and '.join(PASSES)}", "Choose one")
     if len(dims) != len((known := BENCHES[name].dims).split()):
         asked = f"{name} was asked for at {'x'.join(map(str, dims))}"
         raise KptError(asked, f"Its shapes are {known.replace(' ', 'x')}", "Give one number for each, and other ops by themselves")
+    if min(dims) < 1:
+        raise KptError(f"{name} was asked for at {'x'.join(map(str, dims))}", "Kernels take no empty arrays", "Give positive numbers")
     given = {"name": name, "dims": list(dims), "dtype": dtype, "passes": passes, "provider": provider, "blocks": blocks}
     label = f"{name} {'x'.join(map(str, dims))} {dtype} {passes}" + ("" if provider == OURS else f" by {provider}")
     sources = _SOURCES if provider != OURS else (*_SOURCES, *_KERNELS, *(_DEFAULTS if blocks is None else ()))
@@ -132,8 +143,13 @@ def _function(bench: Bench, provider: str, blocks: Mapping[str, Any] | None) -> 
         return _plain(bench)
     if provider == OURS:
         kernel = kpt.registry.load(f"{bench.op}.pallas_tpu")
-        more = {} if blocks is None else {"blocks": blocks_class(bench.op)(**blocks)}
-        return lambda **arrays: kernel(**arrays, **bench.params, **more)
+        more = {"blocks": blocks_class(bench.op)(**blocks)} if blocks else {}
+
+        def ours(**arrays: Any) -> Any:
+            with contextlib.nullcontext() if blocks is None else tuned.unused():
+                return kernel(**arrays, **bench.params, **more)
+
+        return ours
     peer = PEERS[bench.op][provider]
     return peer.make(importlib.import_module(peer.module), bench.params, **(blocks or {}))
 

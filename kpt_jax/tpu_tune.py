@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 
 import kpt
-from kpt.errors import KptError
+from kpt.errors import HardwareError, KernelError, KptError
+from kpt.kernels.spec import unmet
 from kpt.tpu import Generation
-from kpt.tuning.bucket import bucket
 from kpt_jax.bench_ops import BENCHES
 from kpt_jax.tpu import Compiled, Program, compile_programs, compiler_version, measure
-from kpt_jax.tpu_programs import default_blocks, make, program, specs_of
+from kpt_jax.tpu_programs import blocks_class, default_blocks, make, program, specs_of
 from pallas_kernels import tuned
-from pallas_kernels.tensorcore import DTYPES, LANES
+from pallas_kernels.tensorcore import DEVICE_KINDS, DTYPES, LANES
 
 WORTH = 0.99
 """Blocks replace others that take more than this share of their time."""
@@ -43,7 +43,9 @@ class Tuned:
       bench, dims, dtype, generation: what was searched for.
       default, best: blocks: what the kernel's rule starts from (it cuts them for each of its products to what VMEM holds), and what the
         search found better; the same where it found nothing.
-      default_cost, cost: cycles, or seconds where a TPU measured.
+      method: "schedule" or "clock".
+      default_cost, cost: cycles by schedule, or seconds by the clock: of the rule as it is called, whose products may each have other
+        blocks than `default`, and of `best`.
       tried, failed: how many blocks were, and how many of them the kernel or the compiler refused.
       finished: False where the budget ended the search.
     """
@@ -52,6 +54,7 @@ class Tuned:
     dims: tuple[int, ...]
     dtype: str
     generation: str
+    method: str
     default: Sizes
     default_cost: float
     best: Sizes
@@ -61,25 +64,35 @@ class Tuned:
     finished: bool
 
 
-def neighbours(sizes: Sizes, extents: Mapping[str, int]) -> list[Sizes]:
+def halved(size: int, multiple: int) -> int:
+    """Half of a multiple, rounded up to one."""
+    return -(-size // (2 * multiple)) * multiple
+
+
+def neighbours(sizes: Sizes, extents: Mapping[str, int], multiple: int) -> list[Sizes]:
     """Each size doubled, unless it covers its axis as it is, and halved."""
     doubled = [{**sizes, n: size * 2} for n, size in sizes.items() if size < extents.get(n, size + 1)]
-    return doubled + [{**sizes, n: size // 2} for n, size in sizes.items() if size >= 16]
+    return doubled + [{**sizes, n: halved(size, multiple)} for n, size in sizes.items() if size > multiple]
 
 
-def clipped(sizes: Sizes, extents: Mapping[str, int]) -> Sizes:
-    """Halved as long as they cover their axes; a block of fewer than 128 is none that every kernel takes."""
+def clipped(sizes: Sizes, extents: Mapping[str, int], multiple: int = 8) -> Sizes:
+    """Halved as long as they cover their axes, down to 128."""
 
     def clip(size: int, extent: int) -> int:
-        while size // 2 >= max(extent, LANES):
-            size //= 2
+        while size > (half := halved(size, multiple)) >= max(extent, LANES):
+            size = half
         return size
 
     return {n: clip(size, extents.get(n, size)) for n, size in sizes.items()}
 
 
 def search(
-    start: Sizes, evaluate: Evaluate, *, extents: Mapping[str, int] = MappingProxyType({}), more: Callable[[], bool] = lambda: True
+    start: Sizes,
+    evaluate: Evaluate,
+    *,
+    extents: Mapping[str, int] = MappingProxyType({}),
+    multiple: int = 8,
+    more: Callable[[], bool] = lambda: True,
 ) -> tuple[Sizes, float, float, int, int, bool]:
     """Walks to better neighbours until there is none, from the first of `start`, halved where it is largest, that can be.
 
@@ -87,6 +100,7 @@ def search(
 
     Args:
       extents: of the axes that the sizes cut, by name, as far as they are known. Larger sizes are all the same.
+      multiple: what all sizes are multiples of.
       more: whether there is time for another round.
 
     Returns:
@@ -102,19 +116,19 @@ def search(
         return tuple(sizes.values())
 
     (rule,) = evaluate([None])
-    best = clipped(start, extents)
+    best = clipped(start, extents, multiple)
     while rule is not None:
         (costs[key(best)],) = evaluate([best])
         largest = max(best, key=lambda n: best[n])
-        if costs[key(best)] is not None or best[largest] < 16:
+        if costs[key(best)] is not None or best[largest] <= multiple:
             break
-        best = {**best, largest: best[largest] // 2}
+        best = {**best, largest: halved(best[largest], multiple)}
     if rule is None or costs[key(best)] is None:
         raise KptError(f"Blocks were to be tuned from {start}", "The kernel cannot be compiled with these", "See `kpt tpu compile`")
     cost, edge = costs[key(best)], [best]
     assert cost is not None
     while True:
-        new = list({key(n): n for here in edge for n in neighbours(here, extents) if key(n) not in costs}.values())
+        new = list({key(n): n for here in edge for n in neighbours(here, extents, multiple) if key(n) not in costs}.values())
         if not new or not more():
             break
         costs.update(zip(map(key, new), evaluate(new), strict=True))
@@ -150,6 +164,11 @@ def extents(bench: str, dims: Sequence[int]) -> dict[str, int]:
     return {block: max(axes[a] for a in cut.split()) for block, cut in _COVERS[BENCHES[bench].op].items()}
 
 
+def measures() -> bool:
+    """Whether there is a TPU here, which measures candidates."""
+    return jax.default_backend() == "tpu"
+
+
 def tune(
     bench: str,
     dims: Sequence[int],
@@ -162,39 +181,47 @@ def tune(
 ) -> Tuned:
     """Searches the blocks of one benchmark's kernel, forward and backward together, for one generation.
 
-    On a TPU each candidate is measured instead of compiled for `on`.
+    On a TPU each candidate is measured instead of compiled for `on`, which is that TPU.
 
     Raises:
       MissingDependencyError: libtpu is not installed.
+      HardwareError: the TPU here is not `on`.
       KptError: the kernel cannot be compiled with its default blocks.
     """
     if dtype not in DTYPES:
         raise KptError(f"Blocks for {dtype} were to be tuned", f"Kernels for TPU compute in {' and '.join(DTYPES)}", "Choose one of them")
-    here = jax.default_backend() == "tpu"
+    here = measures()
     if not here:
         compiler_version()
-    start = default_blocks(bench, dims, dtype, on)
+    elif (chip := DEVICE_KINDS.get(kind := jax.devices()[0].device_kind)) is None or chip.name != on.profile:
+        raise HardwareError(f"Blocks for {on.name} were to be tuned", f"The TPU here, which would measure them, is a {kind}",
+                            "Name its generation with --gen, or set JAX_PLATFORMS=cpu to tune by schedules")  # fmt: skip
+    multiple = blocks_class(BENCHES[bench].op).MULTIPLE
+    start = clipped(default_blocks(bench, dims, dtype, on), extents(bench, dims), multiple)
 
     def programs(candidates: Sequence[Sizes | None]) -> list[Program]:
-        return [program(bench, dims, dtype=dtype, blocks=c) for c in candidates]
+        return [program(bench, dims, dtype=dtype, blocks=c or {}) for c in candidates]
 
     def by_schedule(candidates: Sequence[Sizes | None]) -> list[float | None]:
         made = compile_programs(programs(candidates), [on], jobs=jobs, done=done)
         return [m.cycles if m.error is None else None for m in made]
 
-    found = search(start, (lambda c: by_clock(programs(c))) if here else by_schedule, extents=extents(bench, dims), more=more)
-    best, cost, first, tried, failed, finished = found
-    return Tuned(bench, tuple(dims), dtype, on.name, start, first, best, cost, tried, failed, finished)
+    best, cost, first, tried, failed, finished = search(
+        start, (lambda c: by_clock(programs(c))) if here else by_schedule, extents=extents(bench, dims),
+        multiple=multiple, more=more,
+    )  # fmt: skip
+    method = "clock" if here else "schedule"
+    return Tuned(bench, tuple(dims), dtype, on.name, method, start, first, best, cost, tried, failed, finished)
 
 
 def by_clock(programs: Sequence[Program], *, clock: Callable[[], float] = time.perf_counter) -> list[float | None]:
-    """Seconds of each program on the device that is here, with random arrays; None where it fails."""
+    """Seconds of each program on the device that is here, with random arrays; None where the kernel or the compiler refuses it."""
     found: list[float | None] = []
     for p in programs:
         try:
             fn, args = make(**p.given)
             found.append(measure(jax.jit(fn), [_random(a) for a in args], clock=clock))
-        except Exception:
+        except (KernelError, jax.errors.JaxRuntimeError):
             found.append(None)
     return found
 
@@ -213,19 +240,37 @@ def _random(tree: Any) -> Any:
 def row(result: Tuned, on: Generation) -> dict[str, Any]:
     """As the shipped table has it."""
     bench = BENCHES[result.bench]
-    place = str(bucket(specs_of(result.bench, result.dims, result.dtype), bench.params))
+    unit, costs = ("seconds", (result.cost, result.default_cost)) if result.method == "clock" else (
+        "cycles", (round(result.cost), round(result.default_cost)))  # fmt: skip
     return {
-        "op": bench.op, "generation": on.profile, "bucket": place, "blocks": result.best, "cycles": round(result.cost),
-        "default_cycles": round(result.default_cost), "dims": list(result.dims),
+        "op": bench.op, "generation": on.profile, "bucket": tuned.place(specs_of(result.bench, result.dims, result.dtype), bench.params),
+        "blocks": result.best, "method": result.method, unit: costs[0], f"default_{unit}": costs[1], "dims": list(result.dims),
     }  # fmt: skip
 
 
-def write(path: Path, rows: Sequence[Mapping[str, Any]], command: str) -> None:
-    """Puts rows into a table, in place of those for the same bucket; at once or not at all."""
+def require_table(path: Path) -> None:
+    """Raises:
+    KptError: nothing can be written there.
+    """
+    if not path.resolve().parent.is_dir():
+        raise KptError(f"Tuned blocks were to be put into {path}", "Its folder does not exist", "Make it, or name another file")
+    _rows(path)
+
+
+def write(path: Path, result: Tuned, on: Generation, command: str) -> None:
+    """Puts better blocks into a table, in place of those for the same bucket; at once or not at all.
+
+    Where the kernel's rule proved best, what the table had is taken out, unless the budget ended the search.
+    """
     places = {(r["op"], r["generation"], r["bucket"]): dict(r) for r in _rows(path)}
-    versions = {n: metadata.version(n) for n in ("jax", "libtpu")}
-    origin = {"command": command, **versions, "kpt": kpt.__version__, "date": datetime.date.today().isoformat()}
-    places |= {(r["op"], r["generation"], r["bucket"]): {**r, "origin": origin} for r in rows}
+    new = row(result, on)
+    key = new["op"], new["generation"], new["bucket"]
+    if result.best != result.default:
+        versions = {n: metadata.version(n) for n in ("jax", "libtpu") if unmet(n) is None}
+        origin = {"command": command, **versions, "kpt": kpt.__version__, "date": datetime.date.today().isoformat()}
+        places[key] = {**new, "origin": origin}
+    elif result.finished:
+        places.pop(key, None)
     table = {"version": tuned.VERSION, "rows": [places[k] for k in sorted(places)]}
     with tempfile.NamedTemporaryFile("w", dir=path.resolve().parent, suffix=".part", delete=False, encoding="utf-8") as part:
         try:

@@ -9,26 +9,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from kpt.ops.base import Specs
-from pallas_kernels import tensorcore
+from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import vary_alike
-from pallas_kernels.tensorcore import SUBLANES, budget, launch, padded_bytes, require_fit, require_multiples
+from pallas_kernels.tensorcore import SUBLANES, budget, launch, once, padded_bytes, require_fit, require_multiples
 
 
 @dataclasses.dataclass(frozen=True)
 class RowBlocks:
     """Rows of a block, a multiple of 16."""
 
+    MULTIPLE: ClassVar[int] = SUBLANES
     rows: int
 
     def __post_init__(self) -> None:
-        require_multiples(self, SUBLANES)
+        require_multiples(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,16 @@ def _rule(width: int, dtype: Any) -> RowBlocks:
     return RowBlocks(max(SUBLANES, fitting // SUBLANES * SUBLANES))
 
 
+def tuned_rows(op: str, out_dtype: Any, x: jax.Array, **arrays: jax.Array | None) -> RowBlocks | None:
+    """The table's blocks for a call of a norm."""
+
+    def fits(found: RowBlocks) -> bool:
+        return tensorcore.fits(_need(found.rows, x.shape[-1], jnp.promote_types(x.dtype, out_dtype or x.dtype)))
+
+    found: RowBlocks | None = tuned.blocks(op, RowBlocks, {"out_dtype": out_dtype}, fits, x=x, **arrays)
+    return found
+
+
 def _rows(static: Norm, x: jax.Array) -> int:
     (rows, width), dtype = x.shape, jnp.promote_types(x.dtype, static.out_dtype)
     chosen = static.blocks or _rule(width, dtype)
@@ -135,6 +146,7 @@ def _norm(static: Norm, x, residual, weight, bias):
         out_specs=[of_rows] * len(out),
         grid=(pl.cdiv(rows, block),),
         semantics=("parallel",),
+        cost=once(given, out, (8 if static.centred else 4) * x.size, rows),
         name="layer_norm" if static.centred else "rms_norm",
     )
 
@@ -180,14 +192,16 @@ def _bwd(static: Norm, residuals, cotangents):
         for ref, term in zip(sum_refs, terms, strict=True):
             ref[...] += jnp.sum(jnp.where(inside, term, 0.0), 0, keepdims=True)
 
+    out = [(h.shape, h.dtype), *[((parts, 1, width), jnp.float32)] * len(summed)]
     dx, *partials = launch(
         kernel,
         *given,
-        out=[(h.shape, h.dtype), *[((parts, 1, width), jnp.float32)] * len(summed)],
+        out=out,
         in_specs=[*[of_rows] * (2 + len(dh)), *([] if weight is None else [of_columns])],
         out_specs=[of_rows, *[of_part] * len(summed)],
         grid=(parts, steps),
         semantics=("parallel", "arbitrary"),
+        cost=once(given, out, (18 if static.centred else 12) * h.size, rows),
         name="layer_norm_vjp" if static.centred else "rms_norm_vjp",
     )
     queue = iter(partials)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class Generation:
       mxu: rows and columns of a matrix unit.
       vmem: bytes of vector memory of a TensorCore.
       cores: TensorCores that one device joins (megacore): dimensions of a grid marked parallel are spread over them.
-      int8: whether the matrix units multiply it.
+      int8: whether the matrix units multiply it; the compiler has no such product for v4.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Generation:
     int8: bool = True
 
 
-V4 = Generation("tpu-v4", 128, 16 << 20, 2)
+V4 = Generation("tpu-v4", 128, 16 << 20, 2, int8=False)
 V5E = Generation("tpu-v5e", 128, 128 << 20, 1)
 V5P = Generation("tpu-v5p", 128, 64 << 20, 2)
 V6E = Generation("tpu-v6e", 256, 128 << 20, 1)
@@ -78,13 +79,18 @@ def budget() -> int:
     return vmem - vmem // _RESERVED
 
 
+def fits(need: int) -> bool:
+    """Whether blocks that take so many bytes of VMEM leave the compiler its part."""
+    return need <= budget()
+
+
 def require_fit(blocks: Any, need: int) -> None:
     """Refuses blocks before anything is compiled.
 
     Raises:
       KernelError: `need` bytes are more than `budget()`.
     """
-    if need > budget():
+    if not fits(need):
         chip = generation()
         raise KernelError(
             f"{blocks} was asked for: {need} bytes of VMEM",
@@ -93,10 +99,11 @@ def require_fit(blocks: Any, need: int) -> None:
         )
 
 
-def require_multiples(blocks: Any, of: int) -> None:
+def require_multiples(blocks: Any) -> None:
     """Raises:
-    KernelError: a field of the dataclass `blocks` is no positive multiple of `of`.
+    KernelError: a field of the dataclass `blocks` is no positive multiple of its class's `MULTIPLE`.
     """
+    of = blocks.MULTIPLE
     for name, value in dataclasses.asdict(blocks).items():
         if type(value) is not int or value <= 0 or value % of:
             raise KernelError(
@@ -133,6 +140,13 @@ def dot(a: jax.Array, b: jax.Array, a_axis: int = 1, b_axis: int = 0) -> jax.Arr
     return jax.lax.dot_general(a.astype(compute), b.astype(compute), dims, precision=precision(compute), preferred_element_type=total)
 
 
+def once(arrays: Sequence[jax.Array], out: Sequence[tuple[Sequence[int], Any]], flops: int, transcendentals: int) -> pl.CostEstimate:
+    """What XLA is told of a kernel that reads each array once and writes each result once; it holds one of which it knows nothing for
+    free."""
+    nbytes = sum(a.nbytes for a in arrays) + sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in out)
+    return pl.CostEstimate(flops=flops, bytes_accessed=nbytes, transcendentals=transcendentals)
+
+
 def launch(
     kernel: Callable[..., None],
     *arrays: jax.Array,
@@ -146,7 +160,7 @@ def launch(
     cost: pl.CostEstimate | None = None,
     name: str,
 ) -> list[jax.Array]:
-    """Calls `kernel(*inputs, *outputs, *scratch)` over a grid, with all of VMEM allowed.
+    """Calls `kernel(*inputs, *outputs, *scratch)` over a grid, with 15 of 16 parts of VMEM allowed.
 
     Args:
       out: shape and dtype of each result.

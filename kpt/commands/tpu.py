@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ import typer
 from kpt.commands.named import ArgsFrom, call
 from kpt.console import NO, AsJson, answering, front_end, print_json, print_table, seconds, size
 from kpt.console import progress as progress_bar
-from kpt.errors import KptError
+from kpt.errors import KptError, MissingDependencyError
 
 INTERRUPTED = 130
 """As a shell has it, 128 + SIGINT."""
@@ -183,48 +182,84 @@ def tune(
     """Search the block sizes of kpt's TPU kernels by compiling them and reading their schedules, with no TPU here.
 
     From what a kernel's rule chooses, no larger than the array, each size is doubled and halved, and the best neighbour is next,
-    until none is better; neighbours that cost the same are walked through. Schedules are kept in the cache: a search that was
-    interrupted goes on where it was. On a TPU the candidates are measured.
+    until none is better; neighbours that cost the same are walked through. What is compared is the time of the forward and the
+    backward pass together. Schedules are kept in the cache: a search that was interrupted goes on where it was. On a TPU the
+    candidates are measured. Without --op, all kernels are searched, which takes hours; an op stands for all its benchmarks
+    (rms_norm for rms_norm_residual too). Exit code 1 if one of several could not be searched.
 
     Example: kpt tpu tune --op matmul --shape 4096x4096x4096 --gen v5e,v6e --budget 600
     """
     with answering(context, as_json):
         import time
 
-        cases, search = front_end("kpt_jax.tpu_programs", "cases"), front_end("kpt_jax.tpu_tune", "tune")
+        cases, program = front_end("kpt_jax.tpu_programs", "cases"), front_end("kpt_jax.tpu_programs", "program")
+        search, write_row = front_end("kpt_jax.tpu_tune", "tune"), front_end("kpt_jax.tpu_tune", "write")
         generations, dims = _generations(gen), _shape(shape)
         todo = [(name, dims or first, on) for name, first in cases(op or ()) for on in generations]
-        start, found = time.monotonic(), []
-        with progress_bar() as progress, _resumable():
-            task = progress.add_task("", total=len(todo))
-            for name, extents, on in todo:
-                progress.update(task, description=f"{name} on {on.name}")
-                tried = iter(range(1, 1 << 30))
-                found.append(search(
-                    name, extents, on, dtype=dtype, jobs=jobs, more=lambda: not budget or time.monotonic() - start < budget,
-                    done=lambda _, name=name, on=on, tried=tried: progress.update(
-                        task, description=f"{name} on {on.name}, {next(tried)} candidates"),
-                ))  # fmt: skip
-                progress.advance(task)
+        for name, extents, _ in todo:  # what cannot be is said before hours of searching
+            program(name, extents)
+        options = [*(f"--op {n}" for n in op or ()), *([f"--shape {shape}"] if shape else []), f"--dtype {dtype}", f"--gen {gen}"]
+        command = " ".join(["kpt tpu tune", *options])
         if write is not None:
-            make_row, write_rows = front_end("kpt_jax.tpu_tune", "row"), front_end("kpt_jax.tpu_tune", "write")
-            command = " ".join(["kpt tpu tune", *(f"--op {n}" for n in op or ()), *([f"--shape {shape}"] if shape else []), f"--gen {gen}"])
-            better = [make_row(t, on) for t, (_, _, on) in zip(found, todo, strict=True) if t.best != t.default]
-            write_rows(write, better, command)
-        if as_json:
-            print_json([dataclasses.asdict(t) for t in found])
-            return
+            front_end("kpt_jax.tpu_tune", "require_table")(write)
+        if not op:
+            typer.echo(f"All {len(todo)} kernels are searched at full shapes; --op, --shape and --budget make it less.", err=True)
+        start, found, failed = time.monotonic(), [], []
+        try:
+            with progress_bar() as progress:
+                task = progress.add_task("", total=len(todo))
+                for n, (name, extents, on) in enumerate(todo):
+                    progress.update(task, description=f"{name} on {on.name}")
+                    if not progress.console.is_terminal:
+                        typer.echo(f"{n + 1} of {len(todo)}: {name} {'x'.join(map(str, extents))} on {on.name}", err=True)
+                    tried = iter(range(1, 1 << 30))
+                    try:
+                        tuned = search(
+                            name, extents, on, dtype=dtype, jobs=jobs, more=lambda: not budget or time.monotonic() - start < budget,
+                            done=lambda _, name=name, on=on, tried=tried: progress.update(
+                                task, description=f"{name} on {on.name}, {next(tried)} candidates"),
+                        )  # fmt: skip
+                    except KptError as error:
+                        if len(todo) == 1 or isinstance(error, MissingDependencyError):
+                            raise
+                        failed.append(f"{name} on {on.name}: {error}")
+                    else:
+                        found.append(tuned)
+                        if write is not None:
+                            write_row(write, tuned, on, command)
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            _print_tuned(found, as_json)
+            _resumable()
+            raise typer.Exit(INTERRUPTED) from None
+        _print_tuned(found, as_json)
+        for words in failed:
+            typer.echo(words, err=True)
+        if failed:
+            raise typer.Exit(NO)
 
-        def sizes(blocks: dict[str, int]) -> str:
-            return " ".join(f"{n}={length}" for n, length in blocks.items())
 
+def _print_tuned(found: Sequence[Any], as_json: bool) -> None:
+    if as_json:
+        print_json([dataclasses.asdict(t) for t in found])
+        return
+
+    def sizes(blocks: dict[str, int]) -> str:
+        return " ".join(f"{n}={length}" for n, length in blocks.items())
+
+    def cost(t: Any, value: float) -> str:
+        return seconds(value) if t.method == "clock" else f"{value:,.0f} cycles"
+
+    if found:
         print_table(
-            ("kernel", "shape", "TPU", "by rule", "best", "gain", "tried", "refused"),
-            [(t.bench, "x".join(map(str, t.dims)), t.generation, sizes(t.default), sizes(t.best) if t.best != t.default else "the same",
+            ("kernel", "shape", "TPU", "by rule", "takes", "best", "takes", "gain", "tried", "refused"),
+            [(t.bench, "x".join(map(str, t.dims)), t.generation, sizes(t.default), cost(t, t.default_cost),
+              *((sizes(t.best), cost(t, t.cost)) if t.best != t.default else ("the same", "")),
               f"{t.default_cost / t.cost - 1:.1%}", str(t.tried), str(t.failed)) for t in found],
         )  # fmt: skip
-        if not all(t.finished for t in found):
-            typer.echo("The budget ended a search; the same command goes on where it was.")
+        typer.echo("Of the forward and the backward pass together; by rule, each product may have smaller blocks than these.")
+    if not all(t.finished for t in found):
+        typer.echo("The budget ended a search; the same command goes on where it was.")
 
 
 def _generations(text: str) -> list[Any]:
@@ -234,17 +269,13 @@ def _generations(text: str) -> list[Any]:
     return list(dict.fromkeys(generation(name) for name in names or [text]))
 
 
-@contextlib.contextmanager
-def _resumable() -> Iterator[None]:
+def _resumable() -> None:
     """Says to who stops a search what becomes of it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        from kpt.tpu import cache
+    from kpt.tpu import cache
 
-        typer.echo(f"Stopped. Schedules that were read are kept in {cache.folder()}: the same command goes on from them.", err=True)
+    typer.echo(f"Stopped. Schedules that were read are kept in {cache.folder()}: the same command goes on from them.", err=True)
+    if front_end("kpt_jax.tpu_tune", "measures")():
         typer.echo("What a TPU measured is not kept: there it begins again.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _pass(made: Any, schedule: Any) -> str:

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -39,8 +39,8 @@ from pallas_kernels.tensorcore import LANES, budget, dot, launch, padded_bytes, 
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)
 LOWEST = HIDDEN / 2
 """A maximum is HIDDEN where nothing was seen, and LOWEST where -inf alone was, which makes NaN."""
-MOST_INTEGERS = 3 << 16
-"""Of the list of blocks, in 1 MiB of scalar memory."""
+MOST_INTEGERS = 7 << 15
+"""Of the list of blocks, in 1 MiB of scalar memory; an eighth of it is left to the compiler."""
 MOST_PATTERNS = 6
 """Code is made for these; blocks with rarer patterns of tiles are masked as a whole."""
 FIRST, LAST = 1, 2
@@ -55,13 +55,14 @@ FORWARD_CHUNK, BACKWARD_CHUNK = (256, 1024), (512, 512)
 class Blocks:
     """Rows (queries of all heads of a key head) and keys of a block of scores in each pass, multiples of 128."""
 
+    MULTIPLE: ClassVar[int] = LANES
     q: int
     kv: int
     q_bwd: int
     kv_bwd: int
 
     def __post_init__(self) -> None:
-        require_multiples(self, LANES)
+        require_multiples(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +102,12 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
 
 
 def _integers(blocks: Blocks, q: Spec, k: Spec, mask: Mask) -> int:
-    """In scalar memory: four a step, and what is left of it in each batch entry where data hide."""
+    """In scalar memory: four a step, and what is left of it in each batch entry where data hide. These are rows, which the compiler pads
+    to a power of two up to 8, and then to a multiple of 8."""
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     steps = pl.cdiv(rows, min(blocks.q, blocks.q_bwd)) * pl.cdiv(k.shape[1], min(blocks.kv, blocks.kv_bwd))
-    return steps * (4 + (q.shape[0] if data_terms(mask) else 1))
+    batch = q.shape[0] if data_terms(mask) else 1
+    return steps * (4 + (_padded(batch, 8) if batch > 8 else 1 << (batch - 1).bit_length()))
 
 
 def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
@@ -184,7 +187,12 @@ def attention(
     group = n // kv_heads
     given = {n: Spec(a.shape, str(a.dtype)) for n, a in zip("qkv", (q, k, v), strict=True)}
     ids = {"q_segment_ids": q_segment_ids, "kv_segment_ids": kv_segment_ids, "kv_lengths": kv_lengths}
-    found = blocks or tuned.blocks("attention", Blocks, {"mask": mask}, q=q, k=k, v=v, **ids)
+
+    def fits(found: Blocks) -> bool:
+        listed = _integers(found, given["q"], given["k"], mask) <= MOST_INTEGERS
+        return listed and tensorcore.fits(_need(found, h, head_v, q.dtype))
+
+    found = blocks or tuned.blocks("attention", Blocks, {"mask": mask, "out_dtype": out_dtype}, fits, q=q, k=k, v=v, **ids)
     chosen = found or default_blocks(given, {"mask": mask})
     require_fit(chosen, _need(chosen, h, head_v, q.dtype))
     if (count := _integers(chosen, given["q"], given["k"], mask)) > MOST_INTEGERS:

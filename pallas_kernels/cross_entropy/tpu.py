@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,7 +20,7 @@ from kpt.ops.base import Specs
 from pallas_kernels import tensorcore, tuned
 from pallas_kernels.cross_entropy.xla import check, loss_of_row, row_grad
 from pallas_kernels.manual_axes import vary_alike
-from pallas_kernels.tensorcore import LANES, cut, launch, padded_bytes, require_fit, require_multiples
+from pallas_kernels.tensorcore import LANES, cut, launch, once, padded_bytes, require_fit, require_multiples
 
 _MOST = float(jnp.finfo(jnp.float32).max)
 
@@ -29,16 +29,26 @@ _MOST = float(jnp.finfo(jnp.float32).max)
 class Blocks:
     """Rows and classes of a block, multiples of 128."""
 
+    MULTIPLE: ClassVar[int] = LANES
     rows: int
     classes: int
 
     def __post_init__(self) -> None:
-        require_multiples(self, LANES)
+        require_multiples(self)
 
 
 def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
     """A row's sums cost a step of the grid little where it has two thousand classes, or half of them in the 16 MiB of v4."""
     return Blocks(256, 1024 if tensorcore.generation().vmem < 32 << 20 else 2048)
+
+
+def _cut(blocks: Blocks, rows: int, classes: int) -> tuple[int, int]:
+    return cut(rows, blocks.rows), cut(classes, blocks.classes)
+
+
+def _need(rows: int, classes: int) -> int:
+    """Bytes of VMEM: logits in two buffers, and the values in between."""
+    return 8 * padded_bytes((rows, classes), jnp.float32)
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
@@ -73,7 +83,10 @@ def cross_entropy(
       KernelError: the blocks do not fit VMEM.
     """
     check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
-    blocks = blocks or tuned.blocks("cross_entropy", Blocks, {}, logits=logits, labels=labels)
+    rows, classes = labels.size, logits.shape[-1]
+    blocks = blocks or tuned.blocks(
+        "cross_entropy", Blocks, {}, lambda found: tensorcore.fits(_need(*_cut(found, rows, classes))), logits=logits, labels=labels
+    )
     return _cross_entropy((label_smoothing, logits_soft_cap, invalid, blocks), *vary_alike(logits, labels))
 
 
@@ -88,24 +101,25 @@ def _fwd(static, logits, labels):
     flat = logits.reshape(-1, classes)
     rows = flat.shape[0]
     chosen = blocks or default_blocks({}, {})
-    bm, bv = cut(rows, chosen.rows), cut(classes, chosen.classes)
-    require_fit(chosen, 8 * padded_bytes((bm, bv), jnp.float32))
+    bm, bv = _cut(chosen, rows, classes)
+    require_fit(chosen, _need(bm, bv))
     steps = pl.cdiv(classes, bv)
 
     def kernel(logits_ref: Any, label_ref: Any, *refs: Any) -> None:
         step = pl.program_id(1)
         online(refs[:4], refs[4:], step, steps, logits_ref[...].astype(jnp.float32), label_ref[...], cap, classes)
 
+    given, out = (flat, column(clipped(labels, classes, invalid))), [((rows, 1), jnp.float32)] * 4
     found = launch(
         kernel,
-        flat,
-        column(clipped(labels, classes, invalid)),
-        out=[((rows, 1), jnp.float32)] * 4,
+        *given,
+        out=out,
         in_specs=[pl.BlockSpec((bm, bv), lambda i, j: (i, j)), pl.BlockSpec((bm, 1), lambda i, j: (i, 0))],
         out_specs=[pl.BlockSpec((bm, 1), lambda i, j: (i, 0))] * 4,
         grid=(pl.cdiv(rows, bm), steps),
         semantics=("parallel", "arbitrary"),
         scratch=[pltpu.VMEM((bm, 1), jnp.float32)] * 4,
+        cost=once(given, out, 6 * flat.size, (1 if cap is None else 2) * flat.size),
         name="cross_entropy",
     )
     m, total, picked, summed = (a.reshape(labels.shape) for a in found)

@@ -11,11 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuned
 from pallas_kernels.activations import ACTIVATIONS, Array
 from pallas_kernels.linear_act.tpu import IN_KERNEL, sum_rows
 from pallas_kernels.manual_axes import vary_alike
-from pallas_kernels.matmul.tpu import Blocks, products
+from pallas_kernels.matmul.tpu import Blocks, products, tuned_start
 from pallas_kernels.matmul.tpu import default_blocks as default_blocks
 from pallas_kernels.tensorcore import refusal as refusal
 
@@ -42,7 +41,7 @@ def glu(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
-    blocks = blocks or tuned.blocks("glu", Blocks, {}, x=x, w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
+    blocks = blocks or tuned_start("glu", out_dtype, x=x, w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
     static = (activation, str(jnp.dtype(out_dtype or x.dtype)), blocks)
     biases = (None if b is None else b.reshape(1, -1) for b in (b_gate, b_up))
     y = _glu(static, *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, *biases))

@@ -12,10 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuned
 from pallas_kernels.activations import ACTIVATIONS, Array
 from pallas_kernels.manual_axes import vary_alike
-from pallas_kernels.matmul.tpu import Blocks, product, products
+from pallas_kernels.matmul.tpu import Blocks, product, products, tuned_start
 from pallas_kernels.matmul.tpu import default_blocks as default_blocks
 from pallas_kernels.tensorcore import refusal as refusal
 
@@ -53,7 +52,7 @@ def linear_act(
       KernelError: the blocks do not fit VMEM.
     """
     rows = x.reshape(-1, x.shape[-1])
-    blocks = blocks or tuned.blocks("linear_act", Blocks, {}, x=x, w=w, b=b)
+    blocks = blocks or tuned_start("linear_act", out_dtype, x=x, w=w, b=b)
     static = (activation, str(jnp.dtype(out_dtype or x.dtype)), blocks)
     return _linear(static, *vary_alike(rows, w, None if b is None else b.reshape(1, -1))).reshape(*x.shape[:-1], w.shape[1])
 

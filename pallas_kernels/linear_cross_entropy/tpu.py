@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,11 +29,12 @@ from pallas_kernels.tensorcore import LANES, budget, cut, dot, launch, padded_by
 class Blocks:
     """Tokens and classes of a block of logits, multiples of 128. All inputs of a token are in VMEM together."""
 
+    MULTIPLE: ClassVar[int] = LANES
     rows: int
     classes: int
 
     def __post_init__(self) -> None:
-        require_multiples(self, LANES)
+        require_multiples(self)
 
 
 def _need(blocks: Blocks, inputs: int, dtype: Any) -> int:
@@ -103,7 +104,11 @@ def linear_cross_entropy(
         raise OpError(asked, "x is [..., K], w is [K, V]", "check the axes")
     check(asked, x.shape[:-1], labels, invalid)
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    found = blocks or tuned.blocks("linear_cross_entropy", Blocks, {}, x=x, w=w, labels=labels, b=b, weights=weights)
+
+    def fits(found: Blocks) -> bool:
+        return tensorcore.fits(_need(found, x.shape[-1], dtype))
+
+    found = blocks or tuned.blocks("linear_cross_entropy", Blocks, {}, fits, x=x, w=w, labels=labels, b=b, weights=weights)
     chosen = found or _rule(x.shape[-1], dtype)
     require_fit(chosen, _need(chosen, x.shape[-1], dtype))
     x, w, labels, b = vary_alike(x, w, labels, b)

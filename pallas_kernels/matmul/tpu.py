@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -33,12 +33,17 @@ class Blocks:
     `2 m n / (m + n)` operations an element read: 683 for 512 x 1024.
     """
 
+    MULTIPLE: ClassVar[int] = LANES
     m: int
     n: int
     k: int
 
     def __post_init__(self) -> None:
-        require_multiples(self, LANES)
+        require_multiples(self)
+
+
+class Start(Blocks):
+    """Blocks that nobody asked for: where VMEM does not hold those of a product, they are halved."""
 
 
 def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
@@ -46,14 +51,20 @@ def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
     return _rule(jnp.result_type(*(s.dtype for s in specs.values() if len(s.shape) > 1)))
 
 
-def _rule(compute: Any) -> Blocks:
+def _rule(compute: Any) -> Start:
     """By the operations a byte that the chip can do: 240 on v5e, 560 on v6e. In float32, where a product is six of bfloat16, 40 and 93."""
     if compute == jnp.float32:
-        return Blocks(512, 512, 512)
+        return Start(512, 512, 512)
     chip = tensorcore.generation()
     if chip.mxu == 128:
-        return Blocks(512, 1024, 1024)
-    return Blocks(2048, 2048, 1024) if chip.vmem >= 128 << 20 else Blocks(1024, 2048, 1024)
+        return Start(512, 1024, 1024)
+    return Start(2048, 2048, 1024) if chip.vmem >= 128 << 20 else Start(1024, 2048, 1024)
+
+
+def tuned_start(op: str, out_dtype: Any, **arrays: Any) -> Start | None:
+    """The table's blocks for a call of an op whose products are these."""
+    found: Start | None = tuned.blocks(op, Start, {"out_dtype": out_dtype}, lambda _: True, **arrays)
+    return found
 
 
 Sums = Sequence[Sequence[tuple[int, int]]]
@@ -71,7 +82,7 @@ def matmul(*, a: jax.Array, b: jax.Array, out_dtype: str | None = None, blocks: 
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
-    blocks = blocks or tuned.blocks("matmul", Blocks, {}, a=a, b=b)
+    blocks = blocks or tuned_start("matmul", out_dtype, a=a, b=b)
     if a.dtype == jnp.int8:
         return product(a, b, jnp.int32, blocks=blocks)
     return _matmul((str(jnp.dtype(out_dtype or a.dtype)), blocks), *vary_alike(a, b))
@@ -125,7 +136,7 @@ def products(
 
     chosen = blocks or _rule(compute)
     (bm, bn, bk), inputs, outputs, need = specs(chosen)
-    while blocks is None and need > budget():  # the defaults are for one sum and one result
+    while isinstance(chosen, Start) and need > budget():  # the rule is for one sum and one result
         axis = "k" if chosen.k > 256 else "n" if chosen.n > chosen.m else "m"
         chosen = dataclasses.replace(chosen, **{axis: getattr(chosen, axis) // 2})
         (bm, bn, bk), inputs, outputs, need = specs(chosen)

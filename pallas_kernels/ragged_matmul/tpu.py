@@ -16,6 +16,7 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from kpt.errors import KernelError
 from kpt.ops.base import Spec, Specs
 from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import vary_alike
@@ -23,35 +24,45 @@ from pallas_kernels.matmul.tpu import Blocks
 from pallas_kernels.tensorcore import LANES, budget, cut, dot, launch, padded_bytes, require_fit
 
 MOST_VISITS = 1 << 15
-"""Of blocks and groups together: five numbers each, in 1 MiB of scalar memory."""
+"""Of blocks by groups: four integers each, in 1 MiB of scalar memory, half of which is left to the compiler."""
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
     if (why := tensorcore.refusal(specs, params)) is not None:
         return why
-    if (count := specs["x"].shape[0] // 128 + 2 * specs["w"].shape[0]) > MOST_VISITS:
+    if (count := _most_visits(default_blocks(specs, params), specs)) > MOST_VISITS:
         return f"lists at most {MOST_VISITS} blocks and groups, and there may be {count}"
     return None
+
+
+def _most_visits(blocks: Blocks, specs: Specs) -> int:
+    rows = specs["x"].shape[0]
+    return pl.cdiv(rows, cut(rows, blocks.m)) + specs["w"].shape[0] + 1
 
 
 def default_blocks(specs: Specs, params: Mapping[str, Any]) -> Blocks:
     """All of a matrix where VMEM holds it, so that it comes once for all blocks of its group, or half of its columns for each of two
     cores; few rows, since a block that groups share is computed for each of them."""
-    x, w = specs["x"], specs["w"]
+    w = specs["w"]
     share = pl.cdiv(pl.cdiv(w.shape[2], tensorcore.generation().cores), LANES) * LANES
     blocks = Blocks(512, min(2048, share), 2048)
-
-    def need() -> int:
-        m, n, k = cut(x.shape[0], blocks.m), cut(w.shape[2], blocks.n), cut(w.shape[1], blocks.k)
-        # Forward; for x, whose columns are the inputs; and for w, whose sum runs over rows.
-        given = _need(m, n, k, x.dtype, w.dtype, x.dtype), _need(m, k, n, x.dtype, w.dtype, x.dtype)
-        return max(*given, _need(k, n, m, x.dtype, x.dtype, w.dtype))
-
-    while need() > budget() and max(dataclasses.astuple(blocks)) > LANES:
+    while _need_of_all(blocks, specs, params) > budget() and max(dataclasses.astuple(blocks)) > LANES:
         largest = max("knm", key=lambda axis: getattr(blocks, axis))
         blocks = dataclasses.replace(blocks, **{largest: getattr(blocks, largest) // 2})
     return blocks
+
+
+def _need_of_all(blocks: Blocks, specs: Specs, params: Mapping[str, Any]) -> int:
+    """Bytes of VMEM of the hungriest product: forward; for x, whose columns are the inputs; and for w, whose sum runs over rows."""
+    x, w = specs["x"], specs["w"]
+    m, n, k = cut(x.shape[0], blocks.m), cut(w.shape[2], blocks.n), cut(w.shape[1], blocks.k)
+    slope = jnp.promote_types(x.dtype, w.dtype)
+    return max(
+        _need(m, n, k, x.dtype, w.dtype, params.get("out_dtype") or x.dtype),
+        _need(m, k, n, slope, w.dtype, x.dtype),
+        _need(k, n, m, x.dtype, slope, w.dtype),
+    )
 
 
 def ragged_matmul(
@@ -69,15 +80,24 @@ def ragged_matmul(
       KernelError: the blocks do not fit VMEM.
     """
     given = {"x": Spec(x.shape, str(x.dtype)), "w": Spec(w.shape, str(w.dtype))}
-    chosen = blocks or tuned.blocks("ragged_matmul", Blocks, {}, x=x, w=w, group_sizes=group_sizes) or default_blocks(given, {})
+    params = {"out_dtype": out_dtype}
+
+    def fits(found: Blocks) -> bool:
+        return _most_visits(found, given) <= MOST_VISITS and tensorcore.fits(_need_of_all(found, given, params))
+
+    found = blocks or tuned.blocks("ragged_matmul", Blocks, params, fits, x=x, w=w, group_sizes=group_sizes)
+    chosen = found or default_blocks(given, params)
+    if (count := _most_visits(chosen, given)) > MOST_VISITS:
+        raise KernelError(f"{chosen} was asked for: {count} visits of groups to blocks", f"{MOST_VISITS} can be listed",
+                          "Pass larger blocks, or none for the defaults")  # fmt: skip
     static = (str(jnp.dtype(out_dtype or x.dtype)), chosen)
     return _ragged(static, *vary_alike(x, w, group_sizes.astype(jnp.int32)))
 
 
 def _visits(rows: int, block: int, group_sizes: jax.Array, every_group: bool) -> tuple[jax.Array, ...]:
-    """Of every visit of a group to a block: block, group, first and last row of the group in it, and whether it counts.
+    """Of every visit of a group to a block: block, group, and first and last row of the group in it.
 
-    What is left of the list repeats the last visit, and counts for nothing.
+    What is left of the list repeats the last visit, with no row to own.
 
     Args:
       every_group: list empty groups too, and no rows past the last group; else the blocks of those rows, with no row to own.

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuned
-from pallas_kernels.norm_blocks import Norm, norm
+from pallas_kernels.norm_blocks import Norm, norm, tuned_rows
 from pallas_kernels.norm_blocks import RowBlocks as Blocks
 from pallas_kernels.norm_blocks import default_blocks as default_blocks
 from pallas_kernels.norm_blocks import refusal as refusal
@@ -36,6 +35,6 @@ def rms_norm(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
-    blocks = blocks or tuned.blocks("rms_norm", Blocks, {}, x=x, weight=weight, residual=residual)
+    blocks = blocks or tuned_rows("rms_norm", out_dtype, x=x, weight=weight, residual=residual)
     static = Norm(False, float(eps), float(weight_offset), str(jnp.dtype(out_dtype or x.dtype)), blocks)
     return norm(static, x, residual, weight, None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,17 +17,18 @@ import jax.numpy as jnp
 from kpt.ops.base import Specs
 from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import in_shard_map, vary_alike
-from pallas_kernels.tensorcore import LANES, SUBLANES, budget, launch, padded_bytes, require_fit, require_multiples
+from pallas_kernels.tensorcore import LANES, SUBLANES, budget, launch, once, padded_bytes, require_fit, require_multiples
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Positions of a block, a multiple of 16; it has all heads of them."""
 
+    MULTIPLE: ClassVar[int] = SUBLANES
     positions: int
 
     def __post_init__(self) -> None:
-        require_multiples(self, SUBLANES)
+        require_multiples(self)
 
 
 BLOCK_BYTES = 2 << 20
@@ -75,7 +76,12 @@ def rope(
     Raises:
       KernelError: the blocks do not fit VMEM.
     """
-    blocks = blocks or tuned.blocks("rope", Blocks, {}, x=x, cos=cos, sin=sin)
+    heads, h = x.shape[2:]
+
+    def fits(found: Blocks) -> bool:
+        return tensorcore.fits(_need(found.positions, heads * h, max(h, LANES)))
+
+    blocks = blocks or tuned.blocks("rope", Blocks, {"out_dtype": out_dtype}, fits, x=x, cos=cos, sin=sin)
     static = _Static(bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(x.dtype), blocks)
     turn = _rope_in_shard_map if in_shard_map() else _rope
     return turn(static, *vary_alike(x, cos, sin))
@@ -120,16 +126,16 @@ def _apply(static: _Static, x: jax.Array, cos: jax.Array, turned: jax.Array, out
 
     rows = pl.BlockSpec((None, block, heads * h), lambda b, i: (b, i, 0))
     table = pl.BlockSpec((None, block, lanes), lambda b, i: (b if cos.shape[0] > 1 else 0, i, 0))
+    given, out = (x.reshape(batch, t, heads * h), spread(cos), spread(turned)), [((batch, t, heads * h), out_dtype)]
     (y,) = launch(
         kernel,
-        x.reshape(batch, t, heads * h),
-        spread(cos),
-        spread(turned),
-        out=[((batch, t, heads * h), out_dtype)],
+        *given,
+        out=out,
         in_specs=[rows, table, table],
         out_specs=[rows],
         grid=(batch, pl.cdiv(t, block)),
         semantics=("parallel", "parallel"),
+        cost=once(given, out, 3 * x.size, 0),
         name="rope",
     )
     return y.reshape(x.shape)

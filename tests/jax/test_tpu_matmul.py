@@ -62,12 +62,24 @@ def test_int8_is_exact():
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(kpt.registry.load("matmul.xla")(**arrays), expected)
     assert refused("matmul", specs, {}) is None
-    with mock.patch.object(tensorcore, "generation", lambda: tensorcore.V7X):
-        assert "int8 on tpu-v7x" in refused("matmul", specs, {})
+    for chip in (tensorcore.V4, tensorcore.V7X):
+        with mock.patch.object(tensorcore, "generation", lambda chip=chip: chip):
+            assert f"int8 on {chip.name}" in refused("matmul", specs, {})
     with pytest.raises(OpError, match="int32"):
         op("matmul").infer(specs, out_dtype="float32")
     with pytest.raises(OpError, match="it takes"):
         op("matmul").infer(specs | {"b": Spec((300, 150), "float32")})
+
+
+@pytest.mark.tpu
+def test_int8_is_compiled_for_every_generation_that_multiplies_it():
+    from kpt.tpu import GENERATIONS
+    from kpt_jax.tpu import compile_programs
+    from kpt_jax.tpu_programs import program
+
+    on = [g for g in GENERATIONS.values() if tensorcore.DEVICE_KINDS[g.kind].int8]
+    made = compile_programs([program("matmul", (1024, 4096, 1024), dtype="int8", passes="forward")], on, schedules=False)
+    assert [(m.generation, m.error) for m in made] == [("v5e", None), ("v5p", None), ("v6e", None)]
 
 
 @pytest.mark.parametrize("activation", IN_KERNEL)

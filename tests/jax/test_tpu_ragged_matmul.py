@@ -57,6 +57,18 @@ def test_blocks_that_cannot_be():
         lowers("ragged_matmul", LARGE["bfloat16"], {"blocks": Blocks(4096, 4096, 4096)})
 
 
+def test_blocks_whose_visits_scalar_memory_does_not_hold():
+    with pytest.raises(KernelError, match="visits of groups"):
+        lowers("ragged_matmul", ragged(rows=5_000_000), SMALL)
+
+
+def test_the_default_blocks_of_two_dtypes_fit():
+    """The cotangents have the wider one, which the product for x is made of."""
+    specs = specs_of("float32", x=((4096, 1408), "bfloat16"), w=(4, 1408, 1408)) | {"group_sizes": Spec((4,), "int32")}
+    assert lowers("ragged_matmul", specs, {}, chip="TPU7x") == 3
+
+
 def test_refused():
-    assert "lists at most" in refused("ragged_matmul", ragged(rows=5_000_000), {})
+    assert "lists at most" in refused("ragged_matmul", ragged(rows=17_000_000), {})
+    assert refused("ragged_matmul", ragged(rows=16_000_000), {}) is None
     assert "empty" in refused("ragged_matmul", ragged(rows=0), {})

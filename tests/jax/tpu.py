@@ -82,8 +82,10 @@ def lowers(name: str, specs: Any, params: dict[str, Any], fn: Any = None, chip: 
 
 def _lowered(name: str, specs: Any, params: dict[str, Any], fn: Any) -> int:
     arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
-    lowered = jax.jit(_step(name, params, fn)).trace(arrays).lower(lowering_platforms=("tpu",))
-    return lowered.as_text().count("tpu_custom_call")
+    lowered = jax.jit(_step(name, params, fn)).trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    kernels = lowered.count("tpu_custom_call")
+    assert lowered.count("cost_estimate") == kernels, "XLA takes a kernel without an estimate for one that is free"
+    return kernels
 
 
 def under_transformations(name: str, specs: Any, params: dict[str, Any], shared: Sequence[str] = ()) -> None:
