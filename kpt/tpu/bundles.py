@@ -19,7 +19,7 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(r"%(\w+) = ([a-z_0-9]+(?:\.\w+)*) ?(.*)", re.DOTALL)
 _NAMED = re.compile(r"/\*(\w+)=\*/ *([^,\s]+)")
-_PREDICATE = re.compile(r"\((!?)%(p\w+)\),? *")
+_PREDICATE = re.compile(r"(\[[^(]*\] )?\((!?)%(p\w+)\),? *")
 # A register of rows: 8 of float32, 16 of bfloat16, 32 of bytes, which a matrix unit that has them takes twice as fast.
 _PRODUCT = re.compile(r"= vmatmul(?:\.[ms]ubr)?\.(\w+)")
 # The vector unit's share of a kernel is not the sequencer's business.
@@ -106,19 +106,21 @@ def _instruction(text: str) -> Instruction | None:
     if m is None or _VECTOR.match(m[2]):
         return None
     result, op, rest = m.groups()
-    # `smov (%p, %a), b` and `scalar_select%p,%a,b` choose; `op (%p), a` is issued or not.
+    # `smov (%p, %a), b` and `scalar_select%p,%a,b` choose; `op (%p), a` and `sst [a] (%p), b` are issued or not.
     rest = re.sub(r"\[(?:thread|resolvable):\S*\]", "", rest)
     predicate = None
     if got := _PREDICATE.match(rest.strip()):
-        predicate = got[2], got[1] == ""
-        rest = rest.strip()[got.end() :]
+        predicate = got[3], got[2] == ""
+        rest = (got[1] or "") + rest.strip()[got.end() :]
     if op.startswith("dma.") and op != "dma.done.wait":
         ends = op[4:].split("_to_") if op.endswith("_to_smem") else []
         wanted = ["size_in_granules", "dst_syncflagno", *ends]
         return Instruction(result, op, tuple(_operand(named.get(n, "")) for n in wanted), predicate)
     if op.startswith("inlined_call_operand"):
         found = re.search(r"index: (\d+)", rest)
-        return Instruction(result, "operand", (int(found[1]),) if found else (), predicate)
+        # Of one integer, what is in no memory is handed over in a register.
+        where = op.removeprefix("inlined_call_")
+        return Instruction(result, where, (int(found[1]),) if found else (), predicate)
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)
