@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -18,7 +23,7 @@ from typer.testing import CliRunner
 import kpt
 from kpt import cli, console
 from kpt.tpu import GENERATIONS, generation
-from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules, users_program
+from kpt_jax.tpu import CompileError, _lines, compile_programs, compiled_schedules, users_program
 from kpt_jax.tpu_programs import cases, program
 from pallas_kernels import tuned
 
@@ -95,6 +100,84 @@ def shapes_until():
 
 def arrays_until():
     return small(), np.array([7], np.int32)
+
+
+def chatty(x):
+    print("no newline", end="")
+    return doubled(x)
+
+
+def tripled(x):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 3
+
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="tripled")(x)
+
+
+def dies(x):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(x):
+    Path(os.environ["KPT_TEST_WAITS"]).write_text(f"{os.getpid()} {os.environ['TPU_LOG_DIR']}")
+    time.sleep(600)
+
+
+def from_nothing():
+    return doubled(jnp.ones((256, 256)))
+
+
+def with_a_number(x, scale):
+    return doubled(x) * scale, 2.0
+
+
+def small_and_a_number():
+    return small(), 2.0
+
+
+def steps(n, x, grid_spec):
+    def kernel(n_ref, x_ref, out_ref):
+        @pl.when(n_ref[pl.program_id(0), pl.program_id(1)] > 0 if n_ref.ndim == 2 else pl.program_id(1) < n_ref[0])
+        def _():
+            out_ref[...] = jnp.exp(x_ref[...])
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, out_shape=out, grid_spec=grid_spec, name="steps")(n, x)
+
+
+def prefetched_rows(n, x):
+    block = pl.BlockSpec((256, 128), lambda i, j, n: (j, 0))
+    return steps(n, x, pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=n.shape, in_specs=[block], out_specs=block))
+
+
+def in_scalar_memory(n, x):
+    block = pl.BlockSpec((256, 128), lambda i, j: (j, 0))
+    return steps(n, x, pl.GridSpec(grid=(1, 16), in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block], out_specs=block))
+
+
+def three_rows():
+    """19 ones, also behind column 128."""
+    n = np.zeros((3, 300), np.int32)
+    n[0, 5], n[1, 127:130], n[2, 200:215] = 1, 1, 1
+    return n, jax.ShapeDtypeStruct((300 * 256, 128), jnp.float32)
+
+
+def two_numbers():
+    return np.array([9, 4], np.int32), jax.ShapeDtypeStruct((4096, 128), jnp.float32)
+
+
+def unsplit(x):
+    block = pl.BlockSpec((256, 2048), lambda i: (i, 0))
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = jax.nn.softmax(x_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, out_shape=out, grid=(16,), in_specs=[block], out_specs=block, name="softmax")(x)
+
+
+def tall():
+    return jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
@@ -202,19 +285,91 @@ def test_a_kernel_in_a_loop_says_how_often_it_runs():
     assert made.calls == 12
 
 
-def test_stopping_ends_what_compiles(monkeypatch):
-    """The first result stops it; the second program, seconds long, is not waited for."""
-    started = []
+def test_stopping_ends_what_compiles(monkeypatch, tmp_path):
+    """The first result stops it; the second program, ten minutes long, is not waited for."""
+    monkeypatch.setenv("KPT_TEST_WAITS", str(tmp_path / "told"))
+    began, started = time.monotonic(), []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: started.append(popen(*args, **how)) or started[-1])
 
     def stop(_):
         raise KeyboardInterrupt
 
-    its = [users_program(f"{HERE}:doubled", f"{HERE}:small"), users_program("kpt_jax.bench_tpu:large", "kpt_jax.bench_tpu:n4096")]
+    its = [users_program(f"{HERE}:{f}", f"{HERE}:small") for f in ("doubled", "waits")]
     with pytest.raises(KeyboardInterrupt):
-        compile_programs(its, [generation("v5e")], jobs=1, done=stop)
-    assert started and all(p.poll() is not None for p in started)
+        compile_programs(its, [generation("v5e")], jobs=2, done=stop)
+    assert len(started) == 2 and all(p.poll() == -signal.SIGKILL for p in started) and time.monotonic() - began < 300
+
+
+def test_what_code_prints_moves_no_answer():
+    its = [users_program(f"{HERE}:{f}", f"{HERE}:small") for f in ("chatty", "tripled")]
+    made = compile_programs(its, [generation("v5e")], jobs=1)
+    assert [m.program for m in made] == its and [m.schedules[0].kernel.split(".")[0] for m in made] == ["doubled", "tripled"]
+
+
+def test_a_process_that_is_killed_says_so_and_takes_one_program_with_it():
+    its = [users_program(f"{HERE}:{f}", f"{HERE}:small") for f in ("dies", "doubled")]
+    first, second = compile_programs(its, [generation("v5e")], jobs=1)
+    assert "killed by signal 9 (SIGKILL)" in first.error and "memory" in first.advice
+    assert second.error is None and second.program == its[1] and second.schedules[0].kernel.startswith("doubled")
+
+
+def test_an_answer_that_was_not_ended_is_none():
+    heard, answered = os.pipe()
+    answers = _lines(heard)
+    os.write(answered, b'{"a": 1}\n{"b": ')
+    os.close(answered)
+    assert answers.get(timeout=60) == {"a": 1} and answers.get(timeout=60) is None
+
+
+def test_who_asked_and_is_killed_leaves_nothing_behind(tmp_path):
+    told = tmp_path / "told"
+    code = f"from kpt_jax.tpu import *; compile_programs([users_program('{HERE}:waits', '{HERE}:small')], [generation('v5e')])"
+    asks = subprocess.Popen([sys.executable, "-c", "from kpt.tpu import generation; " + code], env=os.environ | {"KPT_TEST_WAITS": str(told)})
+    assert eventually(lambda: told.exists() and told.read_text().count(" "))
+    child, folder = told.read_text().split()
+    asks.kill()
+    asks.wait()
+    assert eventually(lambda: not Path(folder).exists()) and eventually(lambda: not Path("/proc", child).exists())
+
+
+def eventually(holds, patience=120):
+    end = time.monotonic() + patience
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_function_without_arrays_is_compiled_for_the_tpu():
+    (made,) = compiled_schedules(f"{HERE}:from_nothing", None, generation("v5e"))
+    assert made.kernel.startswith("doubled") and made.written == 4 * 256 * 256
+
+
+def test_numbers_of_pythons_are_arguments():
+    (made,) = compiled_schedules(f"{HERE}:with_a_number", f"{HERE}:small_and_a_number", generation("v5e"))
+    assert made.kernel.startswith("doubled")
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+@pytest.mark.parametrize("function, arguments, times", [("prefetched_rows", "three_rows", 19), ("in_scalar_memory", "two_numbers", 9)])
+def test_integers_in_scalar_memory_are_known(name, function, arguments, times):
+    (made,) = compiled_schedules(f"{HERE}:{function}", f"{HERE}:{arguments}", generation(name))
+    assert made.unknown == 0 and times in {s.issued for s in made.stretches if s.occupancy["EUP"] > 0}
+
+
+def test_documents_of_several_rows_are_known():
+    (made,) = compile_programs([program("attention_documents", (2, 1024, 2, 2, 128), passes="forward")], [generation("v5e")])
+    assert made.error is None and [s.unknown for s in made.schedules] == [0]
+
+
+@pytest.mark.parametrize("name", ["v4", "v5p"])
+def test_a_grid_that_is_not_split_is_one_cores(name):
+    (made,) = compiled_schedules(f"{HERE}:unsplit", f"{HERE}:tall", generation(name))
+    assert made.cores == 1 and made.read == made.written == 2 * 4096 * 2048
+    bandwidth = (made.read + made.written) / made.seconds
+    assert name == "v4" or bandwidth > 0.6 * 2765e9  # half of the chip's was what it got
 
 
 def test_command_line(tmp_path):
