@@ -34,7 +34,8 @@ import numpy as np
 from kpt.errors import KernelError, KptError, MissingDependencyError
 from kpt.hardware import detect_hardware
 from kpt.kernels.spec import unmet
-from kpt.raised import told
+from kpt.raised import place
+from kpt.raised import told as said
 from kpt.tpu import Generation, Schedule, schedule
 from kpt.tpu import cache as schedule_cache
 from kpt_jax.compiler_words import in_short
@@ -540,12 +541,20 @@ def _failed(program: Program, on: Generation, error: Exception) -> Compiled:
     detail = "".join(traceback.format_exception(error))
     if isinstance(error, KptError):
         words = ". ".join(p.rstrip(".") for p in (error.asked, error.possible) if p)
-        return Compiled(program, on.name, words, refused=isinstance(error, KernelError), advice=error.advice, detail=detail)
+        refused = isinstance(error, KernelError) and _of_a_kernel(error)
+        return Compiled(program, on.name, words, refused=refused, advice=error.advice, detail=detail)
     if isinstance(error, jax.errors.JaxRuntimeError):
         short, advice = in_short(" ".join(str(error).split()))
         return Compiled(program, on.name, short[:1000], advice=advice, detail=str(error))
-    words = " ".join(told(error).split())[:1000]
-    return Compiled(program, on.name, words, advice="The code's own words; `kpt --debug tpu ...` shows the way there", detail=detail)
+    words = " ".join(said(error).split())[:1000]
+    whose = "jax's" if place(error) is None else "code's own"
+    return Compiled(program, on.name, words, advice=f"The {whose} words; `kpt --debug tpu ...` shows the way there", detail=detail)
+
+
+def _of_a_kernel(error: Exception) -> bool:
+    """Whether a kernel of kpt's raised it. That it cannot be imported, or is unknown, is no word of a kernel."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("pallas_kernels.")
 
 
 def measure(fn: Callable[..., Any], args: Sequence[Any], *, clock: Callable[[], float] = time.perf_counter, repeats: int = 5) -> float:

@@ -76,14 +76,14 @@ def parse(bundles: str, utilization: str) -> Bundles:
     """
     found = list(_BUNDLE.finditer(bundles))
     if not found:
-        raise ScheduleError("The TPU compiler's schedule was read", "it has no bundle", "use the libtpu that kpt was tested with, 0.0.48")
+        raise ScheduleError("The TPU compiler's schedule was read", "It has no bundle", "Use the libtpu that kpt was tested with, 0.0.48")
     ends = [m.start() for m in found[1:]] + [len(bundles)]
     instructions: list[tuple[Instruction, ...]] = []
     products = []
     regions: dict[int, int] = {}
     for i, (m, end) in enumerate(zip(found, ends, strict=True)):
         if int(m[1], 16) != i:
-            raise ScheduleError("The TPU compiler's schedule was read", f"bundle {i:#x} is numbered {m[1]}", "dump it again")
+            raise ScheduleError("The TPU compiler's schedule was read", f"Bundle {i:#x} is numbered {m[1]}", "Dump it again")
         text = bundles[m.end() : end]
         for comment in _COMMENT.findall(text):
             for number in _REGION.findall(comment):
@@ -95,7 +95,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
     slots, capacity, use = _utilization(utilization)
     if len(use) != len(instructions):
         raise ScheduleError(
-            "The TPU compiler's schedule was read", f"{len(instructions)} bundles, and the use of {len(use)}", "dump it again"
+            "The TPU compiler's schedule was read", f"{len(instructions)} bundles, and the use of {len(use)}", "Dump it again"
         )
     return Bundles(tuple(instructions), regions, slots, capacity, use, np.array(products))
 
@@ -143,4 +143,4 @@ def _utilization(text: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         use = np.array([line.split() for line in lines[4:] if line.strip()], int)
         return slots, capacity, use.reshape(-1, len(slots))
     except (IndexError, ValueError) as e:
-        raise ScheduleError("The TPU compiler's use of slots was read", f"it is no table ({e})", "dump it again") from e
+        raise ScheduleError("The TPU compiler's use of slots was read", f"It is no table ({e})", "Dump it again") from e

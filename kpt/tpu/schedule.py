@@ -83,7 +83,7 @@ def generation(name: str) -> Generation:
         profile = None
     found = next((g for g in GENERATIONS.values() if g.profile == profile), None)
     if found is None:
-        raise HardwareError(f"TPU generation {name!r} was asked for", f"there are {', '.join(GENERATIONS)}", "choose one of them")
+        raise HardwareError(f"TPU generation {name!r} was asked for", f"There are {', '.join(GENERATIONS)}", "Choose one of them")
     return found
 
 

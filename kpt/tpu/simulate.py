@@ -152,7 +152,7 @@ class _Core:
                     until, target = at + 1 + self.delay_slots, taken
             pc = at + 1
             if self.clock > MOST:
-                raise ScheduleError("A TPU schedule was run", f"it issues over {MOST} bundles of the scalar unit", "use a smaller shape")
+                raise ScheduleError("A TPU schedule was run", f"It issues over {MOST} bundles of the scalar unit", "Use a smaller shape")
         counts[start, self.size] += 1
         for (first, last), times in counts.items():
             self.edges[first] += times
@@ -207,7 +207,7 @@ class _Core:
 
     def _target(self, i: Instruction) -> int:
         if not i.operands:
-            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a place that is not named", "dump it again")
+            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a place that is not named", "Dump it again")
         # The dump names regions beside their first bundle; the one that has none is what comes after the last.
         return self.regions.get(int(i.operands[0]), self.size)
 

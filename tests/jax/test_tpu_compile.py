@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -200,7 +201,9 @@ def test_every_kernel_for_every_generation():
     assert len(made) == 5 * len(programs)
     assert [f"{m.program.label} on {m.generation}: {m.error}" for m in made if m.error is not None] == []
     assert all(m.code > 0 for m in made)
-    assert all(m.estimated is None or m.estimated > 0 for m in made)
+    matmul = next(m for m in made if m.program.given["name"] == "matmul" and m.generation == "v5e")
+    flops = 3 * 2 * np.prod([float(n) for n in matmul.program.given["dims"]])  # forward, and the gradients of both
+    assert flops / 197e12 < matmul.estimated < 3 * flops / 197e12
     # A matmul is one kernel. rope's array has another layout in its kernel: written and read before and after, in both passes.
     around = {m.program.given["name"]: m.around for m in made if m.generation == "v5e"}
     assert around["matmul"] < 2**20 and around["rope"] == pytest.approx(8 * 2 * 4 * 4096 * 32 * 128, rel=0.1)
@@ -387,5 +390,51 @@ def test_command_line(tmp_path):
     assert "Where the cycles of" in shown.stdout and "one call of a kernel" in shown.stdout
     ours = CliRunner().invoke(cli.app, ["tpu", "schedule", "--op", "rms_norm", "--shape", "1024x1024"])
     assert ours.exit_code == 0 and "rms_norm, forward" in ours.stdout and "rms_norm, backward" in ours.stdout
+    ours = json.loads(CliRunner().invoke(cli.app, ["tpu", "schedule", "--op", "rms_norm", "--shape", "1024x1024", "--json"]).stdout)
+    assert {s["pass"] for s in ours} == {"forward", "backward"} and "1024x1024" in ours[0]["program"]
     none = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:plain", "--args-from", f"{HERE}:array"])
     assert none.exit_code == console.REFUSED and "no Pallas kernel" in none.output
+
+
+@pytest.mark.parametrize("arguments", [
+    [f"{HERE}:doubled", "--args-from", f"{HERE}:small", "--shape", "256x256"],
+    ["--op", "rms_norm", "--args-from", f"{HERE}:small"],
+])  # fmt: skip
+def test_what_would_be_ignored_is_refused(arguments):
+    run = CliRunner().invoke(cli.app, ["tpu", "schedule", *arguments])
+    assert run.exit_code == console.REFUSED and "--args-from" in run.output
+
+
+def sixty_mebibytes(x):
+    """More than the 16 MiB of a v4's VMEM, less than a v5e's."""
+
+    def kernel(x_ref, out_ref, _):
+        out_ref[...] = x_ref[...] * 2
+
+    out, params = jax.ShapeDtypeStruct(x.shape, x.dtype), pltpu.CompilerParams(vmem_limit_bytes=100 << 20)
+    return pl.pallas_call(kernel, out_shape=out, scratch_shapes=[pltpu.VMEM((15 << 10, 1024), jnp.float32)], compiler_params=params)(x)
+
+
+def test_a_generation_that_fails_withholds_no_other():
+    command = ["tpu", "schedule", f"{HERE}:sixty_mebibytes", "--args-from", f"{HERE}:small", "--gen", "v4,v5e"]
+    run = CliRunner().invoke(cli.app, command)
+    assert run.exit_code == console.REFUSED and "v5e" in run.stdout and "Where the cycles" in run.stdout and "was compiled for v4" in run.output
+    run = CliRunner().invoke(cli.app, [*command, "--json"])
+    made, failed = json.loads(run.stdout)
+    assert run.exit_code == console.REFUSED and made["generation"] == "v5e" and failed["generation"] == "v4" and "VMEM" in failed["error"]
+
+
+def test_a_kernel_that_cannot_be_imported_is_no_refusal(monkeypatch):
+    """Its program names a provider's module that is not there."""
+    missing = dataclasses.replace(program("matmul", (512, 512, 512), passes="forward"), make=f"{HERE}:not_there", given={}, sources=())
+    (made,) = compile_programs([missing], [generation("v5e")], schedules=False)
+    assert made.error is not None and "no_such_module" in made.error and not made.refused
+
+
+def not_there():
+    return kpt.registry.load(dataclasses.replace(kpt.registry.get("matmul.pallas_tpu"), loader="no_such_module:matmul")), ()
+
+
+def test_products_of_bytes():
+    (made,) = compile_programs([program("matmul", (512, 512, 512), dtype="int8", passes="forward")], [generation("v5e")])
+    assert made.error is None and made.schedules[0].cycles > 0
