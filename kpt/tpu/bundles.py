@@ -124,6 +124,8 @@ def _instruction(text: str) -> Instruction | None:
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)
+    if op == "sdivrem.u32" and "/* kRem */" in text:  # what it leaves in the queue that spop.drf reads
+        op = "srem.u32"
     operands = tuple(_operand(o) for o in re.findall(r"\[[^\]]*\[[^\]]*\][^\]]*\]|\[[^\]]*\]|!?%\w+|0x[0-9a-f]+|-?\d+", rest))
     return Instruction(result, op, operands, predicate)
 

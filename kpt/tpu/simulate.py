@@ -36,6 +36,8 @@ _INTEGER: dict[str, Callable[[int, int], int]] = {
     "sadd.s32": operator.add,
     "ssub.s32": operator.sub,
     "smul.u32": operator.mul,
+    "smulhi.u32": lambda a, b: (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF) >> 32,
+    "srem.u32": lambda a, b: (a & 0xFFFFFFFF) % (b & 0xFFFFFFFF) if b else 0,
     "sand.u32": operator.and_,
     "sor.u32": operator.or_,
     "sxor.u32": operator.xor,
@@ -123,6 +125,7 @@ class _Core:
         self.now = self.stalled = self.hbm_free = 0.0
         self.read = self.written = self.transfers = self.unknown = self.clock = 0
         self.size = n = len(bundles.instructions)
+        self.leaving = False  # a branch was taken and has not yet taken effect: another one is nothing
         self.edges = np.zeros(n + 1, np.int64)  # issue counts, as differences
         self.steps = {at: [self._compile(i, at) for i in found] for at, found in enumerate(bundles.instructions) if found}
         busy = sorted(self.steps)
@@ -138,7 +141,7 @@ class _Core:
                 counts[start, until] += 1
                 self.now += until - pc
                 start = pc = target
-                until = -1
+                until, self.leaving = -1, False
                 continue
             self.now += at - pc
             if at == self.size:
@@ -149,7 +152,7 @@ class _Core:
             for step in self.steps[at]:
                 taken = step()
                 if taken is not None and until < 0:
-                    until, target = at + 1 + self.delay_slots, taken
+                    until, target, self.leaving = at + 1 + self.delay_slots, taken, True
             pc = at + 1
             if self.clock > MOST:
                 raise ScheduleError("A TPU schedule was run", f"It issues over {MOST} bundles of the scalar unit", "Use a smaller shape")
@@ -199,6 +202,8 @@ class _Core:
         return conditional
 
     def _guess(self, i: Instruction, at: int) -> None:
+        if self.leaving:
+            return
         if self._target(i) <= at:
             found = f"Data decides when the loop that ends at bundle {at:#x} ends"
             advice = "Pass the integers that decide it as arrays (--args-from), which count as known, or fix the loop's length"
@@ -294,7 +299,7 @@ class _Core:
                 return None if holds is None else values[yes if holds == wanted else no]
 
             return choose
-        if len(places) == 1 and (op == "smov" or op.startswith("int_to_ptr")):
+        if len(places) == 1 and (op in ("smov", "spop.drf") or op.startswith("int_to_ptr")):
             return lambda: values[places[0]]
         if op == "pmov" and len(places) == 1:
             return lambda: None if values[places[0]] is None else bool(values[places[0]]) != negated[0]

@@ -254,6 +254,24 @@ def test_a_transfer_that_depends_on_data_is_counted_as_unknown():
     assert simulate(parse(on_data, utilization()), bytes_per_cycle=1e9).unknown == 5
 
 
+def test_what_remains_of_a_division_is_known():
+    """On a v7x: the iteration modulo 3, through a queue. Iteration 2 skips."""
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%363 = sdivrem.u32 %s2_s0, 3 /* kRem */  ;;  %s80_s0 = spop.drf %363"
+                              "  ;;  %p1_p1 = scmp.eq.s32.totalorder %s80_s0, 2")  # fmt: skip
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert run.issued[10] == 4 and run.unknown == 0
+    other = simulate(parse(program.replace("kRem", "kOther"), utilization()), bytes_per_cycle=1e9)
+    assert other.issued[10] == 5 and other.unknown == 5
+
+
+def test_a_branch_on_data_behind_one_that_is_taken_is_nothing():
+    """In its delay slots: whatever its predicate, which was not computed, it does not count."""
+    program = PROGRAM.replace("   0x7   : > {}", "   0x7   : > { %41 = sbr.rel (%p98_p9) target = $region3 }")
+    always = program.replace("scmp.eq.s32.totalorder %s2_s0, 2", "scmp.eq.s32.totalorder %s2_s0, %s2_s0")
+    assert simulate(parse(always, utilization()), bytes_per_cycle=1e9).unknown == 0
+    assert simulate(parse(program, utilization()), bytes_per_cycle=1e9).unknown == 4
+
+
 def test_numbers_in_hexadecimal():
     program = parse(PROGRAM.replace("%s2_s0, 2", "%s2_s0, 0x2"), utilization())
     assert program.instructions[4][0].operands == ("%s2_s0", 2)
