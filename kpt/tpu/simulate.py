@@ -182,13 +182,17 @@ class _Core:
         if i.predicate is None:
             return step
         where, wanted, values, branch = self._at("%" + i.predicate[0]), i.predicate[1], self.values, i.op == "sbr.rel"
-        moves, stores = i.op.startswith("dma."), i.op == "sst"
+        moves, stores, compares = i.op.startswith("dma."), i.op == "sst", i.op.startswith("scmp.")
         changed = self._at(i.operands[0] if stores else "%" + i.result)
 
         def conditional() -> Any:
             holds = values[where]
+            if holds == wanted:
+                return step()
             if holds is not None:
-                return step() if holds == wanted else None
+                if compares:  # one that is not issued is false: on it, without that predicate, branches and waits rely
+                    values[changed] = False
+                return None
             self.unknown += moves
             if branch:
                 return self._guess(i, at)

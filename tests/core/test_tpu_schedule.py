@@ -272,6 +272,12 @@ def test_a_branch_on_data_behind_one_that_is_taken_is_nothing():
     assert simulate(parse(program, utilization()), bytes_per_cycle=1e9).unknown == 4
 
 
+def test_a_comparison_that_is_not_issued_is_false():
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%p8_p8 = pmov 0  ;;  %p1_p1 = scmp.eq.s32.totalorder (%p8_p8), %s2_s0, 2")
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert run.issued[10] == 5 and run.unknown == 0
+
+
 def test_numbers_in_hexadecimal():
     program = parse(PROGRAM.replace("%s2_s0, 2", "%s2_s0, 0x2"), utilization())
     assert program.instructions[4][0].operands == ("%s2_s0", 2)
