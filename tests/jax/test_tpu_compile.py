@@ -203,7 +203,7 @@ def test_every_kernel_for_every_generation():
     assert all(m.code > 0 for m in made)
     matmul = next(m for m in made if m.program.given["name"] == "matmul" and m.generation == "v5e")
     flops = 3 * 2 * np.prod([float(n) for n in matmul.program.given["dims"]])  # forward, and the gradients of both
-    assert flops / 197e12 < matmul.estimated < 3 * flops / 197e12
+    assert 0.9 * flops / 197e12 < matmul.estimated < 3 * flops / 197e12
     # A matmul is one kernel. rope's array has another layout in its kernel: written and read before and after, in both passes.
     around = {m.program.given["name"]: m.around for m in made if m.generation == "v5e"}
     assert around["matmul"] < 2**20 and around["rope"] == pytest.approx(8 * 2 * 4 * 4096 * 32 * 128, rel=0.1)
