@@ -503,6 +503,7 @@ def _around(program: str, accessed: float) -> float | None:
 
 def _child() -> None:
     """Compiles what the first line of standard input tells, and answers a line for each program."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to who asked as well, whose end is the end here, with nothing left behind
     told = json.loads(sys.stdin.readline())
     os.set_inheritable(told["answers"], False)
     folder = Path(told["folder"])
