@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from kpt.hardware.chips import MiB
+
 # libtpu 0.0.48. One array is larger than VMEM; all of a program are larger than VMEM or HBM; a kernel's are more than it may take of VMEM.
 _ARRAY = re.compile(r"Allocation \(size=(?P<need>\d+)\) would exceed memory \(size=(?P<have>\d+)\)")
 _NEED, _HAVE, _OVER = (rf"(?P<{name}>[\d.]+[KMG]?)" for name in ("need", "have", "over"))
@@ -28,8 +30,12 @@ def in_short(words: str) -> tuple[str, str]:
     who = "The program" if memory != "VMEM" or kernel is None else f"Kernel {kernel}"
     largest = _WHAT.search(words)
     said = f"{who} takes {over} bytes more of {memory} than there are for it: {need:,} of {have:,}"
+    said += f" ({need / MiB:,.1f} of {have / MiB:,.1f} MiB)"
+    said += ", the limit that a kernel has, not the chip's" * (m.re is _SCOPED)
     said += f"; the largest is the {largest['what']}" if largest else ""
     said += " (RESOURCE_EXHAUSTED)" * ("RESOURCE_EXHAUSTED" in words)  # by which tables know it
+    if memory == "SMEM":
+        return said, "Take shorter arrays of integers: larger blocks make fewer of them"
     if memory != "VMEM":
         return said, "Take smaller arrays, or fewer that live at a time"
     return said, _SMALLER + "; or allow the kernel more, pltpu.CompilerParams(vmem_limit_bytes=...)" * (m.re is _SCOPED)

@@ -38,11 +38,18 @@ def pallas_calls(jaxpr: Any, times: int | None = 1) -> Iterator[PallasCall]:
             inside = None if times is None or params["length"] % copies else times * (params["length"] // copies)
         elif name in ("while", "cond"):
             inside = None
-        for value in params.values():
-            for body in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(body, jex.Jaxpr | jex.ClosedJaxpr):
-                    found = list(pallas_calls(body.jaxpr if isinstance(body, jex.ClosedJaxpr) else body, inside))
-                    yield from found * copies
+        for body, _ in bodies(eqn):
+            yield from list(pallas_calls(body, inside)) * copies
+
+
+def bodies(eqn: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """The jaxprs within an equation, with their constants."""
+    for value in eqn.params.values():
+        for body in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(body, jex.ClosedJaxpr):
+                yield body.jaxpr, body.consts
+            elif isinstance(body, jex.Jaxpr):
+                yield body, ()
 
 
 def call_name(params: Any) -> str:
@@ -67,6 +74,10 @@ def times_of(kernels: Sequence[str], calls: Sequence[PallasCall]) -> list[int | 
     """
     calls = [c for c in calls if not c.interpreted]
     mine = [tuple(of_kernel(k, [c.name for c in calls])) for k in kernels]
+    every = tuple(range(len(calls)))
+    named = {i for places in mine if places != every for i in places}
+    # One without a name of its own is, for the compiler, the function around it: of the calls that no name belongs to.
+    mine = [tuple(i for i in places if places != every or i not in named) for places in mine]
     known = []
     for places in mine:
         times = {calls[i].times for i in places}

@@ -9,48 +9,84 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from kpt_jax.pallas_calls import call_name
+from kpt_jax._compat import scan_layout
+from kpt_jax.pallas_calls import bodies, call_name
 
 MOST = 1 << 20
 """Elements of an array that is worth a computation."""
 
 
 def prefetched(closed: Any, args: Sequence[Any]) -> list[tuple[str, list[np.ndarray | None]]]:
-    """Name and scalar operands of each Pallas call of a jaxpr, that of a function of `args`, in its order.
+    """Name and operands of each Pallas call of a jaxpr, that of a function of `args`, in its order, those within loops included.
 
-    An operand is None where it depends on arguments that are `jax.ShapeDtypeStruct`s; integers of arguments that are arrays are known.
+    An operand is known if integers make it that are in the code, or in arguments that are arrays. It is None where it depends on a
+    `jax.ShapeDtypeStruct`, a random key or what a loop changes, and where it is no small array of integers.
     """
     found: list[tuple[str, list[np.ndarray | None]]] = []
-    known = [_small(a, "iub") if isinstance(a, np.ndarray | jax.Array) else None for a in jax.tree.leaves(tuple(args))]
-    _evaluate(closed.jaxpr, [_small(c) for c in closed.consts], known, found)
+    known = [a if isinstance(a, np.ndarray | jax.Array) else None for a in jax.tree.leaves(tuple(args))]
+    _evaluate(closed.jaxpr, closed.consts, known, found)
     return found
-
-
-def _small(a: Any, kinds: str = "iubf") -> np.ndarray | None:
-    return np.asarray(a) if np.size(a) <= MOST and np.dtype(a.dtype).kind in kinds else None
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: list[Any]) -> list[Any]:
     """Results of a jaxpr, None for those that are not known."""
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    values: dict[Any, Any] = {}
+
+    def keep(variables: Sequence[Any], those: Sequence[Any]) -> None:
+        for v, a in zip(variables, those, strict=True):
+            # Another shape is another array: a shard of it, say.
+            if a is not None and _small(v.aval) and np.shape(a) == v.aval.shape:
+                values[v] = np.asarray(a, v.aval.dtype)
 
     def read(v: Any) -> Any:
-        return np.asarray(v.val) if isinstance(v, jex.Literal) else values.get(v)
+        if isinstance(v, jex.Literal):
+            return np.asarray(v.val) if _small(v.aval) else None
+        return values.get(v)
 
+    keep([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name == "pallas_call":
-            mapping = eqn.params["grid_mapping"]
-            found.append((call_name(eqn.params), inputs[: mapping.num_dynamic_grid_bounds + mapping.num_index_operands]))
+            found.append((call_name(eqn.params), inputs))
             continue
-        inner = [p for p in eqn.params.values() if isinstance(p, jex.Jaxpr | jex.ClosedJaxpr)]
-        if inner and eqn.primitive.name not in ("scan", "while", "cond"):
-            body = inner[0]
-            opened, held = (body.jaxpr, [_small(c) for c in body.consts]) if isinstance(body, jex.ClosedJaxpr) else (body, [])
-            if len(opened.invars) == len(inputs):
-                values.update(zip(eqn.outvars, _evaluate(opened, held, inputs, found), strict=True))
+        inner = list(bodies(eqn))
+        results = [_evaluate(body, body_consts, _inputs(eqn, body, inputs), found) for body, body_consts in inner]
+        if len(inner) == 1 and eqn.primitive.name not in ("scan", "while", "cond") and len(results[0]) == len(eqn.outvars):
+            keep(eqn.outvars, results[0])
+        elif all(i is not None for i in inputs) and _harmless(eqn):
+            try:
+                out = eqn.primitive.bind(*inputs, **eqn.params)
+            except Exception:  # what only a mesh or a TPU can compute is not known here, and no reason to fail
                 continue
-        if all(i is not None for i in inputs) and all(np.prod(v.aval.shape) <= MOST for v in eqn.outvars):
-            out = eqn.primitive.bind(*inputs, **eqn.params)
-            values.update(zip(eqn.outvars, [np.asarray(o) for o in (out if eqn.primitive.multiple_results else [out])], strict=True))
+            keep(eqn.outvars, out if eqn.primitive.multiple_results else [out])
     return [read(v) for v in jaxpr.outvars]
+
+
+def _inputs(eqn: Any, body: Any, inputs: Sequence[Any]) -> list[Any]:
+    """What a body within an equation gets: of a loop, what every turn of it gets."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        inputs = inputs[: scan_layout(eqn)[0]]
+    elif name == "while":
+        first, second = params["cond_nconsts"], params["body_nconsts"]
+        inputs = inputs[:first] if body is params["cond_jaxpr"].jaxpr else inputs[first : first + second]
+    elif name == "cond":
+        inputs = inputs[1:]
+    elif len(inputs) != len(body.invars):
+        inputs = []
+    return [*inputs, *[None] * (len(body.invars) - len(inputs))]
+
+
+def _small(aval: Any) -> bool:
+    """An array of integers, or of truths, that is worth a computation. Keys are no integers."""
+    kind = getattr(getattr(aval, "dtype", None), "kind", "")
+    return isinstance(getattr(aval, "dtype", None), np.dtype) and kind in "iub" and np.prod(aval.shape) <= MOST
+
+
+def _harmless(eqn: Any) -> bool:
+    """Whether an equation only computes integers from integers, also in all that is within it: no kernel, nothing of the user's own
+    that Python or a library would be called for, and no work to speak of."""
+    name = eqn.primitive.name
+    if eqn.effects or "call" in name or not all(_small(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+        return False
+    return all(_harmless(e) for body, _ in bodies(eqn) for e in body.eqns)

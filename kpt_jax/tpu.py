@@ -1,7 +1,8 @@
 """Compiles JAX functions for TPUs that are not here, and reads the schedules of their Pallas kernels.
 
-libtpu reads its flags once, keeps a lock, and writes logs: what it compiles for one generation is a process of its own, to which
-programs are told as JSON and which answers a line for each.
+libtpu reads its flags once, keeps a lock, and writes logs: what it compiles for one generation is a process of its own. It is told
+programs as a line of JSON, and answers a line for each through a pipe of its own, for what people's code prints goes to its standard
+output. When its standard input ends, so does it: whoever asked is gone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import queue
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,13 +27,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from kpt.errors import KernelError, KptError, MissingDependencyError
+from kpt.hardware import detect_hardware
 from kpt.kernels.spec import unmet
-from kpt.raised import told
+from kpt.raised import place
+from kpt.raised import told as said
 from kpt.tpu import Generation, Schedule, schedule
 from kpt.tpu import cache as schedule_cache
 from kpt_jax.compiler_words import in_short
@@ -40,7 +45,6 @@ PATIENCE = 900  # seconds for one program
 INSTALL = "pip install 'kpt-kernels[tpu]', or in a clone .venv/bin/pip install -e '.[tpu]' (Linux on x86-64; no TPU is needed)"
 _MEMORY = 3 << 30
 """Bytes that one compiling process may need."""
-_ANSWER = "KPT: "
 _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)")
 _FINAL = re.compile(r"\d+-(?P<name>.+)-\d+-schedule-analysis_final_bundles\.txt")
 # The text of every pass takes longer than the compilation.
@@ -149,7 +153,7 @@ def require(made: Compiled) -> None:
     """Raises CompileError where nothing was made of a program."""
     if made.error is None:
         return
-    advice = made.advice or "The words are the compiler's; `kpt --debug tpu ...` shows all of them"
+    advice = made.advice or ("The words are the compiler's; `kpt --debug tpu ...` shows all of them" if made.detail else "")
     error = CompileError(f"{made.program.label} was compiled for {made.generation}", made.error, advice)
     if made.detail:
         error.add_note(f"In the process that compiled:\n{made.detail}")
@@ -207,7 +211,7 @@ def compile_programs(
     """
     version = compiler_version()
     found: dict[tuple[int, str], Compiled] = {}
-    lock, processes = threading.Lock(), _Processes()
+    lock, processes, hashes = threading.Lock(), _Processes(), {p: _hash(p) for program in programs for p in program.sources}
 
     def keep(place: tuple[int, str], made: Compiled) -> None:
         with lock:
@@ -219,7 +223,7 @@ def compile_programs(
     for n, program in enumerate(programs):
         for on in generations:
             if program.sources:
-                keys[n, on.name] = key = _key(program, on, version, schedules)
+                keys[n, on.name] = key = _key(program, on, version, schedules, [hashes[p] for p in program.sources])
                 if (kept := schedule_cache.load(key)) is not None:
                     keep((n, on.name), Compiled.from_json(kept))
                     continue
@@ -266,11 +270,11 @@ class _Processes:
             self.running.add(process)
             return process
 
-    def end(self, process: subprocess.Popen[str]) -> int:
+    def end(self, process: subprocess.Popen[str]) -> None:
         process.kill()
         with self.lock:
             self.running.discard(process)
-        return process.wait()
+        process.wait()
 
     def stop(self) -> None:
         with self.lock:
@@ -280,26 +284,31 @@ class _Processes:
 
 
 def _jobs() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """By the cores and the memory that are here, and that control groups leave of them."""
+    cpu = detect_hardware(platform="cpu", environ={})
     try:
-        memory = Path("/proc/meminfo").read_text()
-        free = next(int(line.split()[1]) << 10 for line in memory.splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
+        free = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        free = None
+    if free is None or cpu.memory_bytes is None:
         return 1
-    return max(1, min(cores, free // _MEMORY))
+    return max(1, min(cpu.cores or 1, min(int(free[1]) << 10, cpu.memory_bytes) // _MEMORY))
 
 
-def _key(program: Program, on: Generation, libtpu: str, schedules: bool) -> str:
-    """Of all that decides what the compiler makes of a program of kpt's own."""
-    sources = hashlib.sha256()
+def _hash(pattern: str) -> str:
+    """Of names and contents of the files of kpt that fit a pattern."""
     root = Path(__file__).resolve().parent.parent
-    for pattern in program.sources:
-        for path in sorted(root.glob(pattern)):
-            sources.update(path.read_bytes())
+    found = {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in root.glob(pattern)}
+    return schedule_cache.key(**found)
+
+
+def _key(program: Program, on: Generation, libtpu: str, schedules: bool, sources: Sequence[str]) -> str:
+    """Of all that decides what the compiler makes of a program of kpt's own."""
+    flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     return schedule_cache.key(
-        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, sources=sources.hexdigest(), schedules=schedules,
+        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, sources=list(sources), schedules=schedules,
         versions={n: metadata.version(n) for n in ("jax", "jaxlib", "tokamax") if unmet(n) is None},
-        flags={n: v for n, v in os.environ.items() if n == "XLA_FLAGS" or (n.startswith("JAX_") and n != "JAX_PLATFORMS")},
+        flags={n: v for n, v in os.environ.items() if n in flags or (n.startswith("JAX_") and n != "JAX_PLATFORMS")},
     )
 
 
@@ -307,25 +316,34 @@ def _compile(programs: Sequence[Program], on: Generation, schedules: bool, proce
     """Yields what became of each program. A process that dies takes one program with it; the rest goes on in another, unless stopped."""
     left = list(programs)
     while left:
-        with tempfile.TemporaryDirectory(prefix="kpt-tpu-") as folder, Path(folder, "kpt-errors").open("w+") as log:
-            flags = " ".join((f"--xla_jf_dump_to={folder}", *_FLAGS)) if schedules else ""
+        with (
+            tempfile.TemporaryDirectory(prefix="kpt-tpu-", ignore_cleanup_errors=True) as folder,
+            Path(folder, "kpt-errors").open("w+") as log,
+        ):
+            flags = [os.environ.get("LIBTPU_INIT_ARGS", ""), *((f"--xla_jf_dump_to={folder}", *_FLAGS) if schedules else ())]
             environment = os.environ | {
                 "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-                "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": folder, "LIBTPU_INIT_ARGS": flags,
+                "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": folder,
+                "LIBTPU_INIT_ARGS": " ".join(filter(None, flags)),
             }  # fmt: skip
-            told = json.dumps({"generation": on.name, "folder": folder if schedules else None,
+            heard, answered = os.pipe()
+            told = json.dumps({"generation": on.name, "folder": folder, "schedules": schedules, "answers": answered,
                                "programs": [dataclasses.asdict(p) for p in left]})  # fmt: skip
             command = [sys.executable, "-m", "kpt_jax.tpu"]
-            process = processes.start(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            try:
+                process = processes.start(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
+                                          pass_fds=(answered,))  # fmt: skip
+            finally:
+                os.close(answered)
+            answers = _lines(heard)
             if process is None:
                 return
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
+            problem = None
             try:
                 with contextlib.suppress(BrokenPipeError):  # one that was stopped reads nothing
-                    process.stdin.write(told)
-                    process.stdin.close()
-                answers = _lines(process.stdout)
-                problem = None
+                    process.stdin.write(told + "\n")
+                    process.stdin.flush()
                 while left:
                     try:
                         answer = answers.get(timeout=PATIENCE)
@@ -333,26 +351,47 @@ def _compile(programs: Sequence[Program], on: Generation, schedules: bool, proce
                         problem = f"it was not done after {PATIENCE} s"
                         break
                     if answer is None:
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            process.wait(timeout=10)  # it ends by itself, and its return code says how
                         break
                     yield dataclasses.replace(Compiled.from_json(answer), program=left.pop(0))
             finally:  # also where nobody asks for the rest
-                ended = processes.end(process)
-                process.stdout.close()
+                processes.end(process)
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
             if left and not processes.stopped:
                 log.seek(0)
-                said = [line for line in log.read().splitlines() if line.strip()]
-                yield Compiled(left.pop(0), on.name, problem or (said[-1] if said else f"the compiler ended with {ended}"))
+                yield _died(left.pop(0), on, process.returncode, log.read(), problem)
 
 
-def _lines(stream: IO[str]) -> queue.Queue[dict[str, Any] | None]:
-    """Answers as they come; None after the last."""
+def _died(program: Program, on: Generation, code: int, log: str, problem: str | None) -> Compiled:
+    """What is said of a program whose process ended before it answered."""
+    said = [line for line in log.splitlines() if line.strip()]
+    advice = ""
+    if problem is None and code < 0:
+        problem = f"The process that compiled it was killed by signal {-code} ({signal.Signals(-code).name})"
+        fatal = next((line for line in said if re.match(r"F\d{4} ", line)), None)  # of a check that failed, libtpu says so
+        if fatal is not None:
+            problem += f": {fatal}"
+        elif -code == signal.SIGKILL:
+            advice = "That is mostly the system, out of memory: compile fewer at a time, or a smaller shape"
+    elif problem is None:
+        problem = f"The process that compiled it ended with code {code}" + (f": {said[-1]}" if said else "")
+    return Compiled(program, on.name, problem[:1000], advice=advice, detail=log)
+
+
+def _lines(heard: int) -> queue.Queue[dict[str, Any] | None]:
+    """Answers that come through a pipe; None after the last. A line that its writer did not end is none."""
     found: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def read() -> None:
-        for line in stream:
-            if line.startswith(_ANSWER):
-                found.put(json.loads(line.removeprefix(_ANSWER)))
-        found.put(None)
+        try:
+            with open(heard, encoding="utf-8") as stream:
+                for line in stream:
+                    if line.endswith("\n"):
+                        found.put(json.loads(line))
+        finally:
+            found.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     return found
@@ -390,7 +429,7 @@ def _as_on_a_tpu(device: Any) -> Iterator[None]:
 
 
 def _scalars(kernel: str, told_of: Sequence[tuple[str, list[np.ndarray | None]]]) -> list[np.ndarray | None]:
-    """Of a kernel under the compiler's name for it, `transpose_jvp_NAME__.1`; none where several calls of that name have others."""
+    """Operands of a kernel under the compiler's name, `transpose_jvp_NAME__.1`; none where several calls of that name have others."""
     fit = [told_of[i][1] for i in of_kernel(kernel, [name for name, _ in told_of])]
 
     def alike(a: np.ndarray | None, b: np.ndarray | None) -> bool:
@@ -426,8 +465,10 @@ def _compile_one(program: Program, on: Generation, device: Any, folder: Path | N
     with _as_on_a_tpu(device):
         fn, args = _import(program.make)(**program.given)
         sharding = jax.sharding.SingleDeviceSharding(device)
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-        made = (fn if hasattr(fn, "lower") else jax.jit(fn)).lower(*shapes).compile()
+        shapes = jax.tree.map(lambda a: _shape(a, sharding), args)
+        # What has no argument is compiled for where its results are to be.
+        jitted = (fn if hasattr(fn, "lower") else jax.jit(fn)) if jax.tree.leaves(shapes) else jax.jit(fn, out_shardings=sharding)
+        made = jitted.lower(*shapes).compile()
         closed = jax.make_jaxpr(fn)(*args) if folder else None
         told_of = prefetched(closed, args) if closed else []
     calls = list(pallas_calls(closed.jaxpr)) if closed else []
@@ -444,6 +485,14 @@ def _compile_one(program: Program, on: Generation, device: Any, folder: Path | N
     )  # fmt: skip
 
 
+def _shape(a: Any, sharding: Any) -> Any:
+    """An array, a `jax.ShapeDtypeStruct`, or a number of Python's, as an array on the TPU."""
+    import jax
+
+    aval = jax.api_util.shaped_abstractify(a)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)
+
+
 def _around(program: str, accessed: float) -> float | None:
     """Of the bytes that XLA counts in an optimized program: those that are not the word of a kernel's author."""
     if " while(" in program:
@@ -453,25 +502,37 @@ def _around(program: str, accessed: float) -> float | None:
 
 
 def _child() -> None:
-    """Compiles what standard input tells, and answers a line for each."""
+    """Compiles what the first line of standard input tells, and answers a line for each program."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to who asked as well, whose end is the end here, with nothing left behind
+    told = json.loads(sys.stdin.readline())
+    os.set_inheritable(told["answers"], False)
+    folder = Path(told["folder"])
+    threading.Thread(target=_end_with_input, args=(folder,), daemon=True).start()
     from jax.experimental import topologies
 
     from kpt.tpu import generation
 
-    told = json.load(sys.stdin)
     sys.path.insert(0, os.getcwd())
-    on, folder = generation(told["generation"]), Path(told["folder"]) if told["folder"] else None
+    on = generation(told["generation"])
     device: Any = topologies.get_topology_desc(platform="tpu", topology_name=on.topology).devices[0]
-    for given in told["programs"]:
-        program = Program(**{**given, "sources": tuple(given["sources"])})
-        for path in folder.iterdir() if folder else ():
-            if path.is_file():
+    with open(told["answers"], "w", encoding="utf-8") as answers:
+        for given in told["programs"]:
+            program = Program(**{**given, "sources": tuple(given["sources"])})
+            for path in folder.glob("*.txt"):
                 path.unlink()
-        try:
-            made = _compile_one(program, on, device, folder)
-        except Exception as error:
-            made = _failed(program, on, error)
-        print(_ANSWER + json.dumps(made.to_json()), flush=True)
+            try:
+                made = _compile_one(program, on, device, folder if told["schedules"] else None)
+            except Exception as error:
+                made = _failed(program, on, error)
+            answers.write(json.dumps(made.to_json()) + "\n")
+            answers.flush()
+
+
+def _end_with_input(folder: Path) -> None:
+    """Who asked holds the other end of the standard input. If it is gone nobody waits, and nobody else clears up."""
+    sys.stdin.read()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _failed(program: Program, on: Generation, error: Exception) -> Compiled:
@@ -481,12 +542,20 @@ def _failed(program: Program, on: Generation, error: Exception) -> Compiled:
     detail = "".join(traceback.format_exception(error))
     if isinstance(error, KptError):
         words = ". ".join(p.rstrip(".") for p in (error.asked, error.possible) if p)
-        return Compiled(program, on.name, words, refused=isinstance(error, KernelError), advice=error.advice, detail=detail)
+        refused = isinstance(error, KernelError) and _of_a_kernel(error)
+        return Compiled(program, on.name, words, refused=refused, advice=error.advice, detail=detail)
     if isinstance(error, jax.errors.JaxRuntimeError):
         short, advice = in_short(" ".join(str(error).split()))
         return Compiled(program, on.name, short[:1000], advice=advice, detail=str(error))
-    words = " ".join(told(error).split())[:1000]
-    return Compiled(program, on.name, words, advice="The code's own words; `kpt --debug tpu ...` shows the way there", detail=detail)
+    words = " ".join(said(error).split())[:1000]
+    whose = "jax's" if place(error) is None else "code's own"
+    return Compiled(program, on.name, words, advice=f"The {whose} words; `kpt --debug tpu ...` shows the way there", detail=detail)
+
+
+def _of_a_kernel(error: Exception) -> bool:
+    """Whether a kernel of kpt's raised it. That it cannot be imported, or is unknown, is no word of a kernel."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("pallas_kernels.")
 
 
 def measure(fn: Callable[..., Any], args: Sequence[Any], *, clock: Callable[[], float] = time.perf_counter, repeats: int = 5) -> float:

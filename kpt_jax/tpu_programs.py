@@ -31,8 +31,8 @@ MOE = (65536, 2048, 1408, 64)
 """A shape of ragged_matmul beside that of `kpt bench`: 64 experts."""
 # What decides a schedule.
 _SOURCES = (
-    "kpt/tpu/[bs]*.py", "kpt/hardware/*.py", "kpt/ops/*.py", "kpt_jax/tpu.py", "kpt_jax/prefetched.py",
-    "kpt_jax/pallas_calls.py", "kpt_jax/tpu_programs.py", "kpt_jax/bench_ops.py",
+    "kpt/tpu/[bs]*.py", "kpt/hardware/*.py", "kpt/ops/*.py", "kpt/kernels/*.py", "kpt/tuning/bucket.py", "kpt_jax/tpu.py",
+    "kpt_jax/prefetched.py", "kpt_jax/pallas_calls.py", "kpt_jax/_compat.py", "kpt_jax/tpu_programs.py", "kpt_jax/bench_ops.py",
 )  # fmt: skip
 _KERNELS = ("pallas_kernels/**/*.py",)
 _DEFAULTS = ("pallas_kernels/tuned_tpu.json",)

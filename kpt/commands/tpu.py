@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kpt.commands.named import ArgsFrom, call
-from kpt.console import NO, AsJson, answering, front_end, print_json, print_table, seconds, size
+from kpt.console import NO, REFUSED, AsJson, answering, front_end, print_json, print_table, seconds, size
 from kpt.console import progress as progress_bar
 from kpt.errors import KptError, MissingDependencyError
 
@@ -37,7 +37,8 @@ def compile_kernels(
 ) -> None:
     """Compile kpt's TPU kernels for every generation, forward and backward, with no TPU here.
 
-    The real TPU compiler (libtpu) takes each kernel at its benchmark shape, in bfloat16, and at the first one in float32 too.
+    The real TPU compiler (libtpu) takes each kernel at its benchmark shape, in bfloat16, and at the first one in float32 too; matmul
+    in int8 as well, forward.
     Shown are the memory and the time of each, by its schedule, or what the compiler said. Exit code 1 if it failed on one; what a
     kernel does not take on a chip (its blocks do not fit the VMEM) it refuses by itself, and another provider runs such calls.
     Schedules are kept in the cache, and made again when kpt's code or a version changes.
@@ -48,9 +49,14 @@ def compile_kernels(
         cases, program = front_end("kpt_jax.tpu_programs", "cases"), front_end("kpt_jax.tpu_programs", "program")
         generations = _generations(gen)
         chosen = cases(op or (), every_shape)
-        programs = [program(name, dims) for name, dims in chosen]
-        firsts = {name: dims for name, dims in reversed(chosen)}
-        programs += [program(name, dims, dtype="float32") for name, dims in firsts.items()]
+        programs, seen = [], set()
+        for name, dims in chosen:
+            programs.append(program(name, dims))
+            if name not in seen:  # the first shape of each
+                programs.append(program(name, dims, dtype="float32"))
+                if name == "matmul":  # products of bytes have no gradients
+                    programs.append(program(name, dims, dtype="int8", passes="forward"))
+            seen.add(name)
         found = _compiled(programs, generations, jobs)
         unmade = [m for m in found if m.error is not None]
         refused = [m for m in unmade if m.refused]
@@ -100,6 +106,7 @@ def schedule(
     what they skip does not count. While it is traced, jax.default_backend() is "tpu". With --op, kpt's own kernels, forward and
     backward.
 
+    \b
     Examples: kpt tpu schedule my.module:step --args-from my.module:arguments --gen v5e,v6e
               kpt tpu schedule --op attention_causal --shape 4x4096x16x16x128 --plot units.svg
     """
@@ -111,6 +118,10 @@ def schedule(
             drawable(plot)
         if (function is None) == (op is None):
             raise KptError("A schedule was asked for", "It is that of MODULE:FUNCTION or of --op", "Give one of the two")
+        if function is not None and shape is not None:
+            raise KptError(f"The schedule of {function} was asked for with --shape", "Its arguments have shapes", "Give --args-from alone")
+        if op is not None and args_from is not None:
+            raise KptError("The schedule of --op was asked for with --args-from", "Its arrays are those of `kpt bench`", "Give --shape")
         if function is not None:
             call(function, args_from, "The schedule")  # its errors are better than those of the process that compiles
             programs = [front_end("kpt_jax.tpu", "users_program")(function, args_from)]
@@ -120,9 +131,11 @@ def schedule(
             programs = [program(name, dims or first) for name, first in cases(op)]
         found = _compiled(programs, generations, None)
         require, interpreted = front_end("kpt_jax.tpu", "require"), front_end("kpt_jax.tpu", "interpreted")
-        for made in found:
-            require(made)
-        schedules = [s for made in found for s in made.schedules]
+        failed = [made for made in found if made.error is not None]
+        if len(failed) == len(found):
+            require(failed[0])
+        pairs = [(made, s) for made in found for s in made.schedules]
+        schedules = [s for _, s in pairs]
         unmade = next((why for made in found if (why := interpreted(made)) is not None), None)
         if not schedules:
             asked = f"The schedule of {function} was asked for"
@@ -134,35 +147,64 @@ def schedule(
             draw(longest, plot)
         if unmade is not None:
             typer.echo(". ".join(unmade) + ".", err=True)
+        passes = [_pass(made, s) if op else None for made, s in pairs]
         if as_json:
-            print_json([s.to_json() | {"loops": [dataclasses.asdict(level) for level in s.loops]} for s in schedules])
+            print_json([
+                *({**s.to_json(), "program": made.program.label, "pass": which, "loops": [dataclasses.asdict(level) for level in s.loops]}
+                  for (made, s), which in zip(pairs, passes, strict=True)),
+                *({"program": made.program.label, "generation": made.generation, "error": made.error, "advice": made.advice}
+                  for made in failed),
+            ])  # fmt: skip
+            if failed:
+                raise typer.Exit(REFUSED)
             return
         units = ("MXU", "VPU", "XLU", "EUP", "load", "store")
-        ours = [_pass(made, s) for made in found for s in made.schedules] if op else [""] * len(schedules)
         rows = []
-        for s, which in zip(schedules, ours, strict=True):
-            row = [s.kernel, *([which] if op else []), s.generation, str(s.cores), _calls(s), seconds(s.seconds), f"{s.cycles:,.0f}"]
+        for (made, s), which in zip(pairs, passes, strict=True):
+            ours = [f"{made.program.given['name']}, {which}"] if op else []
+            row = [s.kernel, *ours, s.generation, str(s.cores), _calls(s), seconds(s.seconds), f"{s.cycles:,.0f}"]
             row += [f"{s.stalled / max(s.cycles, 1):.0%}", s.bound, *(f"{s.occupancy[u]:.0%}" for u in units)]
             rows.append([*row, size(s.vmem), size(s.read + s.written), f"{s.spills:,}"])
         figures = "time", "cycles", "stalled", "bound", *units, "VMEM", "HBM", "spills"
         print_table(("kernel", *(["program"] if op else []), "TPU", "cores", "calls", *figures), rows)
-        costly = sorted(longest.loops, key=lambda level: -level.bundles * level.issued)[:LOOPS]
-        typer.echo(f"Where the cycles of {longest.kernel} on {longest.generation} go, stalls aside:")
-        issued = sum(level.bundles * level.issued for level in longest.loops)
-        print_table(
-            ("from bundle", "bundles", "times", "cycles", "of all", *units),
-            [(f"{level.start:,}", f"{level.bundles:,}", f"{level.issued:,}", f"{level.bundles * level.issued:,}",
-              f"{level.bundles * level.issued / max(issued, 1):.0%}", *(f"{level.occupancy[u]:.0%}" for u in units))
-             for level in sorted(costly, key=lambda level: level.start) if level.issued],
-        )  # fmt: skip
+        _print_loops(longest, units)
         typer.echo("Every figure is of one call of a kernel on one core, HBM bytes too. What the words mean: docs/tpu.md.")
+        if still := [s for s in schedules if s.read == 0]:
+            typer.echo(f"{_names(still)}: nothing is read from HBM: XLA has what the kernel takes in VMEM.")
         if any(s.calls != 1 for s in schedules):
             typer.echo("calls: how often a loop of the program (lax.scan) repeats the kernel; ? where the program alone does not tell.")
             if all(s.calls is not None for s in schedules):
-                totals = [(made.generation, sum(s.seconds * s.calls for s in made.schedules)) for made in found]
+                totals = [(made.generation, sum(s.seconds * s.calls for s in made.schedules)) for made in found if made.error is None]
                 typer.echo("All calls together: " + ", ".join(f"{seconds(total)} on {on}" for on, total in totals) + ".")
-        if any(s.unknown for s in schedules):
-            typer.echo("Some branches depend on data; what they may skip is counted. Arrays of integers from --args-from count as known.")
+        if guessed := [s for s in schedules if s.unknown]:
+            typer.echo(f"{_names(guessed)}: some branches depend on data; what they may skip is counted. Of --args-from, integers that are "
+                       "arrays and come to scalar memory whole count as known: docs/tpu.md.")  # fmt: skip
+        for made in failed[1:]:
+            typer.echo(f"{made.program.label} on {made.generation}: {made.error}", err=True)
+        if failed:
+            require(failed[0])
+
+
+def _print_loops(schedule: Any, units: Sequence[str]) -> None:
+    """The costliest levels of a kernel's loops, in the order of the program, and the rest in a row."""
+    levels = [level for level in schedule.loops if level.issued]
+    shown = sorted(levels, key=lambda level: -level.bundles * level.issued)[:LOOPS]
+    cycles = {level.start: level.bundles * level.issued for level in levels}
+    issued = max(sum(cycles.values()), 1)
+    rows = [
+        (f"{level.start:,}", f"{level.bundles:,}", f"{level.issued:,}", f"{cycles[level.start]:,}", f"{cycles[level.start] / issued:.0%}",
+         *(f"{level.occupancy[u]:.0%}" for u in units))
+        for level in sorted(shown, key=lambda level: level.start)
+    ]  # fmt: skip
+    if rest := [level for level in levels if level not in shown]:
+        bundles, spent = sum(level.bundles for level in rest), sum(cycles[level.start] for level in rest)
+        rows.append(("others", f"{bundles:,}", "", f"{spent:,}", f"{spent / issued:.0%}", *[""] * len(units)))
+    typer.echo(f"Where the cycles of {schedule.kernel} on {schedule.generation} go, stalls aside:")
+    print_table(("from bundle", "bundles", "times", "cycles", "of all", *units), rows)
+
+
+def _names(schedules: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(f"{s.kernel} on {s.generation}" for s in schedules))
 
 
 @app.command("tune")
@@ -279,9 +321,8 @@ def _resumable() -> None:
 
 
 def _pass(made: Any, schedule: Any) -> str:
-    """Of a kernel of kpt's: which program and which pass of it calls it."""
-    backward = front_end("kpt_jax.bench_tpu_peers", "of_pass")(made, "backward")
-    return f"{made.program.given['name']}, {'backward' if schedule in backward else 'forward'}"
+    """Which pass of a program of kpt's calls a kernel."""
+    return "backward" if schedule in front_end("kpt_jax.bench_tpu_peers", "of_pass")(made, "backward") else "forward"
 
 
 def _calls(schedule: Any) -> str:

@@ -19,7 +19,7 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _INSTRUCTION = re.compile(r"%(\w+) = ([a-z_0-9]+(?:\.\w+)*) ?(.*)", re.DOTALL)
 _NAMED = re.compile(r"/\*(\w+)=\*/ *([^,\s]+)")
-_PREDICATE = re.compile(r"\((!?)%(p\w+)\),? *")
+_PREDICATE = re.compile(r"(\[[^(]*\] )?\((!?)%(p\w+)\),? *")
 # A register of rows: 8 of float32, 16 of bfloat16, 32 of bytes, which a matrix unit that has them takes twice as fast.
 _PRODUCT = re.compile(r"= vmatmul(?:\.[ms]ubr)?\.(\w+)")
 # The vector unit's share of a kernel is not the sequencer's business.
@@ -76,14 +76,14 @@ def parse(bundles: str, utilization: str) -> Bundles:
     """
     found = list(_BUNDLE.finditer(bundles))
     if not found:
-        raise ScheduleError("The TPU compiler's schedule was read", "it has no bundle", "use the libtpu that kpt was tested with, 0.0.48")
+        raise ScheduleError("The TPU compiler's schedule was read", "It has no bundle", "Use the libtpu that kpt was tested with, 0.0.48")
     ends = [m.start() for m in found[1:]] + [len(bundles)]
     instructions: list[tuple[Instruction, ...]] = []
     products = []
     regions: dict[int, int] = {}
     for i, (m, end) in enumerate(zip(found, ends, strict=True)):
         if int(m[1], 16) != i:
-            raise ScheduleError("The TPU compiler's schedule was read", f"bundle {i:#x} is numbered {m[1]}", "dump it again")
+            raise ScheduleError("The TPU compiler's schedule was read", f"Bundle {i:#x} is numbered {m[1]}", "Dump it again")
         text = bundles[m.end() : end]
         for comment in _COMMENT.findall(text):
             for number in _REGION.findall(comment):
@@ -95,7 +95,7 @@ def parse(bundles: str, utilization: str) -> Bundles:
     slots, capacity, use = _utilization(utilization)
     if len(use) != len(instructions):
         raise ScheduleError(
-            "The TPU compiler's schedule was read", f"{len(instructions)} bundles, and the use of {len(use)}", "dump it again"
+            "The TPU compiler's schedule was read", f"{len(instructions)} bundles, and the use of {len(use)}", "Dump it again"
         )
     return Bundles(tuple(instructions), regions, slots, capacity, use, np.array(products))
 
@@ -106,22 +106,26 @@ def _instruction(text: str) -> Instruction | None:
     if m is None or _VECTOR.match(m[2]):
         return None
     result, op, rest = m.groups()
-    # `smov (%p, %a), b` and `scalar_select%p,%a,b` choose; `op (%p), a` is issued or not.
+    # `smov (%p, %a), b` and `scalar_select%p,%a,b` choose; `op (%p), a` and `sst [a] (%p), b` are issued or not.
     rest = re.sub(r"\[(?:thread|resolvable):\S*\]", "", rest)
     predicate = None
     if got := _PREDICATE.match(rest.strip()):
-        predicate = got[2], got[1] == ""
-        rest = rest.strip()[got.end() :]
+        predicate = got[3], got[2] == ""
+        rest = (got[1] or "") + rest.strip()[got.end() :]
     if op.startswith("dma.") and op != "dma.done.wait":
         ends = op[4:].split("_to_") if op.endswith("_to_smem") else []
         wanted = ["size_in_granules", "dst_syncflagno", *ends]
         return Instruction(result, op, tuple(_operand(named.get(n, "")) for n in wanted), predicate)
     if op.startswith("inlined_call_operand"):
         found = re.search(r"index: (\d+)", rest)
-        return Instruction(result, "operand", (int(found[1]),) if found else (), predicate)
+        # Of one integer, what is in no memory is handed over in a register.
+        where = op.removeprefix("inlined_call_")
+        return Instruction(result, where, (int(found[1]),) if found else (), predicate)
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)
+    if op == "sdivrem.u32" and "/* kRem */" in text:  # what it leaves in the queue that spop.drf reads
+        op = "srem.u32"
     operands = tuple(_operand(o) for o in re.findall(r"\[[^\]]*\[[^\]]*\][^\]]*\]|\[[^\]]*\]|!?%\w+|0x[0-9a-f]+|-?\d+", rest))
     return Instruction(result, op, operands, predicate)
 
@@ -141,4 +145,4 @@ def _utilization(text: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         use = np.array([line.split() for line in lines[4:] if line.strip()], int)
         return slots, capacity, use.reshape(-1, len(slots))
     except (IndexError, ValueError) as e:
-        raise ScheduleError("The TPU compiler's use of slots was read", f"it is no table ({e})", "dump it again") from e
+        raise ScheduleError("The TPU compiler's use of slots was read", f"It is no table ({e})", "Dump it again") from e

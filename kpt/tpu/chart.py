@@ -8,9 +8,11 @@ from typing import Any
 from kpt.report import Line, draw, line_chart
 from kpt.tpu.schedule import Schedule
 
+STYLES = ("after", "before", "limit")
+
 
 def chart(schedule: Schedule) -> str:
-    """SVG: how full the MXU, the VPU and the loads and stores are, along the program."""
+    """SVG: how full the three fullest units are, along the program."""
     return line_chart(_lines(schedule), **_words(schedule))
 
 
@@ -26,13 +28,10 @@ def plot(schedule: Schedule, path: Path) -> None:
 def _lines(schedule: Schedule) -> list[Line]:
     xs = [x for s in schedule.stretches for x in (s.start, s.start + s.bundles)]
 
-    def along(*units: str) -> list[float]:
-        return [100 * max(s.occupancy[u] for u in units) for s in schedule.stretches for _ in range(2)]
-
+    fullest = sorted(schedule.occupancy, key=lambda unit: -schedule.occupancy[unit])[: len(STYLES)]
     return [
-        Line("MXU", xs, along("MXU"), "before"),
-        Line("VPU", xs, along("VPU"), "after"),
-        Line("load or store, the fuller", xs, along("load", "store"), "limit"),
+        Line(unit, xs, [100 * s.occupancy[unit] for s in schedule.stretches for _ in range(2)], style)
+        for unit, style in zip(fullest, STYLES, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from kpt.errors import HardwareError
 from kpt.hardware import hardware_profile
 from kpt.tpu.bundles import parse
-from kpt.tpu.simulate import DELAY_SLOTS, simulate
+from kpt.tpu.simulate import DELAY_SLOTS, Run, simulate
 
 # Seconds between the end of a transfer and its wait. From one published measurement: the matmul of the Pallas documentation with
 # blocks of 128, which waits for a DMA in every grid step, reaches 6% of a v5e's peak at 4096.
@@ -83,7 +83,7 @@ def generation(name: str) -> Generation:
         profile = None
     found = next((g for g in GENERATIONS.values() if g.profile == profile), None)
     if found is None:
-        raise HardwareError(f"TPU generation {name!r} was asked for", f"there are {', '.join(GENERATIONS)}", "choose one of them")
+        raise HardwareError(f"TPU generation {name!r} was asked for", f"There are {', '.join(GENERATIONS)}", "Choose one of them")
     return found
 
 
@@ -112,17 +112,18 @@ class Schedule:
     Attributes:
       kernel: name of the call in the compiled program.
       generation: "v5e".
-      cores: TensorCores that share the grid, and the chip's memory bandwidth: 2 where the compiler split it (megacore).
+      cores: TensorCores that share the grid, and the chip's memory bandwidth: 2 where the compiler split it (megacore). 1 where the other
+        core has nothing to do.
       bundles: length of the program.
       cycles: of one run, stalls included.
-      stalled: of those, cycles that wait for DMAs.
+      stalled: of those, cycles that wait for DMAs while the MXUs have nothing left to do.
       seconds: cycles over the clock.
       read, written: bytes between HBM and this core.
       vmem: bytes allocated in vector memory.
       spills: registers stored to and filled from vector memory, in one run.
       occupancy: by unit, used slots over all that the cycles offer; of the MXU, products over the peak rate.
-      bound: the unit that limits it: "MXU", "VPU", "XLU", "EUP", "load", "store", "HBM" (bandwidth), "DMA latency", or "dependencies"
-        where bundles are not full of anything.
+      bound: the unit that limits it: "MXU", "VPU", "XLU", "EUP", "load", "store", "scalar", "HBM" (bandwidth), "DMA latency", or
+        "dependencies" where bundles are not full of anything.
       unknown: branches and DMAs that depend on data, counted as if nothing were skipped, and DMAs of unknown size, as if they cost nothing.
       stretches: the program from start to end.
       calls: how often one call of the program runs the kernel: the trips of the loops around it (`lax.scan`). Every other figure is of
@@ -176,20 +177,26 @@ def schedule(
     Args:
       bundles, utilization: texts of `*-final_bundles.txt` and `*-final_hlo-static-per-bundle-utilization.txt`.
       vmem: bytes that its allocations take.
-      scalars: its first operands, integers that it has in scalar memory; None for one that is not known.
+      scalars: its operands; None for one that is not known, or is no integers.
 
     Raises:
       ScheduleError: the texts cannot be read, or a loop's end depends on data.
     """
     program = parse(bundles, utilization)
     chip = hardware_profile(on.profile)
-    # A kernel that asks which core it runs on shares its grid with the other.
-    shared = any(i.op == "sld" and i.operands == ("[smem:[#allocation0]]",) for found in program.instructions for i in found)
     device_cores = (chip.cores or 1) // chip.devices
-    cores = device_cores if shared else 1
-    bandwidth = (chip.memory_bandwidth or 0.0) / chip.devices / cores
-    run = simulate(program, bytes_per_cycle=bandwidth / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule,
-                   delay_slots=on.delay_slots, scalars=scalars)  # fmt: skip
+
+    def run_on(core: int, cores: int) -> Run:
+        return simulate(program, bytes_per_cycle=bandwidth(cores) / on.clock, latency=DMA_LATENCY * on.clock, granule=on.granule,
+                        delay_slots=on.delay_slots, scalars=scalars, core=core)  # fmt: skip
+
+    def bandwidth(cores: int) -> float:
+        return (chip.memory_bandwidth or 0.0) / chip.devices / cores
+
+    # A kernel that asks which core it runs on shares its grid with the other, or sends the other to its end.
+    shared = any(i.op == "sld" and i.operands == ("[smem:[#allocation0]]",) for found in program.instructions for i in found)
+    cores = device_cores if shared and device_cores > 1 and _works(run_on(1, device_cores)) else 1
+    run = run_on(0, cores)
     column = {name: i for i, name in enumerate(program.slots)}
     used = (run.issued[:, None] * program.use).sum(0)
 
@@ -211,13 +218,19 @@ def schedule(
     # The MXUs wait where products are issued faster than the peak rate, which the schedule does not show.
     products = float((run.issued * program.products).sum())
     cycles = max(run.cycles, products * on.product_cycles)
+    stalled = min(run.stalled, cycles - products * on.product_cycles)
     occupancy = share(used, products, cycles)
     spills = int(used[column["VLOAD:FILL"]] + used[column["VSTORE:SPILL"]])
-    moved = (run.read + run.written) * on.clock / bandwidth if bandwidth else 0.0  # cycles that the transfers take
+    moved = (run.read + run.written) * on.clock / bandwidth(cores) if bandwidth(cores) else 0.0  # cycles that the transfers take
     return Schedule(
-        kernel, on.name, cores, n, cycles, run.stalled, cycles / on.clock, run.read, run.written, vmem, spills,
-        occupancy, _bound(occupancy, run.stalled / max(cycles, 1.0), moved / max(cycles, 1.0)), run.unknown, tuple(stretches),
+        kernel, on.name, cores, n, cycles, stalled, cycles / on.clock, run.read, run.written, vmem, spills,
+        occupancy, _bound(occupancy, stalled / max(cycles, 1.0), moved / max(cycles, 1.0)), run.unknown, tuple(stretches),
     )  # fmt: skip
+
+
+def _works(run: Run) -> bool:
+    """Whether a core has a part of the grid: it moves something, or gets to most of the program."""
+    return run.read + run.written > 0 or 2 * int(np.count_nonzero(run.issued)) > len(run.issued)
 
 
 def _bound(occupancy: dict[str, float], stalled: float, moved: float) -> str:

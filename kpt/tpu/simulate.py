@@ -4,7 +4,7 @@
 
 The grid of a Pallas kernel is a loop of the scalar unit, and so are its branches: a causal block that is skipped, an
 accumulator that is zeroed once in a while. Their values follow from constants, so that running the scalar instructions
-counts every bundle exactly. Prefetched scalars count where their values are given. What depends on other data (a number that the
+counts every bundle exactly. Integers in scalar memory count where their values are given. What depends on other data (a number that the
 vector unit hands over) is unknown: a branch on it is not taken, so that what it would have skipped counts, and `Run.unknown` says
 how often that was.
 """
@@ -36,6 +36,8 @@ _INTEGER: dict[str, Callable[[int, int], int]] = {
     "sadd.s32": operator.add,
     "ssub.s32": operator.sub,
     "smul.u32": operator.mul,
+    "smulhi.u32": lambda a, b: (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF) >> 32,
+    "srem.u32": lambda a, b: (a & 0xFFFFFFFF) % (b & 0xFFFFFFFF) if b else 0,
     "sand.u32": operator.and_,
     "sor.u32": operator.or_,
     "sxor.u32": operator.xor,
@@ -85,11 +87,13 @@ def simulate(
     granule: int = 32,
     delay_slots: int = DELAY_SLOTS,
     scalars: Sequence[np.ndarray | None] = (),
+    core: int = 0,
 ) -> Run:
     """Runs the scalar instructions of a schedule beside an HBM.
 
     Args:
-      scalars: the kernel's first operands, integers that it has in scalar memory; None for one that is not known.
+      scalars: the kernel's operands; None for one that is not known, or is no integers.
+      core: which of those that share the grid runs.
       bytes_per_cycle: that the HBM moves for this core.
       latency: cycles between the end of a transfer and the moment a wait for it may pass.
       granule: bytes in which DMA instructions count.
@@ -99,27 +103,29 @@ def simulate(
       ScheduleError: a loop whose end depends on data, a branch to a place that the dump does not name, or more than
         50 million bundles with scalar instructions.
     """
-    core = _Core(bundles, bytes_per_cycle, latency, granule, delay_slots, scalars)
-    core.run()
-    return Run(np.cumsum(core.edges[:-1]), core.now, core.stalled, core.read, core.written, core.transfers, core.unknown)
+    it = _Core(bundles, bytes_per_cycle, latency, granule, delay_slots, scalars, core)
+    it.run()
+    return Run(np.cumsum(it.edges[:-1]), it.now, it.stalled, it.read, it.written, it.transfers, it.unknown)
 
 
 class _Core:
     """The scalar unit: each instruction compiled to a function that reads and writes `values`."""
 
     def __init__(
-        self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int, delay_slots: int, scalars: Sequence[np.ndarray | None]
-    ):
+        self, bundles: Bundles, bytes_per_cycle: float, latency: float, granule: int, delay_slots: int,
+        scalars: Sequence[np.ndarray | None], core: int,
+    ):  # fmt: skip
         self.regions, self.rate, self.latency, self.granule = bundles.regions, bytes_per_cycle, latency, granule
         self.delay_slots, self.scalars = delay_slots, scalars
         self.values: list[Value] = []
         self.defined: list[int] = []  # when each was, for phis
         self.place: dict[str | int, int] = {}
-        self.memory: dict[Value, Value] = {("#allocation0", 0): 0}  # the index of this core
+        self.memory: dict[Value, Value] = {("#allocation0", 0): core}
         self.flags: dict[Value, list[float]] = defaultdict(list)  # when each DMA on a sync flag is done
         self.now = self.stalled = self.hbm_free = 0.0
         self.read = self.written = self.transfers = self.unknown = self.clock = 0
         self.size = n = len(bundles.instructions)
+        self.leaving = False  # a branch was taken and has not yet taken effect: another one is nothing
         self.edges = np.zeros(n + 1, np.int64)  # issue counts, as differences
         self.steps = {at: [self._compile(i, at) for i in found] for at, found in enumerate(bundles.instructions) if found}
         busy = sorted(self.steps)
@@ -135,7 +141,7 @@ class _Core:
                 counts[start, until] += 1
                 self.now += until - pc
                 start = pc = target
-                until = -1
+                until, self.leaving = -1, False
                 continue
             self.now += at - pc
             if at == self.size:
@@ -146,10 +152,10 @@ class _Core:
             for step in self.steps[at]:
                 taken = step()
                 if taken is not None and until < 0:
-                    until, target = at + 1 + self.delay_slots, taken
+                    until, target, self.leaving = at + 1 + self.delay_slots, taken, True
             pc = at + 1
             if self.clock > MOST:
-                raise ScheduleError("A TPU schedule was run", f"it issues over {MOST} bundles of the scalar unit", "use a smaller shape")
+                raise ScheduleError("A TPU schedule was run", f"It issues over {MOST} bundles of the scalar unit", "Use a smaller shape")
         counts[start, self.size] += 1
         for (first, last), times in counts.items():
             self.edges[first] += times
@@ -176,19 +182,32 @@ class _Core:
         if i.predicate is None:
             return step
         where, wanted, values, branch = self._at("%" + i.predicate[0]), i.predicate[1], self.values, i.op == "sbr.rel"
-
-        moves = i.op.startswith("dma.")
+        moves, stores, compares = i.op.startswith("dma."), i.op == "sst", i.op.startswith("scmp.")
+        changed = self._at(i.operands[0] if stores else "%" + i.result)
 
         def conditional() -> Any:
             holds = values[where]
-            if holds is None:
-                self.unknown += moves
-                return self._guess(i, at) if branch else step()
-            return step() if holds == wanted else None
+            if holds == wanted:
+                return step()
+            if holds is not None:
+                if compares:  # one that is not issued is false: on it, without that predicate, branches and waits rely
+                    values[changed] = False
+                return None
+            self.unknown += moves
+            if branch:
+                return self._guess(i, at)
+            step()
+            if stores:
+                self.memory[values[changed]] = None
+            else:
+                values[changed] = None  # it is this, or what it was before
+            return None
 
         return conditional
 
     def _guess(self, i: Instruction, at: int) -> None:
+        if self.leaving:
+            return
         if self._target(i) <= at:
             found = f"Data decides when the loop that ends at bundle {at:#x} ends"
             advice = "Pass the integers that decide it as arrays (--args-from), which count as known, or fix the loop's length"
@@ -197,7 +216,7 @@ class _Core:
 
     def _target(self, i: Instruction) -> int:
         if not i.operands:
-            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a place that is not named", "dump it again")
+            raise ScheduleError("A TPU schedule was run", f"%{i.result} branches to a place that is not named", "Dump it again")
         # The dump names regions beside their first bundle; the one that has none is what comes after the last.
         return self.regions.get(int(i.operands[0]), self.size)
 
@@ -211,14 +230,14 @@ class _Core:
         if op == "sld" and isinstance(i.operands[0], str) and (m := _INDEXED.fullmatch(i.operands[0])):
             return self._load(self._at(m[1] if m[1].startswith("%") else f"[{m[1]}]"), self._at(m[2]), self._at("%" + i.result))
         places = [self._at(o) for o in i.operands]
-        if op == "operand":
-            self.values[self._at("%" + i.result)] = self._operand(i.operands)
+        if op.startswith("operand"):
+            self.values[self._at("%" + i.result)] = self._operand(i.operands, handed=op == "operand")
             return lambda: None
         negated = [isinstance(o, str) and o.startswith("!") for o in i.operands]
         if op == "dma.done.wait":
             return lambda: self._wait(values[places[0]])
         if op.endswith("_to_smem"):
-            return lambda: self._fill(values[places[2]], values[places[3]])
+            return lambda: self._fill(*(values[p] for p in (places[0], *places[2:])))
         if op.startswith("dma."):
             return (lambda: self._transfer(op, values[places[0]], values[places[1]])) if "hbm" in op else lambda: None
         if op == "sst":
@@ -232,22 +251,25 @@ class _Core:
 
         return assign
 
-    def _operand(self, index: tuple[Any, ...]) -> Value:
+    def _operand(self, index: tuple[Any, ...], handed: bool) -> Value:
         """An operand of the kernel: its address, or what it is where one integer is handed over in a register."""
         if not index:
             return None
         table = self.scalars[index[0]] if index[0] < len(self.scalars) else None
-        return int(table.reshape(-1)[0]) if table is not None and table.size == 1 else (f"{_OPERAND}{index[0]}", 0)
+        return int(table.reshape(-1)[0]) if handed and table is not None and table.size == 1 else (f"{_OPERAND}{index[0]}", 0)
 
-    def _fill(self, source: Value, target: Value) -> None:
-        """An operand of integers comes to scalar memory."""
-        if type(target) is not tuple or type(source) is not tuple or not str(source[0]).startswith(_OPERAND):
+    def _fill(self, size: Value, source: Value, target: Value) -> None:
+        """Integers come to scalar memory: a whole operand, or a block of it, of which nothing is known."""
+        if type(target) is not tuple:
             return
-        index = int(source[0].removeprefix(_OPERAND))
-        table = self.scalars[index] if index < len(self.scalars) else None
-        if table is not None:
-            for place, word in _words(table):
-                self.memory[target[0], target[1] + place] = word
+        table = None
+        if type(source) is tuple and str(source[0]).startswith(_OPERAND) and source[1] == 0:
+            index = int(source[0].removeprefix(_OPERAND))
+            table = self.scalars[index] if index < len(self.scalars) else None
+        if table is not None and type(size) is int and size * self.granule >= table.nbytes:
+            self.memory |= {(target[0], target[1] + place): word for place, word in _words(table)}
+        else:
+            self.memory = {at: word for at, word in self.memory.items() if at is None or at[0] != target[0]}
 
     def _load(self, base: int, index: int, result: int) -> Step:
         values, defined = self.values, self.defined
@@ -281,7 +303,7 @@ class _Core:
                 return None if holds is None else values[yes if holds == wanted else no]
 
             return choose
-        if len(places) == 1 and (op == "smov" or op.startswith("int_to_ptr")):
+        if len(places) == 1 and (op in ("smov", "spop.drf") or op.startswith("int_to_ptr")):
             return lambda: values[places[0]]
         if op == "pmov" and len(places) == 1:
             return lambda: None if values[places[0]] is None else bool(values[places[0]]) != negated[0]
@@ -357,13 +379,17 @@ class _Core:
 
 
 def _words(table: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Places and values of 32-bit words in scalar memory. One row is a line; int8 comes in tiles of 8 rows of 128, four rows to a word,
-    and one row of it as four rows of 128.
+    """Places and values of 32-bit words in scalar memory. A tile is 128 columns of 8 rows, of the next power of two where there are fewer,
+    and one row of tiles follows the other. Of int8, a word is four rows, and one line of it lies there as four rows of 128.
 
-    None for other layouts, which then count as unknown.
+    None of what has no such layout, which then counts as unknown.
     """
-    if table.dtype.itemsize == 4 and table.shape[-1] == table.size:
-        yield from enumerate(table.reshape(-1).tolist())
+    if table.dtype.itemsize == 4:
+        *lead, rows, columns = (1, 1, *table.shape)
+        tile = min(8, 1 << (rows - 1).bit_length())
+        tiles = np.zeros((int(np.prod(lead)), -(-rows // tile) * tile, -(-columns // 128) * 128), "<i4")
+        tiles[:, :rows, :columns] = table.reshape(-1, rows, columns).view("<i4")
+        yield from enumerate(tiles.reshape(-1, tile, tiles.shape[-1] // 128, 128).swapaxes(1, 2).reshape(-1).tolist())
     elif table.dtype.itemsize == 1 and table.ndim == 1:
         tiles = np.zeros(-(-table.size // 512) * 512, np.uint8)
         tiles[: table.size] = table.view(np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -106,9 +107,18 @@ def test_integers_in_scalar_memory_are_known_where_they_are_given():
     skips = np.array([2, 0, 2, 2, 0], np.int32)
     run = simulate(bundles, bytes_per_cycle=1e9, scalars=[None, skips])
     assert run.issued[10] == 2 and run.unknown == 0
-    for scalars in [], [skips, None], [None, np.zeros((2, 5), np.int32)]:
+    for scalars in [], [skips, None], [None, np.zeros(5, np.int64)], [None, np.zeros(200, np.int32)]:
         run = simulate(bundles, bytes_per_cycle=1e9, scalars=scalars)
-        assert run.issued[10] == 5 and run.unknown == 5
+        assert run.issued[10] == 5 and run.unknown == 5  # the last is a block of what is more
+
+
+@pytest.mark.parametrize("rows, tile", [(1, 1), (2, 2), (3, 4), (5, 8), (9, 8)])
+def test_rows_of_integers_lie_in_tiles(rows, tile):
+    """As libtpu addresses an s32[rows, 300] in scalar memory: tiles of 128 columns of so many rows, three tiles side by side."""
+    table = np.arange(rows * 300, dtype=np.int32).reshape(rows, 300)
+    words = dict(_words(table))
+    for r, c in np.ndindex(rows, 300):
+        assert words[((r // tile) * 3 + c // 128) * tile * 128 + (r % tile) * 128 + c % 128] == table[r, c]
 
 
 def test_bytes_share_a_word_with_those_of_the_next_three_rows():
@@ -158,6 +168,48 @@ def test_a_kernel_that_asks_for_its_core_shares_the_chip():
     assert [schedule("k", generation(g), asks, utilization()).cores for g in ("v4", "v5e", "v5p", "v7x")] == [2, 1, 2, 1]
 
 
+def test_a_core_that_is_sent_to_the_end_shares_nothing():
+    """As libtpu compiles a grid that it does not split: whoever is not core 0 branches over all of it."""
+    entry = ("%s70_s9 = sld [smem:[#allocation0]]  ;;  %p70_p0 = scmp.ne.s32.totalorder %s70_s9, 0  ;;  "
+             "%71 = sbr.rel (%p70_p0) target = $region77  ;;  ")  # fmt: skip
+    slots = "".join(f"  {n:#x}   :  {{}}\n" for n in range(1, 5))
+    body = re.sub(r"^( *)(?:0x)?([0-9a-f]+)( .*?:)", lambda m: f"{m[1]}{int(m[2], 16) + 5:#x}{m[3]}", PROGRAM, flags=re.MULTILINE)
+    whole = body.replace("     0x5   :", "     0   :  { " + entry.removesuffix("  ;;  ") + " }\n" + slots + "     0x5   :")
+    made = schedule("k", generation("v5p"), whole, utilization(26, loads=(15, 16)))
+    split = schedule("k", generation("v5p"), PROGRAM.replace("%s1_s0 = smov 0 ", "%s1_s0 = smov 0  ;;  %s70_s9 = sld [smem:[#allocation0]] "), utilization())
+    assert (made.cores, split.cores) == (1, 2) and made.read == split.read
+    assert made.stalled < split.stalled  # it has the HBM for itself
+
+
+@pytest.mark.parametrize("instruction", ["%s8_s0 = smov (%p8_p8), 7", "%s8_s0 = sld [smem:[#allocation9_spill]]"])
+def test_what_may_have_been_assigned_is_not_known(instruction):
+    """A predicate that depends on data: whether %s8 is 7 or what it was, the branch on it depends on data too."""
+    maybe = instruction if "(" in instruction else instruction.replace("sld ", "sld (%p8_p8), ")
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", f"%p8_p8 = scmp.eq.s32.totalorder %s99_s9, 2  ;;  {maybe.replace('%s8_s0', '%s80_s0')}"
+                              "  ;;  %p1_p1 = scmp.eq.s32.totalorder %s80_s0, 2")  # fmt: skip
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert run.unknown == 5 and run.issued[10] == 5
+
+
+@pytest.mark.parametrize("decides, skips, unknown", [("%s99_s9, 2", 0, 5), ("%s2_s0, 77", 1, 0), ("%s2_s0, %s2_s0", 0, 0)])
+def test_a_store_that_a_predicate_decides(decides, skips, unknown):
+    """The iteration is stored, and then 7 where the predicate holds: by data, never, always. Iteration 2 skips."""
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", f"%p8_p8 = scmp.eq.s32.totalorder {decides}"
+                              "  ;;  %82 = sst [smem:[#allocation8]] %s2_s0  ;;  %81 = sst [smem:[#allocation8]] (%p8_p8), 7"
+                              "  ;;  %s80_s0 = sld [smem:[#allocation8]]  ;;  %p1_p1 = scmp.eq.s32.totalorder %s80_s0, 2")  # fmt: skip
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert (5 - run.issued[10], run.unknown) == (skips, unknown)
+
+
+def test_waits_that_the_mxus_fill_are_no_stalls():
+    """2,000 products in a step of four cycles each, more than the waits last: the MXUs are busy all the time."""
+    products = "  ;;  ".join(f"%{900 + i} = vmatmul.mubr.bf16.gmra.mxu0 %v1_v1" for i in range(2000))
+    made = schedule("k", generation("v5e"), PROGRAM.replace("{ %30 = dma.done.wait", f"{{ {products}  ;;  %30 = dma.done.wait"), utilization())
+    few = schedule("k", generation("v5e"), PROGRAM, utilization())
+    assert few.bound == "DMA latency" and few.stalled > 0.2 * few.cycles
+    assert made.bound == "MXU" and made.occupancy["MXU"] == 1 and made.stalled == 0
+
+
 def test_clocks():
     assert {n: round(g.clock / 1e9, 2) for n, g in GENERATIONS.items()} == {"v4": 1.05, "v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "v7x": 2.2}
     for name in "v8", "h100", "":
@@ -189,7 +241,8 @@ def test_a_plot_says_what_it_shows(tmp_path, name, starts):
     assert written.startswith(starts)
     if name.endswith("svg"):
         shown = {element.text for element in ET.fromstring(written).iter("{http://www.w3.org/2000/svg}text")}
-        assert {"MXU", "VPU"} <= shown and any("kernel.1 on TPU v5e" in text for text in shown) and any("%" in text for text in shown)
+        fullest = sorted(made.occupancy, key=lambda unit: -made.occupancy[unit])
+        assert set(fullest[:3]) <= shown and fullest[3] not in shown and any("kernel.1 on TPU v5e" in text for text in shown) and any("%" in text for text in shown)
 
 
 def test_a_transfer_that_depends_on_data_is_counted_as_unknown():
@@ -199,6 +252,30 @@ def test_a_transfer_that_depends_on_data_is_counted_as_unknown():
     assert found.unknown == 5 and found.read == 0 and honest.unknown == 0
     on_data = PROGRAM.replace("%p9_p9 = pmov 0", "%p9_p9 = scmp.eq.s32.totalorder %s99_s9, 2")
     assert simulate(parse(on_data, utilization()), bytes_per_cycle=1e9).unknown == 5
+
+
+def test_what_remains_of_a_division_is_known():
+    """On a v7x: the iteration modulo 3, through a queue. Iteration 2 skips."""
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%363 = sdivrem.u32 %s2_s0, 3 /* kRem */  ;;  %s80_s0 = spop.drf %363"
+                              "  ;;  %p1_p1 = scmp.eq.s32.totalorder %s80_s0, 2")  # fmt: skip
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert run.issued[10] == 4 and run.unknown == 0
+    other = simulate(parse(program.replace("kRem", "kOther"), utilization()), bytes_per_cycle=1e9)
+    assert other.issued[10] == 5 and other.unknown == 5
+
+
+def test_a_branch_on_data_behind_one_that_is_taken_is_nothing():
+    """In its delay slots: whatever its predicate, which was not computed, it does not count."""
+    program = PROGRAM.replace("   0x7   : > {}", "   0x7   : > { %41 = sbr.rel (%p98_p9) target = $region3 }")
+    always = program.replace("scmp.eq.s32.totalorder %s2_s0, 2", "scmp.eq.s32.totalorder %s2_s0, %s2_s0")
+    assert simulate(parse(always, utilization()), bytes_per_cycle=1e9).unknown == 0
+    assert simulate(parse(program, utilization()), bytes_per_cycle=1e9).unknown == 4
+
+
+def test_a_comparison_that_is_not_issued_is_false():
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%p8_p8 = pmov 0  ;;  %p1_p1 = scmp.eq.s32.totalorder (%p8_p8), %s2_s0, 2")
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert run.issued[10] == 5 and run.unknown == 0
 
 
 def test_numbers_in_hexadecimal():

@@ -56,17 +56,21 @@ def test_compiled_kernels_are_those_of_their_calls():
     assert times_of(["norm.1", "norm.2"], [PallasCall("norm", False, 2)] * 2) == [2, 2]
     assert times_of(["norm.1"], [PallasCall("norm", False, 2)] * 2) == [None]  # the compiler merged two, or kept one
     assert times_of(["norm.1"], []) == [None]
+    # A kernel without a name has that of the function around it: it is what no name is left for.
+    assert times_of(["both.1", "norm.1"], [PallasCall("kernel", False, 4), PallasCall("norm", False, 2)]) == [4, 2]
 
 
 ARRAY = "RESOURCE_EXHAUSTED: Allocation (size=300) would exceed memory (size=200) :: #allocation3 [shape = 'u8[300]{0}', space=vmem, tag = 'input window allocation for operator input 0. The window'] :: twice.1"
 SCOPED = "CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating on stack for %scoped.1 = f32[8]. Scoped allocation with size 64.00M and limit 16.00M exceeded scoped vmem limit by 48.00M. It should"
 PROGRAM = "Ran out of memory in memory space vmem. Used 256.00M of 128.00M vmem. Exceeded vmem capacity by 128.00M. 1. Size: 128.00M Tag: input window allocation for operator input 0. XLA label: scoped.1 = custom-call(x)"
+SMEM = "Ran out of memory in memory space smem. Used 3.80M of 1.00M smem. Exceeded smem capacity by 2.80M."
 HBM = "Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm. Exceeded hbm capacity by 1.75G."
 
 
 @pytest.mark.parametrize("words, says, advises", [
-    (ARRAY, "Kernel twice.1 takes 100 bytes more of VMEM than there are for it: 300 of 200; the largest is the input window allocation for operator input 0", "smaller blocks"),
-    (SCOPED, "Kernel scoped.1 takes about 50,331,648 bytes more of VMEM than there are for it: 67,108,864 of 16,777,216", "vmem_limit_bytes"),
+    (ARRAY, "Kernel twice.1 takes 100 bytes more of VMEM than there are for it: 300 of 200 (0.0 of 0.0 MiB); the largest is the input window allocation for operator input 0", "smaller blocks"),
+    (SCOPED, "Kernel scoped.1 takes about 50,331,648 bytes more of VMEM than there are for it: 67,108,864 of 16,777,216 (64.0 of 16.0 MiB), the limit that a kernel has, not the chip's", "vmem_limit_bytes"),
+    (SMEM, "The program takes about 2,936,013 bytes more of SMEM", "larger blocks"),
     (PROGRAM, "Kernel scoped.1 takes about 134,217,728 bytes more of VMEM", "smaller blocks"),
     (HBM, "The program takes about 1,879,048,192 bytes more of HBM", "smaller arrays"),
     ("INTERNAL: Mosaic failed", "INTERNAL: Mosaic failed", ""),

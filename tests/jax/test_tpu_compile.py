@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -18,7 +24,7 @@ from typer.testing import CliRunner
 import kpt
 from kpt import cli, console
 from kpt.tpu import GENERATIONS, generation
-from kpt_jax.tpu import CompileError, compile_programs, compiled_schedules, users_program
+from kpt_jax.tpu import CompileError, _lines, compile_programs, compiled_schedules, users_program
 from kpt_jax.tpu_programs import cases, program
 from pallas_kernels import tuned
 
@@ -97,6 +103,84 @@ def arrays_until():
     return small(), np.array([7], np.int32)
 
 
+def chatty(x):
+    print("no newline", end="")
+    return doubled(x)
+
+
+def tripled(x):
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 3
+
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="tripled")(x)
+
+
+def dies(x):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def waits(x):
+    Path(os.environ["KPT_TEST_WAITS"]).write_text(f"{os.getpid()} {os.environ['TPU_LOG_DIR']}")
+    time.sleep(600)
+
+
+def from_nothing():
+    return doubled(jnp.ones((256, 256)))
+
+
+def with_a_number(x, scale):
+    return doubled(x) * scale, 2.0
+
+
+def small_and_a_number():
+    return small(), 2.0
+
+
+def steps(n, x, grid_spec):
+    def kernel(n_ref, x_ref, out_ref):
+        @pl.when(n_ref[pl.program_id(0), pl.program_id(1)] > 0 if n_ref.ndim == 2 else pl.program_id(1) < n_ref[0])
+        def _():
+            out_ref[...] = jnp.exp(x_ref[...])
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, out_shape=out, grid_spec=grid_spec, name="steps")(n, x)
+
+
+def prefetched_rows(n, x):
+    block = pl.BlockSpec((256, 128), lambda i, j, n: (j, 0))
+    return steps(n, x, pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=n.shape, in_specs=[block], out_specs=block))
+
+
+def in_scalar_memory(n, x):
+    block = pl.BlockSpec((256, 128), lambda i, j: (j, 0))
+    return steps(n, x, pl.GridSpec(grid=(1, 16), in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block], out_specs=block))
+
+
+def three_rows():
+    """19 ones, also behind column 128."""
+    n = np.zeros((3, 300), np.int32)
+    n[0, 5], n[1, 127:130], n[2, 200:215] = 1, 1, 1
+    return n, jax.ShapeDtypeStruct((300 * 256, 128), jnp.float32)
+
+
+def two_numbers():
+    return np.array([9, 4], np.int32), jax.ShapeDtypeStruct((4096, 128), jnp.float32)
+
+
+def unsplit(x):
+    block = pl.BlockSpec((256, 2048), lambda i: (i, 0))
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = jax.nn.softmax(x_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
+
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, out_shape=out, grid=(16,), in_specs=[block], out_specs=block, name="softmax")(x)
+
+
+def tall():
+    return jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16)
+
+
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_every_generation(name):
     (made,) = compiled_schedules("kpt_jax.bench_tpu:large", "kpt_jax.bench_tpu:n4096", generation(name))
@@ -117,7 +201,9 @@ def test_every_kernel_for_every_generation():
     assert len(made) == 5 * len(programs)
     assert [f"{m.program.label} on {m.generation}: {m.error}" for m in made if m.error is not None] == []
     assert all(m.code > 0 for m in made)
-    assert all(m.estimated is None or m.estimated > 0 for m in made)
+    matmul = next(m for m in made if m.program.given["name"] == "matmul" and m.generation == "v5e")
+    flops = 3 * 2 * np.prod([float(n) for n in matmul.program.given["dims"]])  # forward, and the gradients of both
+    assert 0.9 * flops / 197e12 < matmul.estimated < 3 * flops / 197e12
     # A matmul is one kernel. rope's array has another layout in its kernel: written and read before and after, in both passes.
     around = {m.program.given["name"]: m.around for m in made if m.generation == "v5e"}
     assert around["matmul"] < 2**20 and around["rope"] == pytest.approx(8 * 2 * 4 * 4096 * 32 * 128, rel=0.1)
@@ -202,19 +288,91 @@ def test_a_kernel_in_a_loop_says_how_often_it_runs():
     assert made.calls == 12
 
 
-def test_stopping_ends_what_compiles(monkeypatch):
-    """The first result stops it; the second program, seconds long, is not waited for."""
-    started = []
+def test_stopping_ends_what_compiles(monkeypatch, tmp_path):
+    """The first result stops it; the second program, ten minutes long, is not waited for."""
+    monkeypatch.setenv("KPT_TEST_WAITS", str(tmp_path / "told"))
+    began, started = time.monotonic(), []
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: started.append(popen(*args, **how)) or started[-1])
 
     def stop(_):
         raise KeyboardInterrupt
 
-    its = [users_program(f"{HERE}:doubled", f"{HERE}:small"), users_program("kpt_jax.bench_tpu:large", "kpt_jax.bench_tpu:n4096")]
+    its = [users_program(f"{HERE}:{f}", f"{HERE}:small") for f in ("doubled", "waits")]
     with pytest.raises(KeyboardInterrupt):
-        compile_programs(its, [generation("v5e")], jobs=1, done=stop)
-    assert started and all(p.poll() is not None for p in started)
+        compile_programs(its, [generation("v5e")], jobs=2, done=stop)
+    assert len(started) == 2 and all(p.poll() == -signal.SIGKILL for p in started) and time.monotonic() - began < 300
+
+
+def test_what_code_prints_moves_no_answer():
+    its = [users_program(f"{HERE}:{f}", f"{HERE}:small") for f in ("chatty", "tripled")]
+    made = compile_programs(its, [generation("v5e")], jobs=1)
+    assert [m.program for m in made] == its and [m.schedules[0].kernel.split(".")[0] for m in made] == ["doubled", "tripled"]
+
+
+def test_a_process_that_is_killed_says_so_and_takes_one_program_with_it():
+    its = [users_program(f"{HERE}:{f}", f"{HERE}:small") for f in ("dies", "doubled")]
+    first, second = compile_programs(its, [generation("v5e")], jobs=1)
+    assert "killed by signal 9 (SIGKILL)" in first.error and "memory" in first.advice
+    assert second.error is None and second.program == its[1] and second.schedules[0].kernel.startswith("doubled")
+
+
+def test_an_answer_that_was_not_ended_is_none():
+    heard, answered = os.pipe()
+    answers = _lines(heard)
+    os.write(answered, b'{"a": 1}\n{"b": ')
+    os.close(answered)
+    assert answers.get(timeout=60) == {"a": 1} and answers.get(timeout=60) is None
+
+
+def test_who_asked_and_is_killed_leaves_nothing_behind(tmp_path):
+    told = tmp_path / "told"
+    code = f"from kpt_jax.tpu import *; compile_programs([users_program('{HERE}:waits', '{HERE}:small')], [generation('v5e')])"
+    asks = subprocess.Popen([sys.executable, "-c", "from kpt.tpu import generation; " + code], env=os.environ | {"KPT_TEST_WAITS": str(told)})
+    assert eventually(lambda: told.exists() and told.read_text().count(" "))
+    child, folder = told.read_text().split()
+    asks.kill()
+    asks.wait()
+    assert eventually(lambda: not Path(folder).exists()) and eventually(lambda: not Path("/proc", child).exists())
+
+
+def eventually(holds, patience=120):
+    end = time.monotonic() + patience
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_function_without_arrays_is_compiled_for_the_tpu():
+    (made,) = compiled_schedules(f"{HERE}:from_nothing", None, generation("v5e"))
+    assert made.kernel.startswith("doubled") and made.written == 4 * 256 * 256
+
+
+def test_numbers_of_pythons_are_arguments():
+    (made,) = compiled_schedules(f"{HERE}:with_a_number", f"{HERE}:small_and_a_number", generation("v5e"))
+    assert made.kernel.startswith("doubled")
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+@pytest.mark.parametrize("function, arguments, times", [("prefetched_rows", "three_rows", 19), ("in_scalar_memory", "two_numbers", 9)])
+def test_integers_in_scalar_memory_are_known(name, function, arguments, times):
+    (made,) = compiled_schedules(f"{HERE}:{function}", f"{HERE}:{arguments}", generation(name))
+    assert made.unknown == 0 and times in {s.issued for s in made.stretches if s.occupancy["EUP"] > 0}
+
+
+def test_documents_of_several_rows_are_known():
+    (made,) = compile_programs([program("attention_documents", (2, 1024, 2, 2, 128), passes="forward")], [generation("v5e")])
+    assert made.error is None and [s.unknown for s in made.schedules] == [0]
+
+
+@pytest.mark.parametrize("name", ["v4", "v5p"])
+def test_a_grid_that_is_not_split_is_one_cores(name):
+    (made,) = compiled_schedules(f"{HERE}:unsplit", f"{HERE}:tall", generation(name))
+    assert made.cores == 1 and made.read == made.written == 2 * 4096 * 2048
+    bandwidth = (made.read + made.written) / made.seconds
+    assert name == "v4" or bandwidth > 0.6 * 2765e9  # half of the chip's was what it got
 
 
 def test_command_line(tmp_path):
@@ -232,5 +390,51 @@ def test_command_line(tmp_path):
     assert "Where the cycles of" in shown.stdout and "one call of a kernel" in shown.stdout
     ours = CliRunner().invoke(cli.app, ["tpu", "schedule", "--op", "rms_norm", "--shape", "1024x1024"])
     assert ours.exit_code == 0 and "rms_norm, forward" in ours.stdout and "rms_norm, backward" in ours.stdout
+    ours = json.loads(CliRunner().invoke(cli.app, ["tpu", "schedule", "--op", "rms_norm", "--shape", "1024x1024", "--json"]).stdout)
+    assert {s["pass"] for s in ours} == {"forward", "backward"} and "1024x1024" in ours[0]["program"]
     none = CliRunner().invoke(cli.app, ["tpu", "schedule", f"{HERE}:plain", "--args-from", f"{HERE}:array"])
     assert none.exit_code == console.REFUSED and "no Pallas kernel" in none.output
+
+
+@pytest.mark.parametrize("arguments", [
+    [f"{HERE}:doubled", "--args-from", f"{HERE}:small", "--shape", "256x256"],
+    ["--op", "rms_norm", "--args-from", f"{HERE}:small"],
+])  # fmt: skip
+def test_what_would_be_ignored_is_refused(arguments):
+    run = CliRunner().invoke(cli.app, ["tpu", "schedule", *arguments])
+    assert run.exit_code == console.REFUSED and "--args-from" in run.output
+
+
+def sixty_mebibytes(x):
+    """More than the 16 MiB of a v4's VMEM, less than a v5e's."""
+
+    def kernel(x_ref, out_ref, _):
+        out_ref[...] = x_ref[...] * 2
+
+    out, params = jax.ShapeDtypeStruct(x.shape, x.dtype), pltpu.CompilerParams(vmem_limit_bytes=100 << 20)
+    return pl.pallas_call(kernel, out_shape=out, scratch_shapes=[pltpu.VMEM((15 << 10, 1024), jnp.float32)], compiler_params=params)(x)
+
+
+def test_a_generation_that_fails_withholds_no_other():
+    command = ["tpu", "schedule", f"{HERE}:sixty_mebibytes", "--args-from", f"{HERE}:small", "--gen", "v4,v5e"]
+    run = CliRunner().invoke(cli.app, command)
+    assert run.exit_code == console.REFUSED and "v5e" in run.stdout and "Where the cycles" in run.stdout and "was compiled for v4" in run.output
+    run = CliRunner().invoke(cli.app, [*command, "--json"])
+    made, failed = json.loads(run.stdout)
+    assert run.exit_code == console.REFUSED and made["generation"] == "v5e" and failed["generation"] == "v4" and "VMEM" in failed["error"]
+
+
+def test_a_kernel_that_cannot_be_imported_is_no_refusal(monkeypatch):
+    """Its program names a provider's module that is not there."""
+    missing = dataclasses.replace(program("matmul", (512, 512, 512), passes="forward"), make=f"{HERE}:not_there", given={}, sources=())
+    (made,) = compile_programs([missing], [generation("v5e")], schedules=False)
+    assert made.error is not None and "no_such_module" in made.error and not made.refused
+
+
+def not_there():
+    return kpt.registry.load(dataclasses.replace(kpt.registry.get("matmul.pallas_tpu"), loader="no_such_module:matmul")), ()
+
+
+def test_products_of_bytes():
+    (made,) = compile_programs([program("matmul", (512, 512, 512), dtype="int8", passes="forward")], [generation("v5e")])
+    assert made.error is None and made.schedules[0].cycles > 0
