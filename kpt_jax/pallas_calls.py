@@ -53,8 +53,8 @@ def bodies(eqn: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
 
 
 def call_name(params: Any) -> str:
-    """A kernel's name, from the parameters of its `pallas_call`."""
-    return str(params.get("name") or getattr(params.get("name_and_src_info"), "name", None) or "kernel")
+    """A kernel's name, from the parameters of its `pallas_call`: `name`, or else that of the function, as the compiler is given it."""
+    return str(params["jaxpr"].debug_info.func_name)
 
 
 def of_kernel(kernel: str, names: Sequence[str]) -> list[int]:

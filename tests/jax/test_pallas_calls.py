@@ -44,6 +44,11 @@ def test_trips_of_the_loops_around_a_call(case):
     assert list(pallas_calls(jaxpr)) == [PallasCall("double", False, n) for n in times]
 
 
+def test_a_call_without_a_name_has_its_functions():
+    (found,) = pallas_calls(jax.make_jaxpr(lambda x: double(x, name=None))(jnp.ones((8, 128))).jaxpr)
+    assert found.name == "kernel"
+
+
 @pytest.mark.parametrize("interpret, told", [(False, False), (True, True), (pltpu.InterpretParams(), True)])
 def test_a_call_in_interpret_mode_is_told(interpret, told):
     (found,) = pallas_calls(jax.make_jaxpr(lambda x: double(x, interpret))(jnp.ones((8, 128))).jaxpr)
