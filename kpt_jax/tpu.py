@@ -401,8 +401,9 @@ def _lines(heard: int) -> queue.Queue[dict[str, Any] | None]:
 
 
 def _named(function: str, args_from: str | None) -> tuple[Any, tuple[Any, ...]]:
-    args = _import(args_from)() if args_from else ()
-    return _import(function), args if isinstance(args, tuple) else (args,)
+    from kpt.commands.named import call
+
+    return call(function, args_from, "A schedule")
 
 
 def _import(text: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -13,8 +14,11 @@ import typer
 from kpt.errors import ConfigError, KptError
 
 ArgsFrom = Annotated[
-    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's.")
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's arguments.")
 ]
+
+_NAMED = 10
+"""Functions of a module that a message names; of more, those with a name like the one asked for."""
 
 
 def attribute(reference: str) -> Any:
@@ -40,17 +44,19 @@ def attribute(reference: str) -> Any:
     for name in path.split("."):
         if not hasattr(found, name):
             public = [n for n in vars(found) if not n.startswith("_") and callable(getattr(found, n))]
+            near = difflib.get_close_matches(name, public, n=3)
+            has = f"; it has {', '.join(public) or 'no functions'}" if len(public) <= _NAMED else ""
             raise KptError(
                 f"{reference!r} was given",
-                f"{module} has no {path!r}; it has {', '.join(public) or 'no functions'}",
-                "Correct the name",
+                f"{module} has no {path!r}{has}",
+                f"It may be {' or '.join(near)}" if near else "Correct the name",
             )
         found = getattr(found, name)
     return found
 
 
 def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[Any, ...]]:
-    """A function by name, and its arguments from the one that returns them.
+    """A function by name, and its arguments from the one that returns them as a tuple or list, or the only one.
 
     Raises:
       KptError: there is no such name, or the function does not take these arguments.
@@ -58,7 +64,7 @@ def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[An
     target = attribute(function)
     if args_from is not None:
         arguments = attribute(args_from)()
-        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        arguments = tuple(arguments) if isinstance(arguments, tuple | list) else (arguments,)
         if (problem := _does_not_take(target, arguments)) is not None:
             raise KptError(
                 f"{what} of {function} was asked for, with what {args_from} returned",

@@ -116,16 +116,35 @@ ERRORS = [
     (("plan", "users:nothing"), REFUSED, ["nothing", "double"]),
     (("plan", "users:double"), REFUSED, ["x", "--args-from"]),
     (("plan", "users:double", "--args-from", "users:pair"), REFUSED, ["users:pair", "2 positional arguments", "one tuple"]),
+    (("plan", "users:double", "--args-from", "users:listed"), REFUSED, ["users:listed", "2 positional arguments", "one tuple"]),
+    (("plan", "many:stepp"), REFUSED, ["has no 'stepp'. It may be step."]),
     (("plan", "users.py:double"), REFUSED, ["without .py: users:double"]),
     (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
     (("plan", "broken:f"), CRASHED, ["absent_dependency"]),
 ]
-USERS = "def double(x):\n    return 2 * x\n\n\ndef pair():\n    return 1, 2\n\n\ndef fails():\n    1 / 0\n"
+USERS = """
+def double(x):
+    return 2 * x
+
+
+def pair():
+    return 1, 2
+
+
+def listed():
+    return [1, 2]
+
+
+def fails():
+    1 / 0
+"""
+MANY = "def step(x):\n    return x\n\n\n" + "".join(f"def g{i}():\n    pass\n\n\n" for i in range(20))
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), ERRORS, ids=[" ".join(e[0]) for e in ERRORS])
 def test_an_error_is_a_sentence_and_an_exit_code(module, arguments, code, words):
     module("users", USERS)
+    module("many", MANY)
     module("broken", "import absent_dependency\n")
     result = call(*arguments)
     assert result.exit_code == code, result.output
