@@ -42,7 +42,7 @@ IN_SHARD_MAP = [
 def lines_of(program: str, certify: str) -> dict[str, dict]:
     root = PROGRAM.parents[2]
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "KPT_CERTIFY": certify,
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
