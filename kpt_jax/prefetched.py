@@ -34,8 +34,8 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: lis
 
     def keep(variables: Sequence[Any], those: Sequence[Any]) -> None:
         for v, a in zip(variables, those, strict=True):
-            # Another shape is another array: a shard of it, say.
-            if a is not None and _small(v.aval) and np.shape(a) == v.aval.shape:
+            # Another shape is another array: a shard of it, say. A tracer is what the body of a kernel closes over, references of another.
+            if a is not None and not isinstance(a, jax.core.Tracer) and _small(v.aval) and np.shape(a) == v.aval.shape:
                 values[v] = np.asarray(a, v.aval.dtype)
 
     def read(v: Any) -> Any:

@@ -50,6 +50,24 @@ def test_what_is_known(fn, n, expected):
     assert known(fn, n, X) == expected
 
 
+def test_a_kernel_whose_body_closes_over_its_references():
+    """That of `pl.kernel` on a mesh of cores: a body is traced with references that are no arrays, and nothing is known of them."""
+    if not hasattr(pltpu, "TensorCoreMesh"):
+        pytest.skip("this jax has no pltpu.TensorCoreMesh")
+
+    def meshed(n, x):
+        @pl.kernel(out_type=x, mesh=pltpu.TensorCoreMesh(axis_name="core"), scratch_types=(pltpu.SMEM((2,), jnp.int32),))
+        def doubled(n_ref, x_ref, out_ref, ids_ref):
+            pltpu.sync_copy(n_ref, ids_ref)
+            pltpu.sync_copy(x_ref, out_ref)
+
+        return kernel(n, doubled(n, x))
+
+    about = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=about)):
+        assert known(meshed, N, X) == [[3, 5]]
+
+
 def test_a_kernel_within_a_loop_that_gets_other_integers_is_another():
     """One name, twice: 3 turns outside, and in the loop what nobody knows. Neither is credited with the other's."""
 
