@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kpt.tpu import generation
-from kpt_jax.bench_tpu_peers import of_pass
+from kpt_jax.bench_tpu_peers import of_pass, short
 from kpt_jax.tpu import Program, compile_programs, users_program
 from kpt_jax.tpu_programs import installed_peers, program
 
@@ -140,7 +140,7 @@ def main() -> None:
         made = compile_programs(row.programs, [generation(row.generation)])
         if not (works := [m for m in made if m.error is None]):
             print(f"{row.what:34}{row.generation:5}  {made[0].error}")
-            rows.append(_told(row) | {"error": made[0].error})
+            rows.append(_told(row) | {"error": short(made[0].error)})
             continue
         best = min(works, key=lambda m: sum(s.seconds for s in of_pass(m, row.part)))
         found = of_pass(best, row.part)

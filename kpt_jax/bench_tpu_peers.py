@@ -76,6 +76,11 @@ def of_pass(made: Compiled, name: str) -> list[Schedule]:
     return [s for s in made.schedules if bool(_BACKWARD.search(s.kernel)) == (name == "backward")]
 
 
+def short(error: str | None) -> str:
+    """An error as a row keeps it: its beginning, and files without their folders, which are this machine's."""
+    return re.sub(r"/\S+/", "", error or "")[:300]
+
+
 def _alike(name: str, dims: tuple[int, ...]) -> tuple[Any, ...]:
     """What rows have in common that share a peer's best blocks."""
     op = BENCHES[name].op
@@ -86,7 +91,7 @@ def _result(made: Compiled, name: str, dims: tuple[int, ...], passes: str) -> di
     provider = made.program.given["provider"]
     said = {"bench": name, "dims": dims, "passes": passes, "provider": provider, "generation": made.generation}
     if made.error is not None:
-        return said | {"error": made.error[:300]}
+        return said | {"error": short(made.error)}
     if provider == XLA:
         ms = None if made.estimated is None else 1e3 * made.estimated
         return said | {"ms": ms, "temporaries": made.temporaries, "accessed": made.accessed}

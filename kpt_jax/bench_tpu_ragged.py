@@ -19,7 +19,7 @@ import numpy as np
 
 import kpt
 from kpt.tpu import generation
-from kpt_jax.bench_tpu_peers import of_pass
+from kpt_jax.bench_tpu_peers import of_pass, short
 from kpt_jax.tpu import Program, compile_programs
 from kpt_jax.tpu_programs import MOE, OURS, PEERS, program
 
@@ -71,7 +71,7 @@ def main() -> None:
             row = {"generation": on.name, **made.program.given}
             if made.error is None:
                 row |= {f"{p}_ms": 1e3 * sum(s.seconds for s in of_pass(made, p)) for p in ("forward", "backward")}
-            rows.append(row | ({"error": made.error[:300]} if made.error else {}))
+            rows.append(row | ({"error": short(made.error)} if made.error else {}))
             print(json.dumps(rows[-1]), flush=True)
     if args.json:
         versions = {n: metadata.version(n) for n in ("jax", "libtpu")}

@@ -22,6 +22,7 @@ import kpt
 from kpt.ops.mask import Causal, Mask
 from kpt.tpu import Generation, generation
 from kpt_jax.bench_ops import plain_rope
+from kpt_jax.bench_tpu_peers import short
 from kpt_jax.tpu import Program, compile_programs
 from kpt_jax.tpu_programs import OURS, PASSES, XLA, program
 
@@ -72,7 +73,7 @@ def compared(on: Generation, dims: tuple[int, ...], passes: str) -> list[dict[st
         row = {"generation": on.name, **made.program.given}
         error = next((m.error for m in (made, without, *kernels) if m.error is not None), None)
         if error is not None or made.around is None or without.around is None:
-            rows.append(row | {"error": (error or "XLA loops in this program, and its bytes are not known")[:300]})
+            rows.append(row | {"error": short(error or "XLA loops in this program, and its bytes are not known")})
             continue
         around = made.around - without.around
         mine = kernels if made.program.given["provider"] == OURS else []
