@@ -14,6 +14,8 @@ from kpt_jax.pallas_calls import bodies, call_name
 
 MOST = 1 << 20
 """Elements of an array that is worth a computation."""
+INTEGERS, NUMBERS = "iub", "iubf"
+"""Kinds of dtypes. Arguments that are integers are known; what is computed of them may be floats on the way, as a histogram is."""
 
 
 def prefetched(closed: Any, args: Sequence[Any]) -> list[tuple[str, list[np.ndarray | None]]]:
@@ -23,7 +25,8 @@ def prefetched(closed: Any, args: Sequence[Any]) -> list[tuple[str, list[np.ndar
     `jax.ShapeDtypeStruct`, a random key or what a loop changes, and where it is no small array of integers.
     """
     found: list[tuple[str, list[np.ndarray | None]]] = []
-    known = [a if isinstance(a, np.ndarray | jax.Array) else None for a in jax.tree.leaves(tuple(args))]
+    integers = [isinstance(a, np.ndarray | jax.Array) and getattr(a.dtype, "kind", "-") in INTEGERS for a in jax.tree.leaves(tuple(args))]
+    known = [a if so else None for a, so in zip(jax.tree.leaves(tuple(args)), integers, strict=True)]
     _evaluate(closed.jaxpr, closed.consts, known, found)
     return found
 
@@ -47,13 +50,15 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: lis
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
         if eqn.primitive.name == "pallas_call":
-            found.append((call_name(eqn.params), inputs))
+            integers = [i if i is not None and i.dtype.kind in INTEGERS else None for i in inputs]
+            found.append((call_name(eqn.params), integers))
             continue
         inner = list(bodies(eqn))
         results = [_evaluate(body, body_consts, _inputs(eqn, body, inputs), found) for body, body_consts in inner]
         if len(inner) == 1 and eqn.primitive.name not in ("scan", "while", "cond") and len(results[0]) == len(eqn.outvars):
             keep(eqn.outvars, results[0])
-        elif all(i is not None for i in inputs) and _harmless(eqn):
+        # A body may be less than the whole: that of a scatter adds two numbers.
+        if any(v not in values for v in eqn.outvars) and all(i is not None for i in inputs) and _harmless(eqn):
             try:
                 out = eqn.primitive.bind(*inputs, **eqn.params)
             except Exception:  # what only a mesh or a TPU can compute is not known here, and no reason to fail
@@ -78,14 +83,14 @@ def _inputs(eqn: Any, body: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _small(aval: Any) -> bool:
-    """An array of integers, or of truths, that is worth a computation. Keys are no integers."""
+    """An array of numbers that is worth a computation. Keys are no numbers."""
     kind = getattr(getattr(aval, "dtype", None), "kind", "")
-    return isinstance(getattr(aval, "dtype", None), np.dtype) and kind in "iub" and np.prod(aval.shape) <= MOST
+    return isinstance(getattr(aval, "dtype", None), np.dtype) and kind in NUMBERS and np.prod(aval.shape) <= MOST
 
 
 def _harmless(eqn: Any) -> bool:
-    """Whether an equation only computes integers from integers, also in all that is within it: no kernel, nothing of the user's own
-    that Python or a library would be called for, and no work to speak of."""
+    """Whether an equation only computes small arrays from small arrays, also in all that is within it: no kernel, nothing of the user's
+    own that Python or a library would be called for, and no work to speak of."""
     name = eqn.primitive.name
     if eqn.effects or "call" in name or not all(_small(v.aval) for v in (*eqn.invars, *eqn.outvars)):
         return False

@@ -39,6 +39,7 @@ def known(fn, *args):
     (lambda n, x: kernel(jnp.where(n > 4, n, 0), x), N, [[0, 5]]),
     (lambda n, x: kernel(jnp.searchsorted(n, jnp.arange(2) + 4).astype(jnp.int32), x), N, [[1, 1]]),  # a scan of integers
     (lambda n, x: kernel(n + x.sum().astype(jnp.int32), x), N, [None]),
+    (lambda n, x: kernel(jnp.histogram(n, 2, (0, 6))[0].astype(jnp.int32), x), N, [[0, 2]]),  # counted in floats
     (jax.jit(kernel), N, [[3, 5]]),
     (lambda n, x: jax.lax.scan(lambda c, _: (kernel(n, c), None), x, None, length=3)[0], N, [[3, 5]]),
     (lambda n, x: jax.lax.scan(lambda c, m: (kernel(m, c), None), x, jnp.stack([n, n]))[0], N, [None]),
