@@ -165,9 +165,14 @@ def _apply(static: _Static, x: jax.Array, cos: jax.Array, sin: jax.Array, back: 
     return y if y.shape == shape else y[:, : batch * t].reshape(shape)
 
 
+def neighbours(vector: int) -> list[int]:
+    """Of a vector and its negative, one after the other: what a quarter turn of its pairs takes, `(z0, z1) -> (-z1, z0)`."""
+    return [vector + i + 1 if i % 2 == 0 else i - 1 for i in range(vector)]
+
+
 def _quarter(z: jax.Array, held: Tile) -> jax.Array:
-    """The quarter turn of neighbours, `(z0, z1) -> (-z1, z0)`, of float32: names of registers, and signs."""
-    layout, v = held.layout(z.shape[-1]), held.vector
+    """The quarter turn of every pair of neighbours, in float32: other names for registers, and signs."""
+    layout = held.layout(z.shape[-1])
     out: Any = plgpu.ShapeDtypeStruct(z.shape, z.dtype, layout)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=out)
@@ -175,10 +180,9 @@ def _quarter(z: jax.Array, held: Tile) -> jax.Array:
         from jax.experimental.mosaic.gpu import FragmentedArray
         from jaxlib.mlir.dialects import arith, vector
 
-        taken = [v + i + 1 if i % 2 == 0 else i - 1 for i in range(v)]  # of what is put together, even ones from the negative
         made = np.empty_like(z.registers)
         for i, register in np.ndenumerate(z.registers):
-            made[i] = vector.shuffle(register, arith.negf(register), taken)
+            made[i] = vector.shuffle(register, arith.negf(register), neighbours(held.vector))
         return FragmentedArray(_registers=made, _layout=z.layout, _is_signed=None)
 
     return emit(z)
