@@ -1,5 +1,6 @@
 """The kernels that come with kpt, as data."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,12 @@ def _hopper(
         accepts=f"pallas_kernels.{op}.gpu:refusal",
         **honours,
     )
+
+
+def _hopper_wide(op: str) -> KernelSpec:
+    """A norm whose rows are shared by the thread blocks of a cluster. It has not run on a GPU yet: no estimate chooses it."""
+    spec = _hopper(op, NARROW_FLOATS, jax="0.11.2", efficiency=0.05)
+    return dataclasses.replace(spec, name=f"{op}.pallas_gpu_wide", accepts=f"pallas_kernels.{op}.gpu:refusal_shared")
 
 
 def _tpu(
@@ -169,6 +176,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("layer_norm", version=2, accepts=_sum_outside),
     _hopper("rms_norm", NARROW_FLOATS, efficiency=0.85),
     _hopper("layer_norm", NARROW_FLOATS, efficiency=0.85),
+    _hopper_wide("rms_norm"),
+    _hopper_wide("layer_norm"),
     # Their backward passes make the products again. On an H100 that is a loss: a Llama-class step went from 33 to 44 ms by glu.xla.
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),

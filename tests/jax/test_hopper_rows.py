@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from unittest import mock
 
 import jax
@@ -47,6 +48,9 @@ CASES = {
     "rms_norm": ("rms_norm", rows(), {"weight_offset": 1.0}),
     "rms_norm, several rows to a block": ("rms_norm", rows("float16", 5, 1800), {}),
     "rms_norm, residual, three axes": ("rms_norm", specs_of("bfloat16", x=(2, 2, 640), residual=(2, 2, 640)), {"out_dtype": "float32"}),
+    "rms_norm, a cluster": ("rms_norm", rows(n=5, width=2048), {}),
+    "layer_norm, a cluster, no piece divides": (
+        "layer_norm", rows("bfloat16", 5, 4104, ("weight", "bias"), residual=(5, 4104)), {}),
     "cross_entropy": ("cross_entropy", losses(), {}),
     "cross_entropy, all parameters": (
         "cross_entropy",
@@ -69,6 +73,8 @@ LARGE = {
         ("rms_norm", ("weight",), 8192, "bfloat16"),
         ("rms_norm", (), 5120, "float32"),
         ("layer_norm", ("weight", "bias"), 16384, "bfloat16"),
+        ("layer_norm", ("weight", "bias"), 65536, "bfloat16"),
+        ("rms_norm", ("weight",), 20000, "float32"),
     )
 } | {f"cross_entropy {n}": ("cross_entropy", losses("bfloat16", 8192, n), {}) for n in (128256, 50257)} | {
     f"rope {h}, {r} turn, {dtype}, interleaved {interleaved}": ("rope", turned(dtype, 4, 4096, n, h, r), {"interleaved": interleaved})
@@ -87,6 +93,7 @@ LARGE = {
 def interpreted(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from pallas_kernels import rows as rows_of
     from pallas_kernels.rope import gpu
 
     def quarter(z, held):
@@ -94,7 +101,23 @@ def interpreted(monkeypatch):
         both = jnp.concatenate([z.reshape(-1, held.vector), -z.reshape(-1, held.vector)], 1)
         return jnp.stack([both[:, i] for i in gpu.neighbours(held.vector)], 1).reshape(z.shape)
 
+    slots, barriers = {}, {}
+
+    def add(share, warpgroups, own):
+        """What a block reads of its peers' memory, which the interpreter does not have: blocks of a cluster are its threads."""
+        barrier = barriers.setdefault(int(warpgroups), threading.Barrier(int(warpgroups), timeout=60))
+        slots[int(share)] = own
+        barrier.wait()
+        total = np.float32(sum(slots.values()))
+        barrier.wait()
+        return total
+
+    def over_cluster(half, own, held, boxes):
+        return jax.experimental.io_callback(add, jax.ShapeDtypeStruct((), own.dtype), held.share(), held.shares * held.warpgroups, own)
+
     monkeypatch.setattr(gpu, "_quarter", quarter)
+    monkeypatch.setattr(rows_of, "over_cluster", over_cluster)
+    monkeypatch.setattr(rows_of, "meet", lambda: None)
     jax.clear_caches()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
@@ -111,6 +134,9 @@ def test_agrees_with_float64(case, interpreted, monkeypatch):
     if "two warpgroups" in case:
         monkeypatch.setattr(pallas_kernels.norm_rows, "FORWARD", 1024)
         monkeypatch.setattr(pallas_kernels.norm_rows, "BACKWARD", 1024)
+    if "cluster" in case:
+        for constant, value in {"FORWARD": 1024, "BACKWARD": 512, "WIDEST": 1024, "SHARED": 1024, "CLUSTERED_BLOCKS": 8}.items():
+            monkeypatch.setattr(pallas_kernels.norm_rows, constant, value)
     if "two kernels" in case:
         monkeypatch.setattr(pallas_kernels.norm_rows, "ONE_PASS", 1024)
     name, specs, params = CASES[case]
@@ -182,15 +208,15 @@ def test_lowers_for_cuda_in_both_passes(case):
 
 @needs_mosaic
 @pytest.mark.parametrize("transform", ["shard_map", "vmap"])
-@pytest.mark.parametrize("case", ["layer_norm", "cross_entropy", "rope, neighbours", "rope, one position"])
+@pytest.mark.parametrize("case", ["layer_norm", "rms_norm 20000 float32", "cross_entropy", "rope, neighbours", "rope, one position"])
 def test_lowers_under_transformations(case, transform):
-    name, specs, params = CASES[case]
+    name, specs, params = (CASES | LARGE)[case]
     fn, first = kpt.registry.load(f"{name}.pallas_gpu"), op(name).arrays[0]
     shared = tuple(n for n in ("weight", "bias", "cos", "sin") if n in specs)
 
     def gradients(arrays):
         moving = {n: a for n, a in arrays.items() if n != "labels"}
-        return jax.grad(lambda d: fn(**arrays | d, **params).astype("float32").sum())(moving)
+        return jax.grad(lambda d: sum(a.astype("float32").sum() for a in jax.tree.leaves(fn(**arrays | d, **params))))(moving)
 
     lead = (2,) if transform == "vmap" else ()
     arrays = {n: jax.ShapeDtypeStruct(s.shape if n in shared else (*lead, *s.shape), s.dtype) for n, s in specs.items()}
@@ -244,6 +270,10 @@ REFUSED = [
     ("rms_norm.pallas_gpu", rows("float64"), {}, H100, "computes in"),
     ("layer_norm.pallas_gpu", rows(residual=((3, 1024), "float32")), {}, H100, "one dtype"),
     ("layer_norm.pallas_gpu", rows(), {}, A100, "is built for sm90"),
+    ("rms_norm.pallas_gpu_wide", rows(width=16384), {}, H100, "rows of 16385 to 65536 elements"),
+    ("rms_norm.pallas_gpu_wide", rows(width=65544), {}, H100, "rows of 16385 to 65536 elements"),
+    ("layer_norm.pallas_gpu_wide", rows(width=50257), {}, H100, "do not begin there"),
+    ("layer_norm.pallas_gpu_wide", rows(n=0, width=20000), {}, H100, "empty"),
     ("cross_entropy.pallas_gpu", losses(classes=1000), {}, H100, "too few"),
     ("rope.pallas_gpu", turned(), {}, A100, "is built for sm90"),
     ("rope.pallas_gpu", turned(t=0), {}, H100, "empty"),
@@ -296,6 +326,7 @@ IDS = {f"{n}_segment_ids": Spec((2, 4096), "int32") for n in ("q", "kv")}
         ("attention", attended(t=4096, s=4096, h=128) | IDS, {"mask": Mask((Segments(),))}, A100, None),
         ("attention", attended("float32", t=200_000, s=200_000), {"mask": CAUSAL}, H100, "attention.xla"),
         ("rms_norm", rows(n=16384, width=4096), {}, H100, "rms_norm.pallas_gpu"),
+        ("rms_norm", rows(n=4096, width=65536), {}, H100, None),
         ("layer_norm", rows(n=16384, width=4096), {}, A100, None),
         ("rope", specs_of("bfloat16", x=(4, 4096, 32, 128), cos=(1, 4096, 128), sin=(1, 4096, 128)), {}, H100, None),
         ("cross_entropy", losses(n=8192, classes=128256), {}, H100, "cross_entropy.pallas_gpu"),
@@ -308,7 +339,15 @@ def test_the_planner_takes_it_where_it_wins(name, specs, params, hardware, kerne
 
 
 @needs_mosaic
-def test_a_measurement_takes_a_rotation():
-    times = {"rope.pallas_gpu": 90e-6, "original": 95e-6}
-    chosen, why, _ = choose("rope", turned(t=4096, n=32), {}, hardware=H100, level="conservative", measurements=times)
-    assert chosen.name == "rope.pallas_gpu" and why.startswith("Measured")
+@pytest.mark.parametrize(
+    ("name", "specs", "kernel"),
+    [
+        ("rope", turned(t=4096, n=32), "rope.pallas_gpu"),
+        ("rms_norm", rows(n=4096, width=65536), "rms_norm.pallas_gpu_wide"),
+        ("layer_norm", rows(n=4096, width=20000), "layer_norm.pallas_gpu_wide"),
+    ],
+)
+def test_a_measurement_takes_what_no_estimate_does(name, specs, kernel):
+    times = {kernel: 90e-6, "original": 95e-6}
+    chosen, why, _ = choose(name, specs, {}, hardware=H100, level="conservative", measurements=times)
+    assert chosen.name == kernel and why.startswith("Measured")

@@ -15,8 +15,10 @@ from tests.cases import CASES
 from tests.jax.certified import certify, specs_of
 
 pytestmark = pytest.mark.gpu
-KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "cross_entropy.pallas_gpu", "rope.pallas_gpu", "attention.cudnn",
-           "attention.cudnn_wide")  # fmt: skip
+KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "layer_norm.pallas_gpu_wide", "rms_norm.pallas_gpu_wide",
+           "cross_entropy.pallas_gpu", "rope.pallas_gpu", "attention.cudnn", "attention.cudnn_wide")  # fmt: skip
+
+ROWS, WIDE = (512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000), (16392, 20000, 32768, 40960, 50264, 65536)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,6 +47,8 @@ FIXED = {
 } | {
     "rms_norm 2880": ("rms_norm.pallas_gpu", rows("bfloat16", 300, 2880, "weight"), {"weight_offset": 1.0}),
     "rms_norm 16384": ("rms_norm.pallas_gpu", rows("float16", 30, 16384, "weight"), {}),
+    "layer_norm 65536": ("layer_norm.pallas_gpu_wide", rows("bfloat16", 300, 65536, "weight", "bias"), {}),
+    "rms_norm 20000": ("rms_norm.pallas_gpu_wide", rows("float32", 30, 20000, "weight"), {}),
     "cross_entropy 128256": ("cross_entropy.pallas_gpu", specs_of("bfloat16", logits=(8, 128256), labels=((8,), "int32")), {}),
     "cross_entropy 50257": ("cross_entropy.pallas_gpu", specs_of("float32", logits=(8, 50257), labels=((8,), "int32")), {}),
     "rope": ("rope.pallas_gpu", turned("bfloat16", 17, 128, 128), {}),
@@ -67,7 +71,7 @@ def test_agrees_with_float64(case):
 def _wider(rng: np.random.Generator, kernel: str):
     """A random call, with rows long enough for a warpgroup and even lengths of sequences."""
     case = CASES[kpt.registry.get(kernel).op](rng)
-    width, rest = int(rng.choice([512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000])), int(rng.integers(1, 30))
+    width, rest = int(rng.choice(WIDE if kernel.endswith("gpu_wide") else ROWS)), int(rng.integers(1, 30))
     head = 8 * int(rng.integers(17, 33) if kernel == "attention.cudnn_wide" else rng.integers(1, 17))
     specs, times = {}, int(rng.choice([1, 4, 8]))
     for name, spec in case.specs.items():
@@ -105,7 +109,8 @@ def test_random_calls(kernel, seed):
         certify(kpt.registry.get(kernel).op, specs, params, fn=kpt.registry.load(kernel), seeds=(int(rng.integers(1 << 30)),))
 
 
-@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 8192 float16", "layer_norm 16384 bfloat16", "cross_entropy 128256",
+@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 8192 float16", "layer_norm 16384 bfloat16", "layer_norm 65536",
+                                  "cross_entropy 128256",
                                   "rope", "rope, neighbours"])  # fmt: skip
 def test_equal_inputs_give_equal_bits(case):
     kernel, specs, params = FIXED[case]
