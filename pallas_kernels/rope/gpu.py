@@ -24,7 +24,7 @@ from jax import lax
 from kpt.ops.base import Specs
 from pallas_kernels.manual_axes import in_shard_map, unpartitioned, vary_alike
 from pallas_kernels.rope.xla import table_gradients
-from pallas_kernels.rows import WARPGROUP
+from pallas_kernels.rows import BLOCK, WARPGROUP
 
 HEADS = 16
 """Of a thread block at most: tables are read once for so many heads, an eighth of what the heads themselves are."""
@@ -129,9 +129,10 @@ def _apply(static: _Static, x: jax.Array, cos: jax.Array, sin: jax.Array, back: 
     together = min(group, max(1, LOADS * WARPGROUP * held.vector // (held.positions * h)))
 
     def kernel(x_ref: Any, cos_ref: Any, sin_ref: Any, y_ref: Any) -> None:
-        example = lax.axis_index("batch")
-        positions = pl.ds(jnp.minimum(lax.axis_index("tile") * held.positions, x.shape[1] - held.positions), held.positions)
-        first = jnp.minimum(lax.axis_index("group") * group, heads - group)
+        block = lax.axis_index(BLOCK)
+        example, number = block // (tiles * groups), lax.rem(block // groups, tiles)
+        positions = pl.ds(jnp.minimum(number * held.positions, x.shape[1] - held.positions), held.positions)
+        first = jnp.minimum(lax.rem(block, groups) * group, heads - group)
         of_tables = (example if cos.shape[0] > 1 else 0, positions)
         c, s = ([a.astype(jnp.float32) for a in held.load(ref, *of_tables, parts=slice(parts))] for ref in (cos_ref, sin_ref))
 
@@ -155,8 +156,8 @@ def _apply(static: _Static, x: jax.Array, cos: jax.Array, sin: jax.Array, back: 
     launch = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(x.shape, static.x_dtype if back else static.out_dtype),
-        grid=(x.shape[0], tiles, groups),
-        grid_names=("batch", "tile", "group"),
+        grid=(x.shape[0] * tiles * groups,),  # one dimension: the others of CUDA have 65535 blocks
+        grid_names=(BLOCK,),
         # A thread reads what it alone writes.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
