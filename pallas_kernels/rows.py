@@ -1,9 +1,8 @@
 """Rows of a matrix in the registers of a Mosaic GPU kernel.
 
-A row is cut into pieces of 128 threads times one 16-byte load; several warpgroups may share a row, and several thread blocks of a cluster,
-which read each other's sums in shared memory. A width that the pieces do not
-divide is covered by letting the last ones reach back over elements that another piece owns: what overlaps is computed twice and
-written twice alike, and counted once in sums.
+A row is cut into pieces of 128 threads times one 16-byte load; several warpgroups may share a row, and several thread blocks of a
+cluster, which read each other's sums in shared memory. A width that the pieces do not divide is covered by letting the last ones reach
+back over elements that another piece owns: what overlaps is computed twice and written twice alike, and counted once in sums.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def cut(width: int, dtypes: Sequence[Any], resident: int, shares: int = 1) -> Cu
 def meet() -> None:
     """All threads of a cluster wait for each other, and see what the others wrote to shared memory.
 
-    `plgpu.ClusterBarrier` (jax 0.11) does not promise the second: it arrives at the other blocks with the order of its own block.
+    `plgpu.ClusterBarrier` (jax 0.11) does not promise the second: its arrivals name no scope, which in PTX is that of one thread block.
     """
 
     @plgpu.inline_mgpu()

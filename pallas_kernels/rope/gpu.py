@@ -1,4 +1,5 @@
-"""Rotary embedding for NVIDIA Hopper, forward and back by one kernel that reads and writes each element once, in 16-byte accesses.
+"""Rotary embedding for NVIDIA Hopper, forward and back by one kernel that reads and writes each element once, 16 bytes at a time where the
+head dim allows it.
 
 A thread block takes some positions and a group of heads. It holds the tables of its positions in registers, and walks over the heads:
 a tile of them is `[positions, width]`, a row for each position, so that tables and heads lie alike and any number of heads will do. Tiles
@@ -51,7 +52,7 @@ class Tile:
         return plgpu.Layout.WG_STRIDED((self.positions, width), vec_size=self.vector)
 
     def load(self, ref: Any, *index: Any, parts: slice = slice(None)) -> list[jax.Array]:
-        """Of `ref[index]`, which ends in positions and at least the last element of the parts, each part."""
+        """The parts of `ref[index]`, whose axes are positions and elements of a head."""
         return [plgpu.load(ref.at[(*index, place)], layout=self.layout(place.size)) for place in self.places()[parts]]
 
     def places(self) -> list[Any]:
@@ -83,7 +84,7 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
 
 
 def tile(h: int, r: int, interleaved: bool, dtypes: Sequence[Any]) -> Tile | None:
-    """That with the widest loads which keep their alignment in every row, or None.
+    """The tile with the widest loads that are aligned in every row and leave a thread enough registers, or None.
 
     Args:
       h, r: elements of a head, and those of them that turn.
