@@ -121,6 +121,11 @@ def plain_rope(x: Any, cos: Any, sin: Any) -> Any:
     return (x * cos[:, :, None] + jnp.concatenate([-b, a], -1) * sin[:, :, None]).astype(x.dtype)
 
 
+def plain_rope_interleaved(x: Any, cos: Any, sin: Any) -> Any:
+    turned = jnp.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    return (x * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+
+
 def plain_linear_act(x: Any, w: Any, b: Any) -> Any:
     return jax.nn.gelu(x @ w + b)
 
@@ -139,11 +144,6 @@ def _norm_specs(*names: str, residual: bool = False) -> Callable[..., dict[str, 
         return _specs(dtype, x=(rows, width), **dict.fromkeys(names, (width,)), **more)
 
     return specs
-
-
-def _rope_specs(dtype: str, b: int, t: int, n: int, h: int) -> dict[str, Spec]:
-    table = Spec((1, t, h), "float32")
-    return {"x": Spec((b, t, n, h), dtype), "cos": table, "sin": table}
 
 
 def _tokamax_attention(implementation: str, mask: Mask) -> Callable[[Any], Call]:
@@ -215,6 +215,25 @@ def _product(op: str, plain: Call, shape: tuple[int, int, int], specs: Callable[
                  small=lambda m, k, n: (min(m, 128), min(k, 256), min(n, 256)), plain=plain, **more)  # fmt: skip
 
 
+def _rope(plain: Call, params: Mapping[str, Any] = {}) -> Bench:
+    def specs(dtype: str, b: int, t: int, n: int, h: int) -> dict[str, Spec]:
+        table = Spec((1, t, h), "float32")
+        return {"x": Spec((b, t, n, h), dtype), "cos": table, "sin": table}
+
+    return Bench(
+        op="rope",
+        dims="B T N H",
+        specs=specs,
+        params=params,
+        shapes=((4, 4096, 32, 128),),
+        cpu_shapes=((1, 1024, 8, 64),),
+        small=lambda b, t, n, h: (1, min(t, 64), min(n, 18), h),
+        plain=plain,
+        # The tables are constants, and the rotation back needs nothing else.
+        backward=lambda given, made: (1.0, nbytes(made) + nbytes(given)),
+    )
+
+
 HEADS = ((4, 4096, 16, 16, 128), (1, 16384, 16, 16, 128), (4, 4096, 32, 8, 128), (4, 4096, 32, 32, 64))
 
 BENCHES: dict[str, Bench] = {
@@ -253,17 +272,8 @@ BENCHES: dict[str, Bench] = {
             )
         },
     ),
-    "rope": Bench(
-        op="rope",
-        dims="B T N H",
-        specs=_rope_specs,
-        shapes=((4, 4096, 32, 128),),
-        cpu_shapes=((1, 1024, 8, 64),),
-        small=lambda b, t, n, h: (1, min(t, 64), min(n, 4), h),
-        plain=plain_rope,
-        # The tables are constants, and the rotation back needs nothing else.
-        backward=lambda given, made: (1.0, nbytes(made) + nbytes(given)),
-    ),
+    "rope": _rope(plain_rope),
+    "rope_interleaved": _rope(plain_rope_interleaved, {"interleaved": True}),
     "linear_act": _product(
         "linear_act", plain_linear_act, (8192, 4096, 16384), lambda dtype, m, k, n: _specs(dtype, x=(m, k), w=(k, n), b=(n,))
     ),

@@ -6,6 +6,8 @@ backward pass: the sum that was normalised, and `mean` and `r` of each row.
 Backward: a thread block walks over rows, each loaded while the one before it is computed. Gradients of weight and bias are summed in
 registers on the way and written once a thread block; a small sum over the thread blocks follows. Rows of a layer norm that registers
 cannot hold with those sums take two kernels: one goes over each row twice, the second time through the cache, one sums columns.
+
+The widest rows are shared by the thread blocks of a cluster, each of which does that with its part of every row.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ BACKWARD_BLOCKS = 264
 warpgroup holds: fewer hide less latency, more write more partial sums."""
 ONE_PASS, WIDEST = 8192, 16384
 """Elements of a row up to which the backward pass of a layer norm is one kernel: beyond, a thread has too few registers. And up to which
-all of this beats XLA."""
+all of this beats XLA without clusters."""
+SHARED, WIDEST_SHARED, CLUSTERED_BLOCKS = 8192, 65536, 256
+"""Of clusters: elements of a row to a thread block, of a row at most, and thread blocks of the backward pass. Of those, which go two to a
+multiprocessor, each of an H100's groups of 16 or 18 multiprocessors has room for four clusters of eight."""
 TWO_SWEEPS, COLUMN_BLOCKS = 8192, 2112
 """Of the two kernels for longer rows: elements of a row to a warpgroup, and thread blocks that sum columns."""
 
@@ -57,19 +62,39 @@ class Norm:
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
-    x = specs["x"]
-    if (why := unpartitioned()) is not None:
+    width = specs["x"].shape[-1]
+    if (why := _refusal(specs)) is not None:
         return why
-    width = x.shape[-1]
-    if 0 in x.shape:
-        return "has no empty arrays"
-    if "residual" in specs and specs["residual"].dtype != x.dtype:
-        return f"adds arrays of one dtype, and these are {x.dtype} and {specs['residual'].dtype}"
     if width < 512:
         return f"gives a warpgroup to each row, and {width} elements are too few for one; XLA fuses norms of short rows"
     if width > WIDEST:
         return f"is slower than XLA on rows wider than {WIDEST} elements, and these have {width}"
     return None
+
+
+def refusal_shared(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """The same of rows that a cluster shares."""
+    width = specs["x"].shape[-1]
+    if not WIDEST < width <= WIDEST_SHARED:
+        return f"shares rows of {WIDEST + 1} to {WIDEST_SHARED} elements among thread blocks, and these have {width}"
+    if width % 8:
+        return f"reads 16 bytes at a time, and rows of {width} elements do not begin there"
+    return _refusal(specs)
+
+
+def _refusal(specs: Specs) -> str | None:
+    x = specs["x"]
+    if (why := unpartitioned()) is not None:
+        return why
+    if 0 in x.shape:
+        return "has no empty arrays"
+    if "residual" in specs and specs["residual"].dtype != x.dtype:
+        return f"adds arrays of one dtype, and these are {x.dtype} and {specs['residual'].dtype}"
+    return None
+
+
+def _shares(width: int) -> int:
+    return 1 if width <= WIDEST else 1 << (pl.cdiv(width, SHARED) - 1).bit_length()
 
 
 def norm(
@@ -88,7 +113,7 @@ def _norm(static: Norm, x, residual, weight, bias):
 
 def _fwd(static: Norm, x, residual, weight, bias):
     rows, width = x.shape
-    held = cut(width, (x.dtype, static.out_dtype), FORWARD)
+    held = cut(width, (x.dtype, static.out_dtype), FORWARD, _shares(width))
     given = [a for a in (x, residual, weight, bias) if a is not None]
     out = [jax.ShapeDtypeStruct((rows, width), static.out_dtype), *[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 2]
     if static.residual:
@@ -129,15 +154,15 @@ def _weight(static: Norm, held: Cut, pieces: list[jax.Array]) -> list[jax.Array]
 
 
 def _bwd(static: Norm, residuals, cotangents):
-    one_pass = not static.centred or residuals[0].shape[1] <= ONE_PASS
+    one_pass = not static.centred or not ONE_PASS < residuals[0].shape[1] <= WIDEST
     dx, d_weight, d_bias = (_bwd_one_pass if one_pass else _bwd_two_kernels)(static, *residuals, *cotangents)
     return dx, dx if static.residual else None, d_weight, d_bias
 
 
 def _bwd_one_pass(static: Norm, h, weight, bias, mean, r, dy, dh):
     rows, width = h.shape
-    held = cut(width, (h.dtype, static.out_dtype), BACKWARD)
-    blocks = min(rows, BACKWARD_BLOCKS * max(1, BACKWARD // width))
+    held = cut(width, (h.dtype, static.out_dtype), BACKWARD, _shares(width))
+    blocks = min(rows, BACKWARD_BLOCKS * max(1, BACKWARD // width) if held.shares == 1 else CLUSTERED_BLOCKS // held.shares)
     given = [a for a in (h, dy, dh, weight, mean, r) if a is not None]
     partial = jax.ShapeDtypeStruct((blocks, width), jnp.float32)
     out = [jax.ShapeDtypeStruct(h.shape, h.dtype), *[partial for a in (weight, bias) if a is not None]]

@@ -1,5 +1,6 @@
 """The kernels that come with kpt, as data."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,12 @@ def _hopper(
         accepts=f"pallas_kernels.{op}.gpu:refusal",
         **honours,
     )
+
+
+def _hopper_wide(op: str) -> KernelSpec:
+    """A norm whose rows are shared by the thread blocks of a cluster. It has not run on a GPU yet: no estimate chooses it."""
+    spec = _hopper(op, NARROW_FLOATS, jax="0.11.2", efficiency=0.05)
+    return dataclasses.replace(spec, name=f"{op}.pallas_gpu_wide", accepts=f"pallas_kernels.{op}.gpu:refusal_shared")
 
 
 def _tpu(
@@ -169,10 +176,14 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("layer_norm", version=2, accepts=_sum_outside),
     _hopper("rms_norm", NARROW_FLOATS, efficiency=0.85),
     _hopper("layer_norm", NARROW_FLOATS, efficiency=0.85),
+    _hopper_wide("rms_norm"),
+    _hopper_wide("layer_norm"),
     # Their backward passes make the products again. On an H100 that is a loss: a Llama-class step went from 33 to 44 ms by glu.xla.
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("rope", params={"interleaved": (False, True)}),
+    # It has not run on a GPU yet, and plain code is at 99% of a copy there: no estimate chooses it, and where it is measured that counts.
+    _hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (False, True)}, efficiency=0.05),
     _xla("cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
     _hopper("cross_entropy", NARROW_FLOATS, params={"invalid": INVALID_LABELS}, efficiency=0.9),
     # Its products are of float32, 204 ms for plain code's 42 on an H100: chosen where the logits would not fit in memory.

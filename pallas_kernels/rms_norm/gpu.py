@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.manual_axes import vary_alike
 from pallas_kernels.norm_rows import Norm, norm
 from pallas_kernels.norm_rows import refusal as refusal
+from pallas_kernels.norm_rows import refusal_shared as refusal_shared
 
 
 def rms_norm(

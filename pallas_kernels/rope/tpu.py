@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kpt.ops.base import Specs
 from pallas_kernels import tensorcore, tuned
 from pallas_kernels.manual_axes import in_shard_map, vary_alike
+from pallas_kernels.rope.xla import table_gradients
 from pallas_kernels.tensorcore import LANES, SUBLANES, budget, launch, once, padded_bytes, require_fit, require_multiples
 
 
@@ -168,16 +169,7 @@ def _bwd(static, residuals, g):
     x, cos, sin = residuals
     g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     dx = _apply(static, g, cos, -_rotate(sin, static.interleaved), static.x_dtype)
-    if x is None:
-        return dx, None, None
-    r = cos.shape[-1]
-    head, gh = (a[..., :r].astype(jnp.float32) for a in (x, g))
-
-    def over_heads(d: jax.Array, like: jax.Array) -> jax.Array:
-        d = jnp.sum(d, 2)
-        return (jnp.sum(d, 0, keepdims=True) if like.shape[0] == 1 else d).astype(like.dtype)
-
-    return dx, over_heads(gh * head, cos), over_heads(gh * _rotate(head, static.interleaved), sin)
+    return dx, *((None, None) if x is None else table_gradients(x, cos, sin, g, static.interleaved))
 
 
 _rope = jax.custom_vjp(_turn, nondiff_argnums=(0,))

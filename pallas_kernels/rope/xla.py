@@ -63,15 +63,18 @@ def _bwd(static, residuals, g):
     c, s = cos[:, :, None].astype(acc), sin[:, :, None].astype(acc)
     dx = (gh * c + _rotate(gh * s, interleaved, back=True)).astype(x_dtype)
     dx = dx if r == g.shape[-1] else jnp.concatenate([dx, g[..., r:].astype(x_dtype)], -1)
-    if x is None:
-        return dx, None, None
+    return dx, *((None, None) if x is None else table_gradients(x, cos, sin, g, interleaved, acc))
+
+
+def table_gradients(x, cos, sin, g, interleaved: bool, acc=jnp.float32):
+    """Of `cos` and `sin`, from the cotangent `g` of the result, in plain JAX: few models learn their angles."""
+    head, gh = (a[..., : cos.shape[-1]].astype(acc) for a in (x, g))
 
     def over_heads(d: jax.Array, like: jax.Array) -> jax.Array:
         d = jnp.sum(d, 2)
         return (jnp.sum(d, 0, keepdims=True) if like.shape[0] == 1 else d).astype(like.dtype)
 
-    head = x[..., :r].astype(acc)
-    return dx, over_heads(gh * head, cos), over_heads(gh * _rotate(head, interleaved), sin)
+    return over_heads(gh * head, cos), over_heads(gh * _rotate(head, interleaved), sin)
 
 
 _rope = jax.custom_vjp(_turn, nondiff_argnums=(0,))

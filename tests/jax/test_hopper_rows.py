@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from unittest import mock
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -12,6 +17,8 @@ from kpt.kernels.spec import refusal, unmet
 from kpt.ops import Spec, op
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 from kpt.strategy import choose
+from tests import fuzz
+from tests.cases import CASES as DRAWN
 from tests.jax.certified import certify, mesh_of_one, specs_of
 
 H100, A100 = hardware_profile("h100-sxm"), hardware_profile("a100-sxm-80gb")
@@ -28,6 +35,10 @@ def losses(dtype="bfloat16", n=3, classes=5000):
     return specs_of(dtype, logits=(n, classes)) | {"labels": Spec((n,), "int32")}
 
 
+def turned(dtype="bfloat16", b=2, t=21, n=17, h=128, r=None, tables=1, of="float32"):
+    return specs_of(dtype, x=(b, t, n, h), **dict.fromkeys(("cos", "sin"), ((tables, t, r or h), of)))
+
+
 CASES = {
     "layer_norm": ("layer_norm", rows(names=("weight", "bias")), {}),
     "layer_norm, no piece divides, residual": ("layer_norm", rows("float16", 5, 1000, ("weight", "bias"), residual=(5, 1000)), {}),
@@ -37,6 +48,9 @@ CASES = {
     "rms_norm": ("rms_norm", rows(), {"weight_offset": 1.0}),
     "rms_norm, several rows to a block": ("rms_norm", rows("float16", 5, 1800), {}),
     "rms_norm, residual, three axes": ("rms_norm", specs_of("bfloat16", x=(2, 2, 640), residual=(2, 2, 640)), {"out_dtype": "float32"}),
+    "rms_norm, a cluster": ("rms_norm", rows(n=5, width=2048), {}),
+    "layer_norm, a cluster, no piece divides": (
+        "layer_norm", rows("bfloat16", 5, 4104, ("weight", "bias"), residual=(5, 4104)), {}),
     "cross_entropy": ("cross_entropy", losses(), {}),
     "cross_entropy, all parameters": (
         "cross_entropy",
@@ -44,6 +58,12 @@ CASES = {
         {"label_smoothing": 0.1, "logits_soft_cap": 5.0, "invalid": "drop"},
     ),
     "cross_entropy, few loads": ("cross_entropy", losses("float32", 2, 1024), {"label_smoothing": 0.1, "invalid": "clip"}),
+    "rope, neither positions nor heads divide": ("rope", turned(), {}),
+    "rope, a part of the head, tables of each example": ("rope", turned("float16", t=70, n=3, h=80, r=32, tables=2, of="float16"), {}),
+    "rope, neighbours": ("rope", turned("float32", t=9, n=2), {"interleaved": True, "out_dtype": "bfloat16"}),
+    "rope, neighbours, a part of the head": ("rope", turned(t=65, n=3, h=36, r=16), {"interleaved": True}),
+    "rope, one position": ("rope", turned(b=20, t=1, n=5, h=64), {}),
+    "rope, fewer positions than a tile": ("rope", turned("float16", b=1, t=5, n=1, h=6), {}),
 }
 LARGE = {
     f"{name} {width} {dtype}": (name, rows(dtype, 300, width, names, **({"residual": (300, width)} if width != 4096 else {})), {})
@@ -53,14 +73,51 @@ LARGE = {
         ("rms_norm", ("weight",), 8192, "bfloat16"),
         ("rms_norm", (), 5120, "float32"),
         ("layer_norm", ("weight", "bias"), 16384, "bfloat16"),
+        ("layer_norm", ("weight", "bias"), 65536, "bfloat16"),
+        ("rms_norm", ("weight",), 20000, "float32"),
     )
-} | {f"cross_entropy {n}": ("cross_entropy", losses("bfloat16", 8192, n), {}) for n in (128256, 50257)}
+} | {f"cross_entropy {n}": ("cross_entropy", losses("bfloat16", 8192, n), {}) for n in (128256, 50257)} | {
+    f"rope {h}, {r} turn, {dtype}, interleaved {interleaved}": ("rope", turned(dtype, 4, 4096, n, h, r), {"interleaved": interleaved})
+    for dtype, n, h, r, interleaved in (
+        ("bfloat16", 32, 128, 128, False),
+        ("bfloat16", 32, 128, 128, True),
+        ("float32", 5, 96, 96, False),
+        ("float16", 28, 80, 32, False),
+        ("bfloat16", 16, 256, 64, True),
+        ("float32", 1, 64, 64, True),
+    )
+}
 
 
 @pytest.fixture
-def interpreted():
+def interpreted(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    from pallas_kernels import rows as rows_of
+    from pallas_kernels.rope import gpu
+
+    def quarter(z, held):
+        """What Mosaic does in registers, which are not interpreted: the same elements of every vector."""
+        both = jnp.concatenate([z.reshape(-1, held.vector), -z.reshape(-1, held.vector)], 1)
+        return jnp.stack([both[:, i] for i in gpu.neighbours(held.vector)], 1).reshape(z.shape)
+
+    slots, barriers = {}, {}
+
+    def add(share, warpgroups, own):
+        """What a block reads of its peers' memory, which the interpreter does not have: blocks of a cluster are its threads."""
+        barrier = barriers.setdefault(int(warpgroups), threading.Barrier(int(warpgroups), timeout=60))
+        slots[int(share)] = own
+        barrier.wait()
+        total = np.float32(sum(slots.values()))
+        barrier.wait()
+        return total
+
+    def over_cluster(half, own, held, boxes):
+        return jax.experimental.io_callback(add, jax.ShapeDtypeStruct((), own.dtype), held.share(), held.shares * held.warpgroups, own)
+
+    monkeypatch.setattr(gpu, "_quarter", quarter)
+    monkeypatch.setattr(rows_of, "over_cluster", over_cluster)
+    monkeypatch.setattr(rows_of, "meet", lambda: None)
     jax.clear_caches()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
@@ -77,10 +134,58 @@ def test_agrees_with_float64(case, interpreted, monkeypatch):
     if "two warpgroups" in case:
         monkeypatch.setattr(pallas_kernels.norm_rows, "FORWARD", 1024)
         monkeypatch.setattr(pallas_kernels.norm_rows, "BACKWARD", 1024)
+    if "cluster" in case:
+        for constant, value in {"FORWARD": 1024, "BACKWARD": 512, "WIDEST": 1024, "SHARED": 1024, "CLUSTERED_BLOCKS": 8}.items():
+            monkeypatch.setattr(pallas_kernels.norm_rows, constant, value)
     if "two kernels" in case:
         monkeypatch.setattr(pallas_kernels.norm_rows, "ONE_PASS", 1024)
     name, specs, params = CASES[case]
     certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+
+
+def rotations(seed):
+    """Cases of the shared table that the kernel takes."""
+    drawn = (DRAWN["rope"](np.random.default_rng([seed, i])) for i in range(1000))
+    return (case for case in drawn if refused("rope.pallas_gpu", case.specs, case.params, H100) is None)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("seed", range(3))
+def test_random_rotations(seed, interpreted):
+    case = next(rotations(seed))
+    with mock.patch.dict(fuzz.KINDS, {kind: (1, *how[1:]) for kind, how in fuzz.KINDS.items()}):
+        assert list(fuzz.check(kpt.registry.get("rope.pallas_gpu"), case, seed)) == []
+
+
+def spread(x_axes, table_axes):
+    return lambda f: jax.shard_map(f, mesh=mesh_of_one(), in_specs=(x_axes, table_axes, table_axes), out_specs=x_axes)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: lambda x, cos, sin: jax.vmap(f, (0, None, None))(x[:, None], cos, sin)[:, 0],
+        spread(P("data"), P()),
+        spread(P(None, "data"), P(None, "data")),
+        spread(P(None, None, "data"), P()),
+    ],
+    ids=["vmap", "batch", "positions", "heads"],
+)
+def test_a_transformed_rotation_agrees_with_float64(transform, interpreted):
+    fn = transform(lambda x, cos, sin: kpt.registry.load("rope.pallas_gpu")(x=x, cos=cos, sin=sin))
+    certify("rope", turned("float32", t=9, n=2, h=64), {}, fn=lambda x, cos, sin: fn(x, cos, sin), seeds=(0,))
+
+
+@needs_mosaic
+def test_a_rotation_keeps_the_tables_alone_where_they_are_constants():
+    fn, specs = kpt.registry.load("rope.pallas_gpu"), turned()
+
+    def kept(x, cos, sin):
+        return jax.tree.leaves(jax.vjp(lambda x: fn(x=2 * x, cos=cos, sin=sin), x)[1])
+
+    found = jax.eval_shape(kept, *(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in specs.values()))
+    assert {a.shape for a in found if a.ndim} == {specs["cos"].shape}
 
 
 @needs_mosaic
@@ -103,15 +208,15 @@ def test_lowers_for_cuda_in_both_passes(case):
 
 @needs_mosaic
 @pytest.mark.parametrize("transform", ["shard_map", "vmap"])
-@pytest.mark.parametrize("case", ["layer_norm", "cross_entropy"])
+@pytest.mark.parametrize("case", ["layer_norm", "rms_norm 20000 float32", "cross_entropy", "rope, neighbours", "rope, one position"])
 def test_lowers_under_transformations(case, transform):
-    name, specs, params = CASES[case]
+    name, specs, params = (CASES | LARGE)[case]
     fn, first = kpt.registry.load(f"{name}.pallas_gpu"), op(name).arrays[0]
-    shared = tuple(n for n in ("weight", "bias") if n in specs)
+    shared = tuple(n for n in ("weight", "bias", "cos", "sin") if n in specs)
 
     def gradients(arrays):
         moving = {n: a for n, a in arrays.items() if n != "labels"}
-        return jax.grad(lambda d: fn(**arrays | d, **params).astype("float32").sum())(moving)
+        return jax.grad(lambda d: sum(a.astype("float32").sum() for a in jax.tree.leaves(fn(**arrays | d, **params))))(moving)
 
     lead = (2,) if transform == "vmap" else ()
     arrays = {n: jax.ShapeDtypeStruct(s.shape if n in shared else (*lead, *s.shape), s.dtype) for n, s in specs.items()}
@@ -165,7 +270,16 @@ REFUSED = [
     ("rms_norm.pallas_gpu", rows("float64"), {}, H100, "computes in"),
     ("layer_norm.pallas_gpu", rows(residual=((3, 1024), "float32")), {}, H100, "one dtype"),
     ("layer_norm.pallas_gpu", rows(), {}, A100, "is built for sm90"),
+    ("rms_norm.pallas_gpu_wide", rows(width=16384), {}, H100, "rows of 16385 to 65536 elements"),
+    ("rms_norm.pallas_gpu_wide", rows(width=65544), {}, H100, "rows of 16385 to 65536 elements"),
+    ("layer_norm.pallas_gpu_wide", rows(width=50257), {}, H100, "do not begin there"),
+    ("layer_norm.pallas_gpu_wide", rows(n=0, width=20000), {}, H100, "empty"),
     ("cross_entropy.pallas_gpu", losses(classes=1000), {}, H100, "too few"),
+    ("rope.pallas_gpu", turned(), {}, A100, "is built for sm90"),
+    ("rope.pallas_gpu", turned(t=0), {}, H100, "empty"),
+    ("rope.pallas_gpu", turned(of="float64"), {}, H100, "float64"),
+    ("rope.pallas_gpu", turned(h=3, r=2), {"interleaved": True}, H100, "heads of 3 of which 2, in neighbours, turn"),
+    ("rope.pallas_gpu", turned(h=8192), {}, H100, "no tile of registers"),
 ]  # fmt: skip
 
 
@@ -187,9 +301,15 @@ def test_refused(kernel, specs, params, hardware, why):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("kernel", ["layer_norm.pallas_gpu", "cross_entropy.pallas_gpu"])
-def test_refused_where_xla_may_partition(kernel, monkeypatch):
-    specs = rows(n=64, width=4096) if "norm" in kernel else {"logits": Spec((64, 4096), "bfloat16"), "labels": Spec((64,), "int32")}
+@pytest.mark.parametrize(
+    ("kernel", "specs"),
+    [
+        ("layer_norm.pallas_gpu", rows(n=64, width=4096)),
+        ("cross_entropy.pallas_gpu", losses(n=64, classes=4096)),
+        ("rope.pallas_gpu", turned()),
+    ],
+)
+def test_refused_where_xla_may_partition(kernel, specs, monkeypatch):
     assert refused(kernel, specs, {}, H100) is None
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert "shard_map" in refused(kernel, specs, {}, H100)
@@ -206,6 +326,7 @@ IDS = {f"{n}_segment_ids": Spec((2, 4096), "int32") for n in ("q", "kv")}
         ("attention", attended(t=4096, s=4096, h=128) | IDS, {"mask": Mask((Segments(),))}, A100, None),
         ("attention", attended("float32", t=200_000, s=200_000), {"mask": CAUSAL}, H100, "attention.xla"),
         ("rms_norm", rows(n=16384, width=4096), {}, H100, "rms_norm.pallas_gpu"),
+        ("rms_norm", rows(n=4096, width=65536), {}, H100, None),
         ("layer_norm", rows(n=16384, width=4096), {}, A100, None),
         ("rope", specs_of("bfloat16", x=(4, 4096, 32, 128), cos=(1, 4096, 128), sin=(1, 4096, 128)), {}, H100, None),
         ("cross_entropy", losses(n=8192, classes=128256), {}, H100, "cross_entropy.pallas_gpu"),
@@ -215,3 +336,18 @@ def test_the_planner_takes_it_where_it_wins(name, specs, params, hardware, kerne
     chosen, reason, _ = choose(name, specs, params, hardware=hardware, level="conservative")
     assert (chosen and chosen.name) == kernel
     assert kernel is not None or f"no kernel is estimated to be faster on {hardware.name}" in reason
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("name", "specs", "kernel"),
+    [
+        ("rope", turned(t=4096, n=32), "rope.pallas_gpu"),
+        ("rms_norm", rows(n=4096, width=65536), "rms_norm.pallas_gpu_wide"),
+        ("layer_norm", rows(n=4096, width=20000), "layer_norm.pallas_gpu_wide"),
+    ],
+)
+def test_a_measurement_takes_what_no_estimate_does(name, specs, kernel):
+    times = {kernel: 90e-6, "original": 95e-6}
+    chosen, why, _ = choose(name, specs, {}, hardware=H100, level="conservative", measurements=times)
+    assert chosen.name == kernel and why.startswith("Measured")

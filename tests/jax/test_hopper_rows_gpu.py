@@ -15,7 +15,10 @@ from tests.cases import CASES
 from tests.jax.certified import certify, specs_of
 
 pytestmark = pytest.mark.gpu
-KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "cross_entropy.pallas_gpu", "attention.cudnn", "attention.cudnn_wide")
+KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "layer_norm.pallas_gpu_wide", "rms_norm.pallas_gpu_wide",
+           "cross_entropy.pallas_gpu", "rope.pallas_gpu", "attention.cudnn", "attention.cudnn_wide")  # fmt: skip
+
+ROWS, WIDE = (512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000), (16392, 20000, 32768, 40960, 50264, 65536)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,6 +32,10 @@ def rows(dtype, n, width, *names):
     return specs_of(dtype, x=(n, width), residual=(n, width), **{a: ((width,), "float32") for a in names})
 
 
+def turned(dtype, n, h, r):
+    return specs_of(dtype, x=(2, 300, n, h), cos=((1, 300, r), "float32"), sin=((1, 300, r), "float32"))
+
+
 def attended(dtype="bfloat16", t=256, s=256, h=64, **more):
     return specs_of(dtype, q=(2, t, 4, h), k=(2, s, 2, h), v=(2, s, 2, h), **more)
 
@@ -40,8 +47,14 @@ FIXED = {
 } | {
     "rms_norm 2880": ("rms_norm.pallas_gpu", rows("bfloat16", 300, 2880, "weight"), {"weight_offset": 1.0}),
     "rms_norm 16384": ("rms_norm.pallas_gpu", rows("float16", 30, 16384, "weight"), {}),
+    "layer_norm 65536": ("layer_norm.pallas_gpu_wide", rows("bfloat16", 300, 65536, "weight", "bias"), {}),
+    "rms_norm 20000": ("rms_norm.pallas_gpu_wide", rows("float32", 30, 20000, "weight"), {}),
     "cross_entropy 128256": ("cross_entropy.pallas_gpu", specs_of("bfloat16", logits=(8, 128256), labels=((8,), "int32")), {}),
     "cross_entropy 50257": ("cross_entropy.pallas_gpu", specs_of("float32", logits=(8, 50257), labels=((8,), "int32")), {}),
+    "rope": ("rope.pallas_gpu", turned("bfloat16", 17, 128, 128), {}),
+    "rope, neighbours": ("rope.pallas_gpu", turned("bfloat16", 32, 128, 128), {"interleaved": True}),
+    "rope, neighbours, float32": ("rope.pallas_gpu", turned("float32", 3, 96, 64), {"interleaved": True}),
+    "rope, a part of the head": ("rope.pallas_gpu", turned("float16", 28, 80, 32), {}),
     "cudnn causal, cross": ("attention.cudnn", attended(t=128), {"mask": Mask((Causal(),))}),
     "cudnn window": ("attention.cudnn", attended(t=300, s=300), {"mask": Mask((Causal(), Window(50, None)))}),
     "cudnn lengths": ("attention.cudnn", attended(kv_lengths=((2,), "int32")), {"mask": Mask((Lengths(),), -1e9)}),
@@ -58,12 +71,14 @@ def test_agrees_with_float64(case):
 def _wider(rng: np.random.Generator, kernel: str):
     """A random call, with rows long enough for a warpgroup and even lengths of sequences."""
     case = CASES[kpt.registry.get(kernel).op](rng)
-    width, rest = int(rng.choice([512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000])), int(rng.integers(1, 30))
+    width, rest = int(rng.choice(WIDE if kernel.endswith("gpu_wide") else ROWS)), int(rng.integers(1, 30))
     head = 8 * int(rng.integers(17, 33) if kernel == "attention.cudnn_wide" else rng.integers(1, 17))
-    specs = {}
+    specs, times = {}, int(rng.choice([1, 4, 8]))
     for name, spec in case.specs.items():
         shape = spec.shape
-        if name in ("x", "residual"):
+        if case.op == "rope":
+            shape = (*shape[:-1], times * shape[-1])
+        elif name in ("x", "residual"):
             shape = (rest, width)
         elif name in ("weight", "bias") and len(shape) == 1:
             shape = (width,)
@@ -94,7 +109,9 @@ def test_random_calls(kernel, seed):
         certify(kpt.registry.get(kernel).op, specs, params, fn=kpt.registry.load(kernel), seeds=(int(rng.integers(1 << 30)),))
 
 
-@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 8192 float16", "layer_norm 16384 bfloat16", "cross_entropy 128256"])
+@pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 8192 float16", "layer_norm 16384 bfloat16", "layer_norm 65536",
+                                  "cross_entropy 128256",
+                                  "rope", "rope, neighbours"])  # fmt: skip
 def test_equal_inputs_give_equal_bits(case):
     kernel, specs, params = FIXED[case]
     name = kpt.registry.get(kernel).op
