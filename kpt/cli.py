@@ -126,7 +126,9 @@ def plan(
     """
     with answering(context, as_json):
         target, arguments = _call(function, args_from, "A plan")
-        made = _front_end("kpt_jax", "plan")(target, *arguments, level=level)
+        from kpt.auto import front_end as framework_of
+
+        made = _front_end(framework_of(target, arguments), "plan")(target, *arguments, level=level)
         typer.echo(made.to_json() if as_json else made.explain())
 
 

@@ -43,12 +43,15 @@ class Session:
         self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
 
     def plan(self) -> Plan:
-        return self.fast.unproved().plan(*self.args, **self.kwargs)
+        unproved = self.fast.unproved()
+        made = unproved.plan(*self.args, **self.kwargs)
+        self.fast._static_scalars = unproved._static_scalars  # whether numbers have to stay numbers is found by tracing
+        return made
 
     def tune(self, budget: float) -> Tuned:
+        plan = self.plan()
         signature, arrays = self.fast.split(self.args, self.kwargs)
         trained = loss_and_gradients(lambda *xs: signature.call(self.fast.original, xs), arrays) is not None
-        plan = self.plan()
         passes = BOTH if trained else FORWARD
         with showing("timing kernels") as done:
             found = tune(plan.sites, self.hardware, runner(), level=plan.level, passes=passes, budget=budget, done=done)

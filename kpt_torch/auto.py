@@ -62,8 +62,9 @@ class Session:
             except RuntimeError:
                 scalar = False
         if before != [None if p.is_inference() else p._version for p in self.weights]:
-            raise KptError("auto_optimize was given a function that updates the parameters of a model", "It would train it, for the function "
-                           "runs many times, and beside itself; it has run once", "Pass the model, or the function that returns the loss")
+            raise KptError("auto_optimize was given a function that updates the parameters of a model",
+                           "It has run once, and would run many times more, which would train the model",
+                           "Pass the model, or the function that returns the loss")  # fmt: skip
         return scalar
 
     def plan(self) -> Plan:

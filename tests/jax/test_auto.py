@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -18,7 +19,7 @@ from kpt import cli, console
 from kpt.auto import front_end
 from kpt.errors import KptError
 from kpt.kernels import KernelSpec, registry
-from kpt.tuning import gain
+from kpt.tuning import gain, sigmas
 from kpt_jax import auto
 from kpt_jax.measure import Timing
 
@@ -135,6 +136,26 @@ def test_models(monkeypatch):
     np.testing.assert_allclose(result.model.apply(variables, x), model.apply(variables, x), rtol=1e-5)
 
 
+def test_a_number_without_a_derivative_is_measured_forward(monkeypatch):
+    def doubled(x, w):
+        return jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] * 2, c[1] + 1), (normalised(x, w).sum(), 0))[0]
+
+    asked = timed(monkeypatch, before=1.0, after=2.0)
+    assert kpt.auto_optimize(doubled, *arrays(), budget=0).report.measured == "forward" and asked
+
+
+def test_a_number_that_has_to_stay_a_number(monkeypatch):
+    @functools.partial(jax.jit, static_argnames="times")
+    def repeated(x, w, times):
+        for _ in range(times):
+            x = normalised(x, w)
+        return x
+
+    timed(monkeypatch, before=1.0, after=2.0)
+    report = kpt.auto_optimize(repeated, *arrays(), times=2, budget=0).report
+    assert len([s for s in (*report.plan.sites, *report.plan.skipped) if s.op == "rms_norm"]) == 2
+
+
 def test_front_ends():
     assert front_end(loss, ()) == "kpt_jax"
     with pytest.raises(KptError, match="int"):
@@ -148,6 +169,13 @@ def test_the_gain_and_its_error():
     errors = np.array([e for _, e in ratios])
     assert abs(middles.mean() - np.log(2)) < 0.01
     assert 0.8 < errors.mean() / middles.std() < 1.25
+
+
+@pytest.mark.parametrize("rounds", [9, 20, 101])
+def test_chance_wins_seldom_however_few_the_rounds(rounds):
+    logs = np.random.default_rng(0).normal(0, 0.05, (4000, 2, rounds))
+    won = [gain(*np.exp(pair)) for pair in logs]
+    assert np.mean([w > sigmas(rounds) * noise for w, noise in won]) <= 1 / 250  # 1/700, and what 4000 draws may differ from it
 
 
 def test_importing_kpt_auto_imports_no_framework():

@@ -508,6 +508,12 @@ def test_kpt_tune_times_the_calls_of_a_program(with_slow):
     assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
 
 
+def test_kpt_plan_of_a_program_for_pytorch():
+    done = CliRunner().invoke(cli.app, ["plan", f"{__name__}:normalised", "--args-from", f"{__name__}:arguments", "--json"])
+    assert done.exit_code == 0, done.output
+    assert ops(Plan.from_json(done.stdout)) == ["rms_norm"]
+
+
 @pytest.mark.parametrize("op", shapes.CPU_SHAPES)
 def test_shapes_that_are_tuned_at_are_calls_of_their_op(op):
     for table, dtype in ((shapes.CPU_SHAPES, "float32"), (shapes.SHAPES, "bfloat16")):
