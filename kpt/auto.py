@@ -207,9 +207,11 @@ def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence
         return False, 0.0, "The original is kept: no site has a kernel."
     won, noise = gain(before, after)
     words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} ± {noise:.1%}"
-    if won > sigmas(len(before)) * noise:
+    needed = sigmas(len(before)) * noise
+    if won > needed:
         return True, noise, f"Measured {words} with {what}."
-    return False, noise, f"The original is kept: nothing won by more than the noise ({words} with {what})."
+    told = f"{words} with {what}; {ratio(needed)} would be certain"
+    return False, noise, f"The original is kept: nothing won by more than the noise ({told})."
 
 
 def auto_optimize(

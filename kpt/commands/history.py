@@ -122,7 +122,7 @@ def regress(
         kept = History()
         runs = kept.runs(name)
         if not runs and kept.runs(last=1):
-            raise ConfigError(f"--name {name} was given", "No run has that in its name, so that nothing could fail", "kpt history lists them")
+            raise ConfigError(f"--name {name} was given", "No run has that in its name: nothing could fail", "kpt history lists the runs")
         found = regressions(runs, limits)
         failing = SEVERITIES[SEVERITIES.index(fail_on) :] if fail_on != "never" else ()
         failed = [c for c in found if c.worst.verdict in failing]

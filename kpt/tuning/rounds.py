@@ -36,7 +36,9 @@ def rounds(samples: Mapping[str, Callable[[int], float]], seconds: float = SECON
         sample(1)  # first touch of memory
         slowest = max(slowest, sample(1))
     repeats = max(1, math.ceil(SAMPLE / max(slowest, 1e-9)))
-    count = min(101, max(9, math.ceil(seconds / max(repeats * slowest, 1e-9))))
+    fit = seconds / max(repeats * slowest, 1e-9)
+    # Few rounds know little of their own noise (`sigmas`), so that more are worth ten times the time, and 9 whatever they take.
+    count = min(101, max(9, math.ceil(fit), min(15, math.ceil(10 * fit))))
     taken: dict[str, list[float]] = {n: [] for n in samples}
     names = list(samples)
     for i in range(count):

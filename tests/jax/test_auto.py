@@ -19,8 +19,11 @@ from kpt import cli, console
 from kpt.auto import front_end
 from kpt.errors import KptError
 from kpt.kernels import KernelSpec, registry
+from kpt.ops.base import Spec
 from kpt.tuning import gain, sigmas
-from kpt_jax import auto
+from kpt.tuning.measurements import FORWARD
+from kpt.tuning.trials import Trial
+from kpt_jax import auto, trials
 from kpt_jax.measure import Timing
 
 
@@ -217,6 +220,15 @@ def test_a_kernel_that_hangs_is_dropped_and_named(with_slow):
     result = kpt.auto_optimize(loss, *arrays(), budget="100s")
     assert any(n.startswith("rms_norm.hanging is not used: it was not ready after 20 s") for n in result.plan.notes)
     assert all(s.kernel != "rms_norm.hanging" for s in result.plan.sites)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_trial_is_of_the_dtype_that_it_says(dtype):
+    specs = {"x": Spec((8, 16), dtype), "weight": Spec((16,), dtype)}
+    trial = Trial("rms_norm", specs, {"eps": 1e-6}, {"rms_norm.xla": registry.get("rms_norm.xla").loader}, FORWARD, "cpu")
+    ready = trials.ready(trial, "rms_norm.xla")
+    (given,) = ready.args[1]
+    assert {a.dtype.name for a in given.values()} == {dtype} and ready(1) > 0
 
 
 def test_without_a_budget_nothing_is_timed(with_slow, tmp_path):
