@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from kpt.auto import Report, Result, as_written, compared, showing
@@ -54,14 +55,14 @@ class Session:
 
     def _is_loss(self) -> bool:
         """Whether the result is one number with gradients. A step that has run its backward pass itself has none left."""
-        before = [None if p.is_inference() else p._version for p in self.weights]
+        before = {p: p._version for p in self.weights if not (is_lazy(p) or p.is_inference())}
         with put_back(self.state):
             loss = _loss(self.given(*self.inputs, **self.keywords))
             try:
                 scalar = loss is not None and bool(torch.autograd.grad(loss, self.moving, allow_unused=True))
             except RuntimeError:
                 scalar = False
-        if before != [None if p.is_inference() else p._version for p in self.weights]:
+        if any(p._version != version for p, version in before.items()):
             raise KptError("auto_optimize was given a function that updates the parameters of a model",
                            "It has run once, and would run many times more, which would train the model",
                            "Pass the model, or the function that returns the loss")  # fmt: skip

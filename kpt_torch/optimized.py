@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
@@ -164,7 +165,7 @@ def put_back(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 def _can_change(t: torch.Tensor) -> bool:
     """Whether the tensor can be written to: it is there, is no other's view many times over, and is not sealed by inference mode."""
-    if t.device.type == "meta" or t.layout != torch.strided or t.is_inference() and not torch.is_inference_mode_enabled():
+    if is_lazy(t) or t.device.type == "meta" or t.layout != torch.strided or t.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return all(step or size < 2 for step, size in zip(t.stride(), t.shape, strict=True))
 

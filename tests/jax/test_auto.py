@@ -147,6 +147,12 @@ def test_a_number_without_a_derivative_is_measured_forward(monkeypatch):
     assert kpt.auto_optimize(doubled, *arrays(), budget=0).report.measured == "forward" and asked
 
 
+def test_results_that_are_no_arrays(monkeypatch):
+    timed(monkeypatch, before=2.0, after=1.0)
+    result = kpt.auto_optimize(lambda x, w: (normalised(x, w), None, "name"), *arrays(), budget=0)
+    assert result.report.kept and result.fn(*arrays())[2] == "name"
+
+
 def test_a_number_that_has_to_stay_a_number(monkeypatch):
     @functools.partial(jax.jit, static_argnames="times")
     def repeated(x, w, times):

@@ -445,6 +445,11 @@ def test_auto_optimize_leaves_all_as_it_was(closed_over, briefly):
     assert report.measured == "forward and backward" and any("within tolerance" in n for n in report.plan.notes), "the same random numbers"
 
 
+def test_auto_optimize_takes_a_module_that_learns_its_sizes_first(briefly):
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d())
+    assert kpt.auto_optimize(lazy, torch.randn(4, 8), budget=0).fn is lazy
+
+
 def test_a_step_that_differentiates_itself(briefly):
     """Autograd calls a kernel's backward pass while Dynamo runs the step; it is no code of the user's."""
     model, x = nn.Linear(32, 1), torch.randn(8, 32)
