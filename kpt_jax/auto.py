@@ -78,7 +78,7 @@ class Session:
         if len(ops) > 1:
             left_out |= {f"{op} alone": paths - {s.path for s in plan.sites if s.op == op} for op in ops}
         variants: dict[str, Optimized] = {n: fast.without(out) if out else fast for n, out in left_out.items()}
-        programs = {ORIGINAL: _flat(signature, fast.original)} | {n: _flat(signature, v) for n, v in variants.items()}
+        programs: dict[str, Any] = {ORIGINAL: _flat(signature, fast.original)} | {n: _flat(signature, v) for n, v in variants.items()}
         measured = FORWARD
         trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
         if all(f is not None for f in trained.values()):
