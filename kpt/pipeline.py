@@ -108,16 +108,19 @@ class ProductionPipeline:
           began: called with each step's name before it is done.
 
         Raises:
-          StoreError: another process runs this pipeline now.
+          StoreError: another process runs this pipeline now, or `store` cannot be made.
         """
         import filelock
 
-        self.store.mkdir(parents=True, exist_ok=True)
+        asked = f"The pipeline of {self.name} was started"
+        try:
+            self.store.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise StoreError(asked, f"{self.store} cannot be made: {problem.strerror}", "Name another store") from None
         try:
             with filelock.FileLock(self.store / f"{_filename(self.name)}.lock", timeout=0):
                 return self._run(began)
         except filelock.Timeout:
-            asked = f"The pipeline of {self.name} was started"
             raise StoreError(asked, f"Another process runs it in {self.store}", "Wait for it, or name another store") from None
 
     def _run(self, began: Callable[[str], None]) -> Artifact:
@@ -168,8 +171,7 @@ class ProductionPipeline:
             memory=report.peak_memory[1], error=report.max_error, hardware=report.hardware, device=report.device,
             versions={"kpt": __version__, **in_force.versions}, commit=at, id=id,
         )  # fmt: skip
-        if all(r.id != id for r in history.runs(self.name)):  # a run that was interrupted right here has done it
-            history.put(run)
+        history.put(run)  # which a run that was interrupted right here has done
         return run.to_json()
 
     def _judged(self, history: History, run: Run) -> dict[str, Any]:

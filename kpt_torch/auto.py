@@ -62,7 +62,8 @@ class Session:
                 scalar = loss is not None and bool(torch.autograd.grad(loss, self.moving, allow_unused=True))
             except RuntimeError:
                 scalar = False
-        if any(p._version != version for p, version in before.items()):
+        # A module that writes to its own parameters does so by itself (`nn.Embedding(max_norm=)`); a function that does is a training step.
+        if not self.saves and any(p._version != version for p, version in before.items()):
             raise KptError("auto_optimize was given a function that updates the parameters of a model",
                            "It has run once, and would run many times more, which would train the model",
                            "Pass the model, or the function that returns the loss")  # fmt: skip

@@ -177,6 +177,14 @@ def test_two_at_once(tmp_path, pipeline):
         pipeline().run()
 
 
+def test_a_store_that_is_a_file(tmp_path, pipeline):
+    pipe = pipeline()
+    (tmp_path / "file").touch()
+    for pipe.store in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(StoreError, match="cannot be made"):
+            pipe.run()
+
+
 def test_what_is_refused(pipeline, tmp_path):
     with pytest.raises(ConfigError, match="fail_on"):
         pipeline(fail_on="always")
