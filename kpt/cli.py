@@ -58,7 +58,6 @@ app = typer.Typer(
     help="Finds what a better kernel computes in code you already have, swaps it in, and proves the numbers.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
