@@ -8,6 +8,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -101,17 +102,16 @@ def test_the_budget_ends_it(monkeypatch, foreign):
 
 def test_what_hangs_ends_with_who_asked():
     """`kill -9` of the program leaves no process behind that holds the device."""
-    told = json.dumps([trial("hanging").to_json()])
     child = subprocess.Popen([sys.executable, "-m", PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    child.stdin.write(told + "\n")
-    child.stdin.flush()
-    assert "hanging" in child.stdout.readline()  # under way
-    child.stdin.close()  # as the system does for a process that is killed
-    try:
-        assert child.wait(timeout=30) == 1
-    finally:
-        child.kill()
-        child.stdout.close()
+    late = threading.Timer(60, child.kill)
+    late.start()
+    with child:
+        child.stdin.write(json.dumps([trial("hanging").to_json()]) + "\n")
+        child.stdin.flush()
+        assert "hanging" in child.stdout.readline()  # under way
+        child.stdin.close()  # as the system does for a process that is killed
+        assert child.wait() == 1
+    late.cancel()
 
 
 def test_a_process_that_does_not_start(registry, folder, caplog):
