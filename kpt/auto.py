@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kpt.errors import KptError, MissingDependencyError
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan
-from kpt.tuning import SIGMAS, gain, ratio
+from kpt.tuning import gain, ratio, sigmas
 
 if TYPE_CHECKING:
     from kpt.hardware import HardwareProfile
@@ -207,9 +207,11 @@ def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence
         return False, 0.0, "The original is kept: no site has a kernel."
     won, noise = gain(before, after)
     words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} ± {noise:.1%}"
-    if won > SIGMAS * noise:
+    needed = sigmas(len(before)) * noise
+    if won > needed:
         return True, noise, f"Measured {words} with {what}."
-    return False, noise, f"The original is kept: nothing won by more than the noise ({words} with {what})."
+    told = f"{words} with {what}; {ratio(needed)} would be certain"
+    return False, noise, f"The original is kept: nothing won by more than the noise ({told})."
 
 
 def auto_optimize(

@@ -58,7 +58,6 @@ app = typer.Typer(
     help="Finds what a better kernel computes in code you already have, swaps it in, and proves the numbers.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -126,7 +125,9 @@ def plan(
     """
     with answering(context, as_json):
         target, arguments = _call(function, args_from, "A plan")
-        made = _front_end("kpt_jax", "plan")(target, *arguments, level=level)
+        from kpt.auto import front_end as framework_of
+
+        made = _front_end(framework_of(target, arguments), "plan")(target, *arguments, level=level)
         typer.echo(made.to_json() if as_json else made.explain())
 
 

@@ -5,14 +5,19 @@ A step that is done is a file; a run that was interrupted goes on after the last
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import platform
 import shutil
+import sys
+import sysconfig
 import tempfile
 import tomllib
+import types
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +36,7 @@ from kpt.tuning.trials import seconds_of
 
 STEPS = ("detect", "plan", "tune", "validate", "measure", "record", "gate", "artifact")
 NEVER = "never"
+_OURS = ("kpt", "kpt_jax", "kpt_torch", "pallas_kernels")
 _FIELDS = ("function", "inputs", "level", "hardware", "budget", "store", "checkpoint_dir", "fail_on", "name")
 
 
@@ -88,6 +94,7 @@ class ProductionPipeline:
             raise ConfigError(f"fail_on={fail_on!r} was given", f"It is {', '.join(SEVERITIES)} or {NEVER}", "Give one of them")
         self.name: str = name or str(getattr(fn_or_model, "__name__", type(fn_or_model).__name__))
         self.fail_on, self.budget = fail_on, seconds_of(budget)
+        self.code = _code(fn_or_model)
         self.session: Session = session(fn_or_model, example_inputs, {}, level, hardware)
         if checkpoint_dir is not None and not self.session.saves:
             raise ConfigError(f"A checkpoint of {self.name} was asked for", "A function has no parameters of its own", "Give the model")
@@ -101,16 +108,19 @@ class ProductionPipeline:
           began: called with each step's name before it is done.
 
         Raises:
-          StoreError: another process runs this pipeline now.
+          StoreError: another process runs this pipeline now, or `store` cannot be made.
         """
         import filelock
 
-        self.store.mkdir(parents=True, exist_ok=True)
+        asked = f"The pipeline of {self.name} was started"
+        try:
+            self.store.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise StoreError(asked, f"{self.store} cannot be made: {problem.strerror}", "Name another store") from None
         try:
             with filelock.FileLock(self.store / f"{_filename(self.name)}.lock", timeout=0):
                 return self._run(began)
         except filelock.Timeout:
-            asked = f"The pipeline of {self.name} was started"
             raise StoreError(asked, f"Another process runs it in {self.store}", "Wait for it, or name another store") from None
 
     def _run(self, began: Callable[[str], None]) -> Artifact:
@@ -123,7 +133,7 @@ class ProductionPipeline:
             "hardware": self.session.hardware.name, "device": self.session.device, "versions": dict(plan.versions), "commit": at,
         }  # fmt: skip
         # What was done for another program, or elsewhere, is no part of this run.
-        about = {"model": fingerprint(plan), "level": plan.level, "environment": environment, "budget": self.budget}
+        about = {"model": fingerprint(plan), "code": self.code, "level": plan.level, "environment": environment, "budget": self.budget}
         work.begin(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
         work.step("detect", lambda: environment)
         began("plan")
@@ -161,8 +171,7 @@ class ProductionPipeline:
             memory=report.peak_memory[1], error=report.max_error, hardware=report.hardware, device=report.device,
             versions={"kpt": __version__, **in_force.versions}, commit=at, id=id,
         )  # fmt: skip
-        if all(r.id != id for r in history.runs(self.name)):  # a run that was interrupted right here has done it
-            history.put(run)
+        history.put(run)  # which a run that was interrupted right here has done
         return run.to_json()
 
     def _judged(self, history: History, run: Run) -> dict[str, Any]:
@@ -183,7 +192,7 @@ class _Work:
     def begin(self, key: str) -> None:
         """Goes on with what is there if it is of the same key; starts over otherwise."""
         found = self._load("run")
-        if found is None or found["key"] != key:
+        if not isinstance(found, dict) or found.get("key") != key or "id" not in found:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             found = {"key": key, "id": uuid.uuid4().hex[:12]}
@@ -246,7 +255,26 @@ def _proved(plan: Plan, error: float | None) -> dict[str, Any]:
 
 
 def _filename(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    text = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    return text if text.strip(".") else "_" * len(text)  # ".." is a folder, and not one of ours
+
+
+def _code(program: Any) -> str:
+    """Digest of what the program may be made of: its own text, and that of every module from outside of Python's own folders.
+
+    The sites of a plan are not enough: what is slow may lie between them.
+    """
+    digest = hashlib.sha256()
+    with contextlib.suppress(OSError, TypeError):  # typed into an interpreter
+        digest.update(inspect.getsource(inspect.unwrap(program) if hasattr(program, "__qualname__") else type(program)).encode())
+    installed = tuple({sysconfig.get_path(p) for p in ("stdlib", "platstdlib", "purelib", "platlib")})
+    for name, module in sorted(sys.modules.items()):
+        file = vars(module).get("__file__") if isinstance(module, types.ModuleType) else None
+        # What we import meanwhile is no change; our version and the commit are in the environment.
+        if isinstance(file, str) and not file.startswith(installed) and name.partition(".")[0] not in _OURS:
+            with contextlib.suppress(OSError):
+                digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def configured(path: Path, named: Callable[[str, str], tuple[Any, tuple]]) -> ProductionPipeline:

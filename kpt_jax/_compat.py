@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -194,6 +195,13 @@ outside_of_traces = jax._src.core.trace_state_clean
 def trace_context() -> Any:
     """The settings that a trace depends on: x64, promotion rules, matmul precision, mesh, ..."""
     return jax._src.config.trace_context()
+
+
+def with_64_bits() -> contextlib.AbstractContextManager:
+    """Inside: float64 and int64 are what they say."""
+    home: Any = jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")  # of older ones
+    context: contextlib.AbstractContextManager = home.enable_x64(True)
+    return context
 
 
 _TRACE = jax.make_user_context(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kpt.tuning import gain
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt_jax.measure import Timing, loss_and_gradients, measure
 from kpt_jax.modules import function_of, is_linen, is_nnx
-from kpt_jax.optimize import Optimized, here, optimize, profile
+from kpt_jax.optimize import Optimized, Signature, here, is_foreign, optimize, profile
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
 from kpt_jax.whole import certify_whole, worst_difference
@@ -43,12 +43,15 @@ class Session:
         self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
 
     def plan(self) -> Plan:
-        return self.fast.unproved().plan(*self.args, **self.kwargs)
+        unproved = self.fast.unproved()
+        made = unproved.plan(*self.args, **self.kwargs)
+        self.fast._static_scalars = unproved._static_scalars  # whether numbers have to stay numbers is found by tracing
+        return made
 
     def tune(self, budget: float) -> Tuned:
-        signature, arrays = self.fast.split(self.args, self.kwargs)
-        trained = loss_and_gradients(lambda *xs: signature.call(self.fast.original, xs), arrays) is not None
         plan = self.plan()
+        signature, arrays = self.fast.split(self.args, self.kwargs)
+        trained = loss_and_gradients(_flat(signature, self.fast.original), arrays) is not None
         passes = BOTH if trained else FORWARD
         with showing("timing kernels") as done:
             found = tune(plan.sites, self.hardware, runner(), level=plan.level, passes=passes, budget=budget, done=done)
@@ -68,10 +71,6 @@ class Session:
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         fast = self.fast
         signature, arrays = fast.split(self.args, self.kwargs)
-
-        def flat(fn: Any) -> Any:
-            return lambda *xs: signature.call(fn, xs)
-
         paths = {s.path for s in plan.sites}
         ops = sorted({s.op for s in plan.sites})
         # All of the sites, and where there are several ops, those of each op alone.
@@ -79,7 +78,7 @@ class Session:
         if len(ops) > 1:
             left_out |= {f"{op} alone": paths - {s.path for s in plan.sites if s.op == op} for op in ops}
         variants: dict[str, Optimized] = {n: fast.without(out) if out else fast for n, out in left_out.items()}
-        programs = {ORIGINAL: flat(fast.original)} | {n: flat(v) for n, v in variants.items()}
+        programs: dict[str, Any] = {ORIGINAL: _flat(signature, fast.original)} | {n: _flat(signature, v) for n, v in variants.items()}
         measured = FORWARD
         trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
         if all(f is not None for f in trained.values()):
@@ -117,3 +116,8 @@ class Session:
             tree = self.inputs[0]
         with importlib.import_module("orbax.checkpoint").StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), tree)
+
+
+def _flat(signature: Signature, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of a call's arrays, and of its results those that jax can carry."""
+    return lambda *arrays: [x for x in jax.tree.leaves(signature.call(fn, arrays)) if not is_foreign(x)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from kpt.tuning import SECONDS, rounds
+
+log = logging.getLogger("kpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,16 @@ def _memory(compiled: Any) -> int | None:
 
 
 def loss_and_gradients(fn: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any] | None:
-    """`fn` with its gradients in every float input, if it returns one float scalar; else None."""
+    """`fn` with its gradients in every float input, if it returns one float scalar and has such; else None."""
     out = jax.eval_shape(fn, *inputs)
     leaves = jax.tree.leaves(out)
     floats = tuple(i for i, x in enumerate(inputs) if jnp.issubdtype(jax.typeof(x).dtype, jnp.floating))
     if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating) or not floats:
         return None
-    return jax.value_and_grad(lambda *xs: jax.tree.leaves(fn(*xs))[0], floats)
+    both = jax.value_and_grad(lambda *xs: jax.tree.leaves(fn(*xs))[0], floats)
+    try:
+        jax.eval_shape(both, *inputs)
+    except Exception as error:  # a while loop, a callback: it has none
+        log.info("measured without gradients: %s", error)
+        return None
+    return both

@@ -198,13 +198,13 @@ class Optimized:
                 raise _Static
         key, dynamic = self.split(args, kwargs)
         out = self._inline(key, dynamic, real)
-        if any(map(_is_foreign, jax.tree.leaves(out))):
+        if any(map(is_foreign, jax.tree.leaves(out))):
             raise _Static
         return out
 
     def _traced_flat_call(self, key: Signature, *dynamic: Any) -> Any:
         out = self._inline(key, dynamic, _example())
-        return jax.tree.map(lambda x: _Foreign(x) if _is_foreign(x) else x, out)
+        return jax.tree.map(lambda x: _Foreign(x) if is_foreign(x) else x, out)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """`jax.jit(self).lower(...)`: the rewritten program, for inspection and ahead-of-time compilation."""
@@ -341,7 +341,7 @@ class Optimized:
 
         def flat(*arrays: Any) -> list[Any]:
             leaves, tree = jax.tree.flatten(key.call(self._fn, arrays))
-            statics = tuple((type(x), x) if _is_foreign(x) else (None, None) for x in leaves)
+            statics = tuple((type(x), x) if is_foreign(x) else (None, None) for x in leaves)
             results[:] = [tree, statics]
             return [x for x, (kind, _) in zip(leaves, statics, strict=True) if kind is None]
 
@@ -446,7 +446,7 @@ def _hashable(x: Any) -> bool:
     return True
 
 
-def _is_foreign(x: Any) -> bool:
+def is_foreign(x: Any) -> bool:
     """Whether a result is a Python object that jax cannot carry."""
     return not (_compat.is_tracer(x) or isinstance(x, _NUMBERS))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -14,12 +15,15 @@ from kpt.kernels.spec import resolve
 from kpt.strategy.certify import draw
 from kpt.tuning.measurements import BOTH
 from kpt.tuning.trials import Sample, Trial, serve
+from kpt_jax import _compat
 from kpt_jax.measure import sample
 
 
 def ready(trial: Trial, kernel: str) -> Sample:
     """One candidate on random arrays, compiled."""
-    with jax.default_device(jax.devices(trial.device)[0]):
+    # The setting is the asking process's own; without it here, a float64 call would be timed, and kept, with float32 arrays.
+    wide = any(s.dtype.endswith("64") for s in trial.specs.values())
+    with jax.default_device(jax.devices(trial.device)[0]), _compat.with_64_bits() if wide else contextlib.nullcontext():
         return _ready(trial, kernel)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from kpt.auto import Report, Result, as_written, compared, showing
-from kpt.errors import MissingDependencyError
+from kpt.errors import KptError, MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.plan import ORIGINAL
@@ -24,7 +25,7 @@ from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.validation import Certificate, compare
 from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.capture import to_numpy
-from kpt_torch.optimized import optimize, unproved, without
+from kpt_torch.optimized import modules_of, optimize, put_back, unproved, without
 from kpt_torch.planner import Front
 from kpt_torch.trials import sample
 
@@ -41,16 +42,40 @@ class Session:
         self.given, self.inputs, self.keywords = fn_or_model, inputs, keywords
         self.saves = isinstance(fn_or_model, torch.nn.Module)
         leaves = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, torch.Tensor)]
-        weights = list(fn_or_model.parameters()) if isinstance(fn_or_model, torch.nn.Module) else []
+        modules = modules_of(fn_or_model)
+        self.weights = weights = [p for m in modules for p in m.parameters()]
         self.moving = [t for t in (*weights, *leaves) if t.requires_grad]
+        # Running statistics, caches, and inputs that are written to: the program runs a hundred times, and is then to be as it was.
+        self.state = [*leaves, *(b for m in modules for b in m.buffers())]
         self.on = device_of([*weights, *leaves])
         self.device = torch.cuda.get_device_name(self.on) if self.on.type == "cuda" else self.on.type
         self.hardware = profile(hardware, self.on)
         self.fast = optimize(fn_or_model, level, hardware)
-        self.trained = bool(self.moving) and _loss(fn_or_model(*inputs, **keywords)) is not None
+        self.trained = bool(self.moving) and self._is_loss()
+
+    def _is_loss(self) -> bool:
+        """Whether the result is one number with gradients. A step that has run its backward pass itself has none left."""
+        before = {p: p._version for p in self.weights if not (is_lazy(p) or p.is_inference())}
+        with put_back(self.state):
+            loss = _loss(self.given(*self.inputs, **self.keywords))
+            try:
+                scalar = loss is not None and bool(torch.autograd.grad(loss, self.moving, allow_unused=True))
+            except RuntimeError:
+                scalar = False
+        # A module that writes to its own parameters does so by itself (`nn.Embedding(max_norm=)`); a function that does is a training step.
+        if not self.saves and any(p._version != version for p, version in before.items()):
+            raise KptError("auto_optimize was given a function that updates the parameters of a model",
+                           "It has run once, and would run many times more, which would train the model",
+                           "Pass the model, or the function that returns the loss")  # fmt: skip
+        return scalar
 
     def plan(self) -> Plan:
-        return unproved(self.fast).plan(*self.inputs, **self.keywords)
+        return self._planned(unproved(self.fast))
+
+    def _planned(self, program: Any) -> Plan:
+        with put_back(self.state):
+            made: Plan = program.plan(*self.inputs, **self.keywords)
+        return made
 
     def tune(self, budget: float) -> Tuned:
         plan = self.plan()
@@ -66,10 +91,10 @@ class Session:
         self.fast = without(self.fast, dropped)
 
     def validate(self) -> tuple[Plan, float | None]:
-        plan = self.fast.plan(*self.inputs, **self.keywords)
+        plan = self._planned(self.fast)
         if not plan.sites:
             return plan, None
-        verdict = _verdict(self._once(self.given), lambda: self._once(self.fast), plan, self.on)
+        verdict = _verdict(self._values(self.given), self._values(self.fast), plan)
         note = f"The whole program on example inputs: {verdict.summary()}."
         if not verdict.passed:
             plan = as_written(plan, "The original is kept: the whole program disagreed.")
@@ -78,8 +103,9 @@ class Session:
 
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         sides = {ORIGINAL: self.given} | ({"every site": self.fast} if plan.sites else {})
-        taken = rounds({n: functools.partial(sample, functools.partial(self._once, program), self.on) for n, program in sides.items()})
-        memory = {n: self._peak(program) for n, program in sides.items()}
+        with put_back(self.state):
+            taken = rounds({n: functools.partial(sample, functools.partial(self._once, program), self.on) for n, program in sides.items()})
+            memory = {n: self._peak(program) for n, program in sides.items()}
         best = "every site" if plan.sites else ORIGINAL
         measured = BOTH if self.trained else FORWARD
         kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best], best)
@@ -103,6 +129,13 @@ class Session:
         loss = _loss(out) if self.trained else None
         return out, [] if loss is None else list(torch.autograd.grad(loss, self.moving, allow_unused=True, materialize_grads=True))
 
+    def _values(self, program: Callable[..., Any]) -> dict[str, np.ndarray]:
+        """Results and gradients by name, of the same state and random numbers at each call."""
+        with put_back(self.state):
+            out, grads = self._once(program)
+            results = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+            return {f"result{i}": to_numpy(t) for i, t in enumerate(results)} | {f"d{i}": to_numpy(g) for i, g in enumerate(grads)}
+
     def _peak(self, program: Callable[..., Any]) -> int | None:
         """Bytes that a call needs besides what is there before it; known on CUDA alone."""
         if self.on.type != "cuda":
@@ -113,15 +146,8 @@ class Session:
         return torch.cuda.max_memory_allocated(self.on) - before
 
 
-def _verdict(want: Any, run: Callable[[], Any], plan: Plan, device: torch.device) -> Certificate:
+def _verdict(original: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], plan: Plan) -> Certificate:
     """Results and gradients of the rewritten program beside the original's."""
-
-    def named(made: Any) -> dict[str, Any]:
-        out, grads = made
-        results = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        return {f"result{i}": to_numpy(t) for i, t in enumerate(results)} | {f"d{i}": to_numpy(g) for i, g in enumerate(grads)}
-
-    original, actual = named(want), named(run())
     dtypes = [spec.dtype for s in plan.sites for spec in s.specs.values()] + [str(a.dtype) for a in original.values()]
     # Roundings of sites in sequence add in squares, as if all of their sums were one.
     length = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))

@@ -214,6 +214,7 @@ def _differentiable(
         ctx.alone = output[ctx.count :] if alone else None
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *(output[: ctx.count] if alone else output))
 
+    @torch.compiler.disable  # autograd calls it, within a function of the user's, too, that Dynamo runs: this is no code of theirs
     def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         arrays = dict(zip(ctx.present, saved, strict=False))

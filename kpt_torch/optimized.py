@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
@@ -139,16 +142,52 @@ def planned(
     """Captures `fn` on these arguments and plans; what runs is the code as written."""
     backend = settings.backend(name, inner=_as_written)
     run = torch.compile(_fresh(fn), backend=backend, dynamic=False)  # the plan is for these sizes
-    kept = [t.detach().clone() for t in tensors]
+    with put_back(tensors), torch._dynamo.config.patch(_DYNAMO):
+        run(*args, **kwargs)
+    return whole(backend, settings, name)
+
+
+@contextlib.contextmanager
+def put_back(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Afterwards, these tensors and the random states are what they were before."""
+    kept = [(t, t.detach().clone()) for t in tensors if _can_change(t)]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), torch._dynamo.config.patch(_DYNAMO):
+    with torch.random.fork_rng(devices):
         try:
-            run(*args, **kwargs)
+            yield
         finally:
             with torch.no_grad():
-                for t, old in zip(tensors, kept, strict=True):
-                    t.copy_(old)
-    return whole(backend, settings, name)
+                for t, old in kept:
+                    # A write, be it of the same values, would invalidate what autograd keeps of a tensor for the user's own graphs.
+                    if not torch.equal(_bits(t), _bits(old)):
+                        t.copy_(old)
+
+
+def _can_change(t: torch.Tensor) -> bool:
+    """Whether the tensor can be written to: it is there, is no other's view many times over, and is not sealed by inference mode."""
+    if is_lazy(t) or t.device.type == "meta" or t.layout != torch.strided or t.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    return all(step or size < 2 for step, size in zip(t.stride(), t.shape, strict=True))
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    """As integers, which equal themselves where numbers do not."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(t.element_size())
+    return t.detach() if width is None else t.detach().view(width)
+
+
+def modules_of(fn: Any) -> list[torch.nn.Module]:
+    """The modules that a program runs: itself, the one whose method it is, and those that it closes over or names as globals."""
+    if isinstance(fn, torch.nn.Module):
+        return [fn]
+    if isinstance(fn, functools.partial):
+        return [m for held in (fn.func, *fn.args, *fn.keywords.values()) for m in modules_of(held)]
+    try:
+        seen = inspect.getclosurevars(fn)
+    except (TypeError, ValueError):  # no Python function, or a cell that is still empty
+        return []
+    held = {id(x): x for x in (getattr(fn, "__self__", None), *seen.nonlocals.values(), *seen.globals.values())}
+    return [x for x in held.values() if isinstance(x, torch.nn.Module)]
 
 
 def _as_written(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -207,7 +246,8 @@ class Optimized:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these inputs."""
-        return planned(self._fn, self._settings, self._name, args, kwargs, ())
+        buffers = [b for m in modules_of(self._fn) for b in m.buffers()]
+        return planned(self._fn, self._settings, self._name, args, kwargs, buffers)
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """The plan for these inputs in words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,7 +44,7 @@ def history(
     with answering(context, as_json):
         from kpt.tracking.history import History
 
-        runs = History().runs(name, label, since, last)
+        runs = History().runs(name, label, None if since is None else _utc(since), last)
         if html is not None:
             from kpt.tracking.page import history_page
 
@@ -118,7 +119,11 @@ def regress(
         if fail_on not in (*SEVERITIES, "never"):
             raise ConfigError(f"--fail-on {fail_on} was given", "It is minor, moderate, severe or never", "Give one of them")
         limits = Thresholds(minor=minor, moderate=moderate, severe=severe, recent=recent)
-        found = regressions(History().runs(name), limits)
+        kept = History()
+        runs = kept.runs(name)
+        if not runs and kept.runs(last=1):
+            raise ConfigError(f"--name {name} was given", "No run has that in its name: nothing could fail", "kpt history lists the runs")
+        found = regressions(runs, limits)
         failing = SEVERITIES[SEVERITIES.index(fail_on) :] if fail_on != "never" else ()
         failed = [c for c in found if c.worst.verdict in failing]
         _answer(found, "The latest runs, beside those before", f"kpt regress --fail-on {fail_on}", html, as_json, limits, bool(failed))
@@ -130,6 +135,16 @@ def add_to(app: typer.Typer) -> None:
     """Adds the commands, with their names."""
     for command in (history, compare, regress):
         app.command()(command)
+
+
+def _utc(text: str) -> str:
+    """A date or time as runs have theirs, so that the two compare as text."""
+    try:
+        when = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"--since {text} was given", "It is a date or time, UTC unless it says otherwise", "Write it like 2026-05-01 or "
+                          "2026-05-01T12:00") from None  # fmt: skip
+    return (when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).astimezone(datetime.UTC).isoformat()
 
 
 def _row(r: Run) -> tuple[str, ...]:

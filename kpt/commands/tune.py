@@ -137,6 +137,7 @@ def import_(
 
 def _again(environment: Any, contests: Any, count: int) -> Any:
     """Calls measured again by the front end whose framework they were measured with."""
+    from kpt.auto import showing
     from kpt.strategy.tune import measured_again
 
     framework = environment[2].partition(" ")[0]
@@ -144,7 +145,8 @@ def _again(environment: Any, contests: Any, count: int) -> Any:
         runner = _front(framework, "runner")()
     except (ConfigError, MissingDependencyError) as problem:
         return str(problem).rstrip(".")
-    return measured_again(runner, environment, contests, count)
+    with showing("measuring a sample again") as done:
+        return measured_again(runner, environment, contests, count, done)
 
 
 def _front(framework: str, name: str) -> Any:

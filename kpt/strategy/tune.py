@@ -183,8 +183,9 @@ def ahead(
 
 
 def measured_again(
-    runner: Runner, environment: Environment, contests: Sequence[Contest], count: int
-) -> list[tuple[Contest, Mapping[str, Sequence[float]]]] | str:
+    runner: Runner, environment: Environment, contests: Sequence[Contest], count: int,
+    done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
+) -> list[tuple[Contest, Mapping[str, Sequence[float]]]] | str:  # fmt: skip
     """As many as `count` of another machine's contests, held again here: see `kpt.tuning.import_json`."""
     place = runner.place
     if environment != dataclasses.astuple(place):
@@ -193,7 +194,7 @@ def measured_again(
     for contest in contests:
         if len(wanted) < count and (trial := _trial(contest, runner)) is not None:
             wanted.append((contest, trial))
-    outcomes = runner.run([trial for _, trial in wanted], AGAIN)
+    outcomes = runner.run([trial for _, trial in wanted], AGAIN, done)
     return [(c, o.seconds) for (c, _), o in zip(wanted, outcomes, strict=True) if o is not None and len(o.seconds) > 1]
 
 

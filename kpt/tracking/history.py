@@ -43,13 +43,13 @@ class History:
         self.store = Store((config().cache_dir if folder is None else folder) / "history.sqlite", SCHEMA)
 
     def put(self, *runs: Run) -> None:
-        """Adds runs, all of them or none.
+        """Adds runs, all of them or none; one that is there already, by its id, is not added again.
 
         Raises:
           StoreError: a newer version of kpt wrote the file.
         """
         rows = [(r.id, r.recorded, r.name, r.label, r.commit, json.dumps(r.to_json())) for r in runs]
-        sql = "INSERT INTO run (id, recorded, name, label, source, data) VALUES (?, ?, ?, ?, ?, ?)"
+        sql = "INSERT INTO run (id, recorded, name, label, source, data) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
         self.store.write(lambda c: c.executemany(sql, rows))
 
     def runs(self, name: str | None = None, label: str | None = None, since: str | None = None, last: int | None = None) -> list[Run]:

@@ -17,9 +17,9 @@ from kpt.tracking.statistics import SEVERITIES, Thresholds
 def history_page(runs: Sequence[Run], path: Path, command: str) -> Path:
     """Writes every series of some runs as a page; returns its path."""
     series = by_series(runs)
-    order = "runs, in the order in which they were made."
-    figures = [_figure(members, [], len(members), None, f"{len(members)} {order}") for members in series.values()]
-    verdict = f"{len(runs)} runs in {len(series)} series." if runs else "There are no runs yet."
+    order = "in the order in which they were made."
+    figures = [_figure(members, [], len(members), None, f"{_count(members)}, {order}") for members in series.values()]
+    verdict = f"{_count(runs)} in {len(series)} series." if runs else "There are no runs yet."
     headline = ((str(len(runs)), "runs"), (str(len(series)), "series"))
     return write(Report("Run history", verdict, None, headline, _facts(runs), figures, None, command), path)
 
@@ -55,6 +55,10 @@ def comparison_page(
     return write(Report(what, verdict, None if failed is None else not failed, headline, facts, figures, None, command), path)
 
 
+def _count(runs: Sequence[Run]) -> str:
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
 def _facts(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
     def all_of(values: Sequence[str | None]) -> str:
         return ", ".join(sorted({v for v in values if v})) or "unknown"
@@ -87,7 +91,7 @@ def _figure(before: Sequence[Run], after: Sequence[Run], baseline: int, limits: 
     lines += [Line("quartile", xs, [q[i] / scale for q in quartiles], "after") for i in (0, 2)]
     lines.append(Line("median", xs, [q[1] / scale for q in quartiles], "after", dots=True))
     legend += [("after dots", "a run's median"), ("after", "its quartiles")]
-    parts = [f"{len(runs)} runs, the last with a median of {seconds(last.median)}."]
+    parts = [f"{_count(runs)}, the last with a median of {seconds(last.median)}."]
     if after and level is not None:
         parts.append(f"The {len(held)} runs before have a median of {seconds(level * scale)}.")
     rows = [

@@ -63,6 +63,9 @@ class Thresholds:
 
         if not (0 < self.minor <= self.moderate <= self.severe and 0 < self.alpha < 0.5 and 0 < self.confidence < 1):
             raise ConfigError(f"{self} was given", "minor <= moderate <= severe are above 0, alpha is below 0.5", "Correct it")
+        if self.recent < self.least_recent:
+            raise ConfigError(f"The last {self.recent} runs were to be judged", f"Fewer than {self.least_recent} are never enough for a "
+                              "verdict, so that nothing could fail", f"Judge {self.least_recent} or more")  # fmt: skip
         if not (self.least_recent >= 2 and self.least_baseline >= 2):
             raise ConfigError(f"{self} was given", "least_recent and least_baseline are 2 or more", "One run has no spread; correct it")
 

@@ -73,8 +73,9 @@ def import_json(table: Measurements, text: str, again: Again | None = None, seed
             raise ValueError(f"format {data['format']}, and formats up to {FORMAT} are known")
         digest = hashlib.sha256(json.dumps(data["rows"], sort_keys=True).encode()).hexdigest()[:12]
         origin = f"{digest}, exported {data['exported']} by kpt {data['kpt']} on {data['machine']}"
+        origin.encode()  # a ValueError for what JSON may hold and a file may not
         rows = [Measurement.from_json(r, origin) for r in data["rows"]]
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
         what = f"{type(problem).__name__}: {problem}"
         raise StoreError("Measurements were to be imported", what, "Give a file that kpt tune export wrote") from None
     added = table.store.write(lambda c: _insert(c, rows))

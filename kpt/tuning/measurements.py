@@ -123,13 +123,13 @@ class Measurement:
         """
         try:
             texts: dict[str, Any] = {n: _text(data[n]) for n in _KEY if n != "version"}
-            key = Key(version=int(data["version"]), **texts)
+            key = Key(version=_count(data["version"]), **texts)
             figures = [float(data[n]) for n in ("seconds", "low", "high")]
             when = datetime.datetime.fromisoformat(_text(data["measured"])).isoformat()
-            made = cls(key, figures[0], figures[1], figures[2], int(data["samples"]), dict(data["config"]), when, _text(data["kpt"]))
+            made = cls(key, figures[0], figures[1], figures[2], _count(data["samples"]), dict(data["config"]), when, _text(data["kpt"]))
             made = dataclasses.replace(made, call=dict(data.get("call", {})))
             _text_of(made.config), _text_of(made.call)
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             asked = "A measurement was read from JSON"
             raise StoreError(asked, f"{type(problem).__name__}: {problem}", "Export it again with kpt tune export") from None
         return dataclasses.replace(made, origin=origin, verified=False)
@@ -208,4 +208,11 @@ def _text_of(value: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a string")
+    value.encode()  # a ValueError for half of a surrogate pair, which JSON may hold and a file may not
     return value
+
+
+def _count(value: Any) -> int:
+    if not 0 <= int(value) < 1 << 63:
+        raise ValueError(f"{value!r} is not a count")
+    return int(value)

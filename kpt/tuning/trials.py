@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -230,6 +231,10 @@ def run(
             outcomes[i] = Outcome({}, dropped[i])
             done(trials[i], outcomes[i])  # type: ignore[arg-type]
             left.pop(0)
+    for i in left:
+        if dropped[i]:  # what the budget did not reach is one thing, what is known to fail another
+            outcomes[i] = Outcome({}, dropped[i])
+            done(trials[i], outcomes[i])  # type: ignore[arg-type]
     return outcomes
 
 
@@ -259,8 +264,8 @@ class _Child:
                                         stderr=self.log, text=True)  # fmt: skip
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps([t.to_json() for t in trials]))
-            self.process.stdin.close()
+            self.process.stdin.write(json.dumps([t.to_json() for t in trials]) + "\n")
+            self.process.stdin.flush()  # and left open: its end is that of this process, whatever ended it
         except BrokenPipeError:
             pass  # it ended at once; what it said is in the log
         self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -294,8 +299,10 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                if stream is not None:
+                    stream.close()
         self.log.close()
 
 
@@ -305,7 +312,14 @@ def serve(ready: Ready) -> None:
     def started(kernel: str) -> None:
         _say(**({"started": kernel} if kernel else {"ready": True}))
 
-    for trial in map(Trial.from_json, json.load(sys.stdin)):
+    def orphaned() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    wanted = json.loads(sys.stdin.readline())
+    # Who asks may be killed while a candidate hangs, which would hold the device for ever.
+    threading.Thread(target=orphaned, daemon=True).start()
+    for trial in map(Trial.from_json, wanted):
         _say(seconds=one(trial, ready, started, lambda k, why: _say(failed=k, why=why)))
 
 

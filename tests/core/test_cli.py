@@ -1,6 +1,7 @@
 """The command line: what it prints, in words and in JSON, and with which exit code."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -66,6 +67,14 @@ def test_help_loads_no_framework_and_no_arrays():
     )
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_shell_can_complete():
+    asked = dict(os.environ, _KPT_COMPLETE="complete_bash", COMP_WORDS="kpt his", COMP_CWORD="1")
+    code = "import sys; sys.argv = ['kpt']; from kpt.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["history"]
+    assert "--install-completion" in call("--help").stdout
 
 
 def test_version():

@@ -73,6 +73,13 @@ def test_history_lists_the_runs(slower):
     assert {r["label"] for r in told} == {"v1"} and len(told) == 40
 
 
+def test_history_since_a_time_of_another_zone(cache):
+    early, late = (Run("loss", (1.0,), recorded=f"2026-05-01T{hour}:30:00+00:00") for hour in (10, 12))
+    History().put(early, late)
+    for since, found in (("2026-05-01", [early, late]), ("2026-05-01T13:00+02:00", [late]), ("2026-05-01T11:00-02:00", [])):
+        assert [r["id"] for r in json.loads(call("history", "--since", since, "--json").stdout)] == [r.id for r in found]
+
+
 @pytest.mark.parametrize("command", [("history",), ("regress",)], ids=" ".join)
 def test_an_empty_history_says_how_runs_come_into_it(cache, command):
     said = call(*command)
@@ -96,7 +103,7 @@ def test_compare_of_two_runs_gives_an_interval_and_no_verdict(slower):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [((), NO), (("--fail-on", "minor"), NO), (("--fail-on", "moderate"), NO), (("--fail-on", "severe"), OK), (("--fail-on", "never"), OK),
-     (("--name", "rms_norm"), OK), (("--moderate", "0.12"), OK), (("--severe", "0.07", "--fail-on", "severe"), NO), (("--recent", "2"), OK)],
+     (("--name", "rms_norm"), OK), (("--moderate", "0.12"), OK), (("--severe", "0.07", "--fail-on", "severe"), NO)],
 )  # fmt: skip
 def test_regress_is_a_gate(slower, arguments, code):
     said = call("regress", *arguments)
@@ -118,7 +125,8 @@ def test_regress_tells_where_the_level_changed(cache):
     ("arguments", "words"),
     [(("regress", "--fail-on", "catastrophic"), "minor, moderate, severe or never"), (("compare", "v1", "v9"), "kpt history lists them"),
      (("regress", "--minor", "0.5"), "minor <= moderate"), (("tune", "import", "absent.json"), "kpt tune export"),
-     (("tune", "export", "absent/x.json"), "can be written")],
+     (("tune", "export", "absent/x.json"), "can be written"), (("history", "--since", "yesterday"), "2026-05-01"),
+     (("regress", "--recent", "2"), "3 or more"), (("regress", "--name", "los "), "kpt history")],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
 )  # fmt: skip
 def test_what_cannot_be_met_exits_with_2_and_a_sentence(slower, arguments, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -113,9 +114,75 @@ def test_another_program_of_the_name_starts_over(tmp_path, pipeline):
     assert pipeline(level="conservative").run().folder.name != first
 
 
+def test_code_between_the_sites_is_part_of_the_program(tmp_path, pipeline, monkeypatch):
+    """What a run that was stopped had measured is not taken for the time of what was written meanwhile."""
+
+    def stop(step):
+        if step == "measure":
+            raise KeyboardInterrupt
+
+    def other(x, w):
+        from tests.core.pipeline_program import loss
+
+        return loss(x, w) + 1
+
+    first = pipeline()
+    with pytest.raises(KeyboardInterrupt):
+        first.run(stop)
+    kept = json.loads(next(tmp_path.glob("running/*/run.json")).read_text())["id"]
+    assert first.code != kpt.ProductionPipeline(other, first.session.inputs, store=tmp_path, budget=0, name="loss").code
+    assert first.code == pipeline().code
+    (tmp_path / "users_constants.py").write_text("LAYERS = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("users_constants")
+    again = pipeline()
+    with pytest.raises(KeyboardInterrupt):
+        again.run(stop)
+    assert again.code != first.code and json.loads(next(tmp_path.glob("running/*/run.json")).read_text())["id"] != kept
+
+
+@pytest.mark.parametrize("found", ["[]", "{}"])
+def test_a_step_that_is_none_of_ours(tmp_path, pipeline, found):
+    (tmp_path / "running" / "loss").mkdir(parents=True)
+    (tmp_path / "running" / "loss" / "run.json").write_text(found)
+    began = []
+
+    def stop(step):
+        began.append(step)
+        if step == "tune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline().run(stop)
+    assert began == ["detect", "plan", "tune"]
+
+
+def test_no_name_leads_out_of_the_store(tmp_path, pipeline):
+    (tmp_path / "store" / "running").mkdir(parents=True)
+    (tmp_path / "store" / "kept").touch()
+    pipe = pipeline(name="..")
+    pipe.store = tmp_path / "store"
+
+    def stop(step):
+        if step == "tune":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.run(stop)
+    assert (tmp_path / "store" / "kept").exists()
+
+
 def test_two_at_once(tmp_path, pipeline):
     with filelock.FileLock(tmp_path / "loss.lock"), pytest.raises(StoreError, match="Another process"):
         pipeline().run()
+
+
+def test_a_store_that_is_a_file(tmp_path, pipeline):
+    pipe = pipeline()
+    (tmp_path / "file").touch()
+    for pipe.store in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(StoreError, match="cannot be made"):
+            pipe.run()
 
 
 def test_what_is_refused(pipeline, tmp_path):

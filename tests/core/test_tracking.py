@@ -232,6 +232,13 @@ def test_what_is_recorded_comes_back_in_order(kept):
     assert (made[0].median, made[0].series) == (2e-3, ("loss", "", "forward", "", "here"))
 
 
+def test_a_run_is_added_once(kept):
+    first, second = run(), run("other")
+    kept.put(first)
+    kept.put(first, second)
+    assert kept.runs() == [first, second]
+
+
 def test_runs_are_found_by_part_of_the_name_label_date_and_number(kept):
     made = [run("step attention", label="v1", recorded="2026-01-01T00:00:00+00:00"), run("step 100%"), run("attention", label="v1")]
     kept.put(*made)

@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import json
 import statistics
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -86,14 +89,29 @@ def test_one_that_raises_while_it_is_timed_is_named():
 
 @pytest.mark.parametrize("foreign", [True, False])
 def test_the_budget_ends_it(monkeypatch, foreign):
-    """Another package's kernel that was under way may be one that hangs; ours would have needed longer."""
+    """Another package's kernel that was under way may be one that hangs; ours would have needed longer. What had failed is named."""
     if not foreign:
         monkeypatch.setattr(trials, "foreign", lambda loader: False)
     start = time.monotonic()
-    found = run([trial("hanging"), trial("fast")], PROCESS, 8.0)
-    assert found == [Outcome({}, {"hanging": "was not ready when the budget of 8 s ended"}) if foreign else None, None]
+    first, second = run([trial("broken", "hanging"), trial("fast")], PROCESS, 8.0)
+    hangs = {"hanging": "was not ready when the budget of 8 s ended"} if foreign else {}
+    assert first == Outcome({}, {"broken": "failed: ValueError: a block does not fit"} | hangs) and second is None
     assert 8 <= time.monotonic() - start < 20
     assert run([trial("fast")], PROCESS, 0) == [None]
+
+
+def test_what_hangs_ends_with_who_asked():
+    """`kill -9` of the program leaves no process behind that holds the device."""
+    child = subprocess.Popen([sys.executable, "-m", PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    late = threading.Timer(60, child.kill)
+    late.start()
+    with child:
+        child.stdin.write(json.dumps([trial("hanging").to_json()]) + "\n")
+        child.stdin.flush()
+        assert "hanging" in child.stdout.readline()  # under way
+        child.stdin.close()  # as the system does for a process that is killed
+        assert child.wait() == 1
+    late.cancel()
 
 
 def test_a_process_that_does_not_start(registry, folder, caplog):

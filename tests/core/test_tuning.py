@@ -238,7 +238,8 @@ def row_edited(**changes):
     "edit",
     [edited(kind="kpt.plan"), edited(format=2), edited(rows=3), edited(rows=[{}]), lambda d: [d], lambda d: {},
      row_edited(seconds=-1.0), row_edited(seconds="fast"), row_edited(kernel=3), row_edited(passes="both"), row_edited(measured="then"),
-     row_edited(config=3), row_edited(call=3)],
+     row_edited(config=3), row_edited(call=3), row_edited(version=float("inf")), row_edited(samples=10**30), row_edited(kernel="\ud800"),
+     edited(machine="\ud800")],
 )  # fmt: skip
 def test_what_is_no_export_is_refused_as_a_whole(table, there, edit):
     with pytest.raises(StoreError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -18,8 +19,11 @@ from kpt import cli, console
 from kpt.auto import front_end
 from kpt.errors import KptError
 from kpt.kernels import KernelSpec, registry
-from kpt.tuning import gain
-from kpt_jax import auto
+from kpt.ops.base import Spec
+from kpt.tuning import gain, sigmas
+from kpt.tuning.measurements import FORWARD
+from kpt.tuning.trials import Trial
+from kpt_jax import auto, trials
 from kpt_jax.measure import Timing
 
 
@@ -135,6 +139,32 @@ def test_models(monkeypatch):
     np.testing.assert_allclose(result.model.apply(variables, x), model.apply(variables, x), rtol=1e-5)
 
 
+def test_a_number_without_a_derivative_is_measured_forward(monkeypatch):
+    def doubled(x, w):
+        return jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] * 2, c[1] + 1), (normalised(x, w).sum(), 0))[0]
+
+    asked = timed(monkeypatch, before=1.0, after=2.0)
+    assert kpt.auto_optimize(doubled, *arrays(), budget=0).report.measured == "forward" and asked
+
+
+def test_results_that_are_no_arrays(monkeypatch):
+    timed(monkeypatch, before=2.0, after=1.0)
+    result = kpt.auto_optimize(lambda x, w: (normalised(x, w), None, "name"), *arrays(), budget=0)
+    assert result.report.kept and result.fn(*arrays())[2] == "name"
+
+
+def test_a_number_that_has_to_stay_a_number(monkeypatch):
+    @functools.partial(jax.jit, static_argnames="times")
+    def repeated(x, w, times):
+        for _ in range(times):
+            x = normalised(x, w)
+        return x
+
+    timed(monkeypatch, before=1.0, after=2.0)
+    report = kpt.auto_optimize(repeated, *arrays(), times=2, budget=0).report
+    assert len([s for s in (*report.plan.sites, *report.plan.skipped) if s.op == "rms_norm"]) == 2
+
+
 def test_front_ends():
     assert front_end(loss, ()) == "kpt_jax"
     with pytest.raises(KptError, match="int"):
@@ -148,6 +178,13 @@ def test_the_gain_and_its_error():
     errors = np.array([e for _, e in ratios])
     assert abs(middles.mean() - np.log(2)) < 0.01
     assert 0.8 < errors.mean() / middles.std() < 1.25
+
+
+@pytest.mark.parametrize("rounds", [9, 20, 101])
+def test_chance_wins_seldom_however_few_the_rounds(rounds):
+    logs = np.random.default_rng(0).normal(0, 0.05, (4000, 2, rounds))
+    won = [gain(*np.exp(pair)) for pair in logs]
+    assert np.mean([w > sigmas(rounds) * noise for w, noise in won]) <= 1 / 250  # 1/700, and what 4000 draws may differ from it
 
 
 def test_importing_kpt_auto_imports_no_framework():
@@ -189,6 +226,15 @@ def test_a_kernel_that_hangs_is_dropped_and_named(with_slow):
     result = kpt.auto_optimize(loss, *arrays(), budget="100s")
     assert any(n.startswith("rms_norm.hanging is not used: it was not ready after 20 s") for n in result.plan.notes)
     assert all(s.kernel != "rms_norm.hanging" for s in result.plan.sites)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_trial_is_of_the_dtype_that_it_says(dtype):
+    specs = {"x": Spec((8, 16), dtype), "weight": Spec((16,), dtype)}
+    trial = Trial("rms_norm", specs, {"eps": 1e-6}, {"rms_norm.xla": registry.get("rms_norm.xla").loader}, FORWARD, "cpu")
+    ready = trials.ready(trial, "rms_norm.xla")
+    (given,) = ready.args[1]
+    assert {a.dtype.name for a in given.values()} == {dtype} and ready(1) > 0
 
 
 def test_without_a_budget_nothing_is_timed(with_slow, tmp_path):

@@ -415,6 +415,64 @@ def test_auto_optimize_measures_and_keeps_what_wins():
     assert nothing.fn is F.relu and "no site has a kernel" in nothing.plan.notes[-1]
 
 
+class Trained(nn.Module):
+    """Changes running statistics, random states and its input when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.norm, self.drop = nn.Parameter(torch.ones(32)), nn.BatchNorm1d(32), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x.add_(1)
+        x = self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.drop(self.norm(x)).square().mean()
+
+
+@pytest.fixture
+def briefly(monkeypatch):
+    monkeypatch.setattr("kpt_torch.auto.rounds", lambda samples: {n: tuple(s(1) for _ in range(9)) for n, s in samples.items()})
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_auto_optimize_leaves_all_as_it_was(closed_over, briefly):
+    module, x = Trained(), torch.randn(16, 32)
+    expanded = torch.ones(1, requires_grad=True).expand(16, 32)
+    kept, given, random = copy.deepcopy(module.state_dict()), x.clone(), torch.get_rng_state()
+    program, inputs = (lambda x, e: module(x), (x, expanded)) if closed_over else (module, (x,))
+    report = kpt.auto_optimize(program, *inputs, budget=0).report
+    assert all(torch.equal(v, kept[n]) for n, v in module.state_dict().items()) and torch.equal(x, given)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert report.measured == "forward and backward" and any("within tolerance" in n for n in report.plan.notes), "the same random numbers"
+
+
+def test_auto_optimize_takes_a_module_that_learns_its_sizes_first(briefly):
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d())
+    assert kpt.auto_optimize(lazy, torch.randn(4, 8), budget=0).fn is lazy
+
+
+def test_a_step_that_differentiates_itself(briefly):
+    """Autograd calls a kernel's backward pass while Dynamo runs the step; it is no code of the user's."""
+    model, x = nn.Linear(32, 1), torch.randn(8, 32)
+
+    def step(x):
+        loss = normalised(x, model.weight)
+        loss.backward()
+        return loss
+
+    def update(x):
+        step(x)
+        with torch.no_grad():
+            model.weight -= 0.1 * model.weight.grad
+
+    step(x)
+    wanted, model.weight.grad = model.weight.grad, None
+    kpt_torch.optimize(step)(x)
+    close(model.weight.grad, wanted)
+    assert kpt.auto_optimize(step, x, budget=0).report.measured == "forward"
+    with pytest.raises(KptError, match="updates the parameters"):
+        kpt.auto_optimize(update, x)
+
+
 @pytest.fixture
 def with_slow(monkeypatch, tmp_path):
     """A kernel that is said to be the best and is not, and where measurements go."""
@@ -453,6 +511,12 @@ def test_kpt_tune_times_the_calls_of_a_program(with_slow):
     assert (told(*command)["measured"], told(*command)["known"]) == (1, 1)
     (site,) = kpt_torch.plan(normalised, *arguments()).sites
     assert site.kernel == "rms_norm.torch" and site.reason.startswith("Measured ")
+
+
+def test_kpt_plan_of_a_program_for_pytorch():
+    done = CliRunner().invoke(cli.app, ["plan", f"{__name__}:normalised", "--args-from", f"{__name__}:arguments", "--json"])
+    assert done.exit_code == 0, done.output
+    assert ops(Plan.from_json(done.stdout)) == ["rms_norm"]
 
 
 @pytest.mark.parametrize("op", shapes.CPU_SHAPES)
