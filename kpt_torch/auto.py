@@ -50,7 +50,7 @@ class Session:
         self.trained = bool(self.moving) and _loss(fn_or_model(*inputs, **keywords)) is not None
 
     def plan(self) -> Plan:
-        return unproved(self.fast).plan(*self.inputs, **self.keywords)
+        return unproved(self.fast)._kpt_plan(*self.inputs, **self.keywords)
 
     def tune(self, budget: float) -> Tuned:
         plan = self.plan()
@@ -66,7 +66,7 @@ class Session:
         self.fast = without(self.fast, dropped)
 
     def validate(self) -> tuple[Plan, float | None]:
-        plan = self.fast.plan(*self.inputs, **self.keywords)
+        plan = self.fast._kpt_plan(*self.inputs, **self.keywords)
         if not plan.sites:
             return plan, None
         verdict = _verdict(self._once(self.given), lambda: self._once(self.fast), plan, self.on)
