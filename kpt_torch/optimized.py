@@ -99,8 +99,8 @@ class Settings:
 # By default Dynamo does not look again whether a submodule has got hooks since it was captured. It cuts what DistributedDataParallel wraps
 # at its buckets, so that a compiled backward pass has places to send them from; ours is autograd's, which has them anyway. The cuts would
 # cost sites, and regions that are checkpointed cannot be cut. What Dynamo cannot trace it leaves, with a warning, and looks at what that
-# calls: the program runs, whatever becomes of the search. Where graphs break, each layer of a model is a frame of the same code, and counts as
-# its recompilation: from the ninth layer on, none would have kernels.
+# calls: the program runs, whatever becomes of the search. Where graphs break, each layer of a model is a frame of the same code, and counts
+# as its recompilation: from the ninth layer on, none would have kernels.
 _DYNAMO = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "suppress_errors": True, "recompile_limit": 128}
 _LOCK = threading.Lock()
 _INSIDE: list[Any] = []  # one for each call under way, in any thread
