@@ -103,23 +103,28 @@ class Settings:
 # as its recompilation: from the ninth layer on, none would have kernels.
 _DYNAMO = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "suppress_errors": True, "recompile_limit": 128}
 _LOCK = threading.Lock()
-_INSIDE: list[Any] = []  # one for each call under way, in any thread
+_INSIDE: list[None] = []  # one for each call under way, in any thread
 
 
 @contextlib.contextmanager
 def _dynamo_told() -> Iterator[None]:
     """Dynamo's settings as `_DYNAMO` has them. All threads have the same: the first one in sets them, the last one out puts them back."""
     with _LOCK:
-        _INSIDE.append(_INSIDE[0] if _INSIDE else torch._dynamo.config.patch(_DYNAMO))
-        if len(_INSIDE) == 1:
-            _INSIDE[0].__enter__()
+        if not _INSIDE:
+            _patch().__enter__()
+        _INSIDE.append(None)
     try:
         yield
     finally:
         with _LOCK:
-            last = _INSIDE.pop()
+            _INSIDE.pop()
             if not _INSIDE:
-                last.__exit__(None, None, None)
+                _patch().__exit__(None, None, None)
+
+
+@functools.cache
+def _patch() -> Any:
+    return torch._dynamo.config.patch(_DYNAMO)  # which makes a class
 
 
 def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:

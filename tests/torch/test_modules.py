@@ -567,6 +567,18 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
     assert any("disagrees with the original" in s.reason for s in plan.skipped)
 
 
+def test_a_proof_holds_where_a_query_sees_nothing(monkeypatch):
+    """Its scores drown in the fill, which is no excuse: a kernel that goes by them is not used."""
+    def program(x, pad):
+        s = x @ x.mT + torch.where(pad[:, None] & torch.ones(8, 8, dtype=torch.bool).tril(), 0.0, torch.finfo(x.dtype).min)
+        return s.softmax(-1) @ x
+
+    given = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) >= torch.tensor([[0], [3]])
+    monkeypatch.setattr("kpt_torch.kernels.attention._drowns", lambda fill, dtype: False)
+    (left,) = kpt_torch.plan(program, *given).skipped
+    assert "attention.sdpa disagrees with the original" in left.reason
+
+
 def test_auto_optimize_measures_and_keeps_what_wins():
     def attend(q, k, v):
         s = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
