@@ -49,7 +49,7 @@ def optimize(
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"kpt_torch.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
                         "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
-    if hardware != "auto":
+    if hardware != "auto" or config().hardware != "auto":
         hardware = profile(hardware, torch.device("cpu"))
     if isinstance(module, torch.nn.Module):
         if hasattr(module, "_kpt_original"):  # optimized already: planned anew, from what it was made of
@@ -277,11 +277,14 @@ def _module(module: torch.nn.Module, settings: Settings) -> Any:
         return run(self, *args, **kwargs)
 
     def again(self: Any, protocol: Any = None) -> Any:
-        """For pickle and copy: the class is made here, and cannot be found by name."""
+        """For pickle: the class is made here, and cannot be found by name."""
         return _module, (as_base(self), settings)
 
     def deep(self: Any, memo: dict) -> Any:
         return _module(copy.deepcopy(as_base(self), memo), settings)
+
+    def shallow(self: Any) -> Any:
+        return _module(copy.copy(as_base(self)), settings)
 
     def with_(self: Any, change: Callable[[Settings], Settings]) -> Any:
         return _module(as_base(self), change(settings))
@@ -289,8 +292,9 @@ def _module(module: torch.nn.Module, settings: Settings) -> Any:
     def as_base(self: Any) -> Any:
         twin = object.__new__(base)
         here = vars(self)
-        own = {"forward": here["_kpt_forward"], **here} if "_kpt_forward" in here else here
-        object.__setattr__(twin, "__dict__", own)
+        if "_kpt_forward" in here:
+            here = {"forward" if k == "_kpt_forward" else k: v for k, v in here.items()}
+        object.__setattr__(twin, "__dict__", here)
         return twin
 
     def plan_(self: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -302,7 +306,7 @@ def _module(module: torch.nn.Module, settings: Settings) -> Any:
         return plan_(self, *args, **kwargs).explain()
 
     members: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__, "__reduce_ex__": again,
-               "__deepcopy__": deep, "_kpt_original": as_base, "_kpt_backend": backend, "_kpt_plan": plan_,
+               "__deepcopy__": deep, "__copy__": shallow, "_kpt_original": as_base, "_kpt_backend": backend, "_kpt_plan": plan_,
                "_kpt_with": with_}  # fmt: skip
     for name, method in (("plan", plan_), ("explain", explain_)):
         if not hasattr(base, name):

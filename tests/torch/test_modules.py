@@ -247,12 +247,21 @@ def test_what_dynamo_cannot_trace_runs_as_it_was_written():
     close(kpt_torch.optimize(lambda x: grown(x) + x)(inputs()), 2 * inputs())
 
 
+def test_a_wrong_setting_is_told_at_once(monkeypatch):
+    monkeypatch.setenv("KPT_HARDWARE", "abacus")
+    with pytest.raises(KptError, match="abacus"):
+        kpt_torch.optimize(block())
+
+
 def test_copies_are_independent_and_optimized():
     fast = kpt_torch.optimize(block()).eval()
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         close(twin(inputs()), fast(inputs()))
         assert ops(twin.plan(inputs())) == ["attention", "rms_norm"]
         assert twin.weight is not fast.weight and twin.out_twin is twin.out
+    shallow = copy.copy(fast)
+    shallow.heads = 2
+    assert fast.heads == 4 and shallow.weight is fast.weight
 
 
 def test_no_grad_and_inference_mode():
