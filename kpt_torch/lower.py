@@ -95,10 +95,10 @@ def _recorded(target: Any, args: Any, kwargs: Any) -> Any:
     tracer: Any = mode.tracer
     with disable_proxy_modes_tracing():
         body = next(iter(_bodies((args, kwargs))))
-        if target is torch.ops.higher_order.autograd_function_apply:  # a rule of the user's: its first body gives what it saves, too
-            out = target(*args, **kwargs)
-        else:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
             out = body(*(a for a in args if a is not body))
+        else:  # it says what its bodies are given: cond, a rule of the user's
+            out = target(*args, **kwargs)
 
     def proxy(x: Any) -> Any:
         if isinstance(x, fx.GraphModule):

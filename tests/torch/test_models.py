@@ -72,10 +72,6 @@ MODELS = {
                                                                              global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=1,
                                                                              reference_compile=False, **TOKENS), "eager", PADDED,
                    {"rope": 4, "attention": 2}, {"rope": 4, "attention": 2}),  # padded queries see padded keys alone
-    "bart": ("BartForConditionalGeneration", "BartConfig", dict(vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-                                                                decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
-                                                                max_position_embeddings=64, decoder_start_token_id=1, forced_eos_token_id=1, **TOKENS),
-             "eager", PADDED, None, None),  # which Dynamo cannot trace whole
     "swin": ("SwinForImageClassification", "SwinConfig", dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
              "eager", PIXELS, {"attention": 4}, {"attention": 4}),
     "beit": ("BeitForImageClassification", "BeitConfig", SMALL | dict(image_size=16, patch_size=4, use_relative_position_bias=True, out_indices=[1]),
@@ -110,7 +106,7 @@ def test_model(name, train):
     state = {n: t.clone() for n, t in model.state_dict().items()}
     fast = kpt_torch.optimize(model)
     want, got = numbers(model, inputs), numbers(fast, inputs)
-    for n in [n for n in want if n.endswith(("key.bias", "key_proj.bias", "k_proj.bias"))]:  # 0 but for rounding, as softmax does not see what is added to every key
+    for n in [n for n in want if n.endswith(("key.bias", "key_proj.bias"))]:  # 0 but for rounding, as softmax does not see what is added to every key
         assert max(abs(want.pop(n)).max(), abs(got.pop(n)).max()) < 1e-6
     verdict = compare(got, want, "float32", 4096, gradients=[n for n in want if n.startswith("d")])
     assert verdict.passed, verdict.summary()

@@ -426,6 +426,16 @@ def test_a_derivative_rule_of_the_users_stays_beside_the_sites(inner):
     close(got, want)
 
 
+def test_a_branch_costs_no_sites_beside_it():
+    def program(x, weight):
+        return _normed(torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x * 2, (x,)), weight)
+
+    fast, weight = kpt_torch.optimize(program), torch.ones(32)
+    for x in (inputs(), -inputs()):
+        close(fast(x, weight), program(x, weight))
+    assert [ops(p) for p in fast._backend.plans] == [["rms_norm"]]
+
+
 def test_graph_breaks_are_tolerated_and_named():
     inner = block().eval()
 
