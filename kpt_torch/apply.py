@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from kpt.graph.graph import Node
 from kpt_torch.capture import Captured, V, from_numpy
 from kpt_torch.emit import compute
 from kpt_torch.library import torch_dtype
-from kpt_torch.lower import effectful
+from kpt_torch.lower import aten, drop_dead, effectful, storage
 
 Kernel = Callable[..., Any]
 
@@ -74,6 +74,10 @@ class Emission:
     def _is_made(self, v: int) -> bool:
         return v in self.captured.made
 
+    def by_formula(self, values: Iterable[int]) -> None:
+        """Takes calls apart that these values are made inside of (a mask's cast, where an addition promotes it): so that they are read."""
+        self.cut |= {n for v in values if not self._is_made(v) and (n := self._owner(v)) is not None}
+
     def value(self, v: int) -> Any:
         if v in self.done:
             return self.done[v]
@@ -107,7 +111,7 @@ class Emission:
         data = np.asarray(self.captured.graph.consts[v])
         dtype = torch_dtype(self.captured.graph.specs[v].dtype)
         if data.shape == ():
-            return self.call(torch.ops.aten.full.default, [], data.item(), dtype=dtype, device=self.device)
+            return self.call(aten.full.default, [], data.item(), dtype=dtype, device=self.device)
         return self.array(from_numpy(data))
 
     def array(self, tensor: torch.Tensor) -> Any:
@@ -130,8 +134,18 @@ class Emission:
         several = len({e["index"] for e in _outs(match)}) > 1 or "residual" in match.arrays
         outs = [self.call(operator.getitem, made, k) for k in range(2)] if several else [made]
         memo: dict[int, Any] = {}
+        standing: dict[Any, Any] = {}  # what the kernel made -> the memory that it stands for in the original
         for v, e in match.results.items():
-            self.done[v] = self.expr(e, outs, memo)
+            got, place = self.expr(e, outs, memo), self._place(v)
+            # A copy, or the same formula written twice, is one value in memory of its own: someone may write into one of them.
+            copied = place is not None and standing.setdefault(_viewed(e), place) != place
+            self.done[v] = self.call(aten.clone.default, got) if copied else got
+
+    def _place(self, v: int) -> Any:
+        n, index = self.captured.made.get(v, (None, None))
+        val = n.meta.get("val") if n is not None else None
+        val = val[index] if index is not None and isinstance(val, list | tuple) else val
+        return storage(val) if isinstance(val, torch.Tensor) else None
 
     def expr(self, e: Any, outs: Sequence[Any] | None = None, memo: dict[int, Any] | None = None) -> Any:
         """The array that an expression stands for."""
@@ -154,6 +168,13 @@ class Emission:
     def _best(self, origins: Sequence[int]) -> int:
         """The first name of a value; all of them are one value."""
         return origins[0]
+
+
+def _viewed(e: Any) -> Any:
+    """What an expression is a view of."""
+    while e.op in ("reshape", "transpose", "broadcast", "slice") and not e.origins:
+        e = e.args[0]
+    return e
 
 
 def _outs(match: Match) -> list[Any]:
@@ -226,7 +247,7 @@ class _Writing(Emission):
         if n not in self.sizes:
             node, d = place
             whole = self.old(node)
-            self.sizes[n] = whole if d is None else self.call(torch.ops.aten.sym_size.int, whole, d)
+            self.sizes[n] = whole if d is None else self.call(aten.sym_size.int, whole, d)
         return self.sizes[n]
 
     def copied(self, n: fx.Node) -> Any:
@@ -287,6 +308,6 @@ def rebuilt(rw: Rewrite, device: Any) -> fx.GraphModule:
         else:
             w.old(n)
     made = fx.GraphModule(rw.module, w.graph)
-    made.graph.eliminate_dead_code(effectful)  # what the kernels took the place of
+    drop_dead(made.graph)  # what the kernels took the place of
     made.recompile()
     return made

@@ -74,7 +74,7 @@ class Session:
 
     def _planned(self, program: Any) -> Plan:
         with put_back(self.state):
-            made: Plan = program.plan(*self.inputs, **self.keywords)
+            made: Plan = program._kpt_plan(*self.inputs, **self.keywords)
         return made
 
     def tune(self, budget: float) -> Tuned:

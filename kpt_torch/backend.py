@@ -77,9 +77,9 @@ class Backend:
         planner = self._planner(gm, inputs)
         wrapped = _wrapped(gm, inputs)
         try:
-            if wrapped:
-                why = f"it computes with {', '.join(wrapped)}, and kernels are for plain tensors"
-                planner.notes.append(f"Graph {part} runs as it was written: {why}.")
+            if wrapped or device_of(inputs).type == "meta":
+                kinds = ", ".join(wrapped) or "tensors that have no memory"
+                planner.notes.append(f"Graph {part} runs as it was written: it computes with {kinds}, and kernels are for plain tensors.")
             else:
                 made = self._rewritten(planner, gm, inputs, f"graph{part}" if part else "", known)
         except Exception as error:  # the user's program runs, whatever becomes of the search

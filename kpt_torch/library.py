@@ -280,7 +280,12 @@ def _arrays(names: Sequence[str], given: Sequence[Any]) -> Tensors:
 
 
 def _encoded(params: Mapping[str, Any]) -> str:
-    return json.dumps(wire.encode(dict(params)), sort_keys=True)
+    return _text(tuple((n, type(p), p) for n, p in params.items()))  # 1 is equal to True
+
+
+@functools.lru_cache(maxsize=1024)
+def _text(params: tuple[tuple[str, type, Any], ...]) -> str:
+    return json.dumps(wire.encode({n: p for n, _, p in params}), sort_keys=True)
 
 
 @functools.lru_cache(maxsize=1024)

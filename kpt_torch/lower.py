@@ -39,7 +39,7 @@ def lower(gm: fx.GraphModule, example: Sequence[Any]) -> fx.GraphModule:
     lowered = _traced(gm, example, pre_dispatch=True)
     _carry_out_vmap(lowered)
     _functional(lowered)
-    lowered.graph.eliminate_dead_code(lambda n: effectful(n) or n.op in ("placeholder", "output"))
+    drop_dead(lowered.graph)
     lowered.recompile()
     return lowered
 
@@ -95,10 +95,10 @@ def _recorded(target: Any, args: Any, kwargs: Any) -> Any:
     tracer: Any = mode.tracer
     with disable_proxy_modes_tracing():
         body = next(iter(_bodies((args, kwargs))))
-        if target is torch.ops.higher_order.autograd_function_apply:  # a rule of the user's: its first body gives what it saves, too
-            out = target(*args, **kwargs)
-        else:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
             out = body(*(a for a in args if a is not body))
+        else:  # it says what its bodies are given: cond, a rule of the user's
+            out = target(*args, **kwargs)
 
     def proxy(x: Any) -> Any:
         if isinstance(x, fx.GraphModule):
@@ -120,6 +120,16 @@ def effectful(n: fx.Node) -> bool:
         random = torch.Tag.nondeterministic_seeded in n.target.tags and not _draws_nothing(n)
         return mutates(n) or random or n.target in _ASSERTS
     return not isinstance(n.target, torch._ops.HigherOrderOperator) and n.target not in _PURE
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Takes out what nothing uses, here alone.
+
+    `Graph.eliminate_dead_code` goes on into bodies of higher-order ops, which are the user's, and takes `mask.floor_()` there for dead.
+    """
+    for n in reversed(graph.nodes):
+        if not n.users and not effectful(n):
+            graph.erase_node(n)
 
 
 def _draws_nothing(n: fx.Node) -> bool:

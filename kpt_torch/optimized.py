@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.parameter import is_lazy
 
 from kpt.config import config, start_logging
@@ -49,7 +51,7 @@ def optimize(
     if plan is not None and not isinstance(plan, Plan):
         raise PlanError(f"kpt_torch.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
                         "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
-    if hardware != "auto":
+    if hardware != "auto" or config().hardware != "auto":
         hardware = profile(hardware, torch.device("cpu"))
     if isinstance(module, torch.nn.Module):
         if hasattr(module, "_kpt_original"):  # optimized already: planned anew, from what it was made of
@@ -69,7 +71,8 @@ def plan(
 
     The module runs once, as it was written, for Dynamo captures a program by running it; buffers and random states are put back.
     """
-    return optimize(module, level, hardware, plan).plan(*inputs, **keywords)
+    made: Plan = optimize(module, level, hardware, plan)._kpt_plan(*inputs, **keywords)  # the module may have a `plan` of its own
+    return made
 
 
 def explain(module: Any, *inputs: Any, **keywords: Any) -> str:
@@ -97,8 +100,33 @@ class Settings:
 
 # By default Dynamo does not look again whether a submodule has got hooks since it was captured. It cuts what DistributedDataParallel wraps
 # at its buckets, so that a compiled backward pass has places to send them from; ours is autograd's, which has them anyway. The cuts would
-# cost sites, and regions that are checkpointed cannot be cut.
-_DYNAMO = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False}
+# cost sites, and regions that are checkpointed cannot be cut. What Dynamo cannot trace it leaves, with a warning, and looks at what that
+# calls: the program runs, whatever becomes of the search. Where graphs break, each layer of a model is a frame of the same code, and counts
+# as its recompilation: from the ninth layer on, none would have kernels.
+_DYNAMO = {"skip_nnmodule_hook_guards": False, "optimize_ddp": False, "suppress_errors": True, "recompile_limit": 128}
+_LOCK = threading.Lock()
+_INSIDE: list[None] = []  # one for each call under way, in any thread
+
+
+@contextlib.contextmanager
+def _dynamo_told() -> Iterator[None]:
+    """Dynamo's settings as `_DYNAMO` has them. All threads have the same: the first one in sets them, the last one out puts them back."""
+    with _LOCK:
+        if not _INSIDE:
+            _patch().__enter__()
+        _INSIDE.append(None)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _INSIDE.pop()
+            if not _INSIDE:
+                _patch().__exit__(None, None, None)
+
+
+@functools.cache
+def _patch() -> Any:
+    return torch._dynamo.config.patch(_DYNAMO)  # which makes a class
 
 
 def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:
@@ -108,11 +136,12 @@ def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any =
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
+        # The code as it was written: for a program that is exported or traced by others; and a kernel has no forward derivative.
+        if torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or forward_ad._current_level >= 0:
+            return fn(*args, **kwargs)
         if torch.compiler.is_compiling():
             return run(*args, **kwargs)
-        if forward_ad._current_level >= 0:  # a kernel has no forward derivative: the code as it was written
-            return fn(*args, **kwargs)
-        with torch._dynamo.config.patch(_DYNAMO):
+        with _dynamo_told():
             return run(*args, **kwargs)
 
     return call, backend
@@ -142,7 +171,7 @@ def planned(
     """Captures `fn` on these arguments and plans; what runs is the code as written."""
     backend = settings.backend(name, inner=_as_written)
     run = torch.compile(_fresh(fn), backend=backend, dynamic=False)  # the plan is for these sizes
-    with put_back(tensors), torch._dynamo.config.patch(_DYNAMO):
+    with put_back(tensors), _dynamo_told():
         run(*args, **kwargs)
     return whole(backend, settings, name)
 
@@ -249,6 +278,11 @@ class Optimized:
         buffers = [b for m in modules_of(self._fn) for b in m.buffers()]
         return planned(self._fn, self._settings, self._name, args, kwargs, buffers)
 
+    _kpt_plan = plan
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)  # a method, where a class holds it
+
     def explain(self, *args: Any, **kwargs: Any) -> str:
         """The plan for these inputs in words."""
         return self.plan(*args, **kwargs).explain()
@@ -272,49 +306,67 @@ def unproved(optimized: Any) -> Any:
 
 
 def _module(module: torch.nn.Module, settings: Settings) -> Any:
-    """An instance of a subclass of the module's class that shares all that the module holds, with a rewritten forward."""
+    """An instance of a subclass of the module's class with a rewritten forward. All that the module holds is the same: one `__dict__`."""
     base: Any = type(module)
+    written = _forward(module)
+    run, backend = compiled(written, settings, base.__name__)
 
+    @functools.wraps(written)  # callers ask what arguments it takes
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        run = vars(self).get("_kpt_run")
-        if run is None:
-            run, backend = compiled(base.forward, settings, base.__name__)
-            object.__setattr__(self, "_kpt_run", run)
-            object.__setattr__(self, "_kpt_backend", backend)
         return run(self, *args, **kwargs)
 
     def again(self: Any, protocol: Any = None) -> Any:
-        """For pickle and copy: the class is made here, and cannot be found by name."""
+        """For pickle: the class is made here, and cannot be found by name."""
         return _module, (as_base(self), settings)
 
     def deep(self: Any, memo: dict) -> Any:
         return _module(copy.deepcopy(as_base(self), memo), settings)
+
+    def shallow(self: Any) -> Any:
+        return _module(copy.copy(as_base(self)), settings)
 
     def with_(self: Any, change: Callable[[Settings], Settings]) -> Any:
         return _module(as_base(self), change(settings))
 
     def as_base(self: Any) -> Any:
         twin = object.__new__(base)
-        vars(twin).update({k: v for k, v in vars(self).items() if not k.startswith("_kpt_")})
+        here = vars(self)
+        if "_kpt_forward" in here:
+            here = {"forward" if k == "_kpt_forward" else k: v for k, v in here.items()}
+        object.__setattr__(twin, "__dict__", here)
         return twin
 
     def plan_(self: Any, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these inputs."""
-        return planned(base.forward, settings, base.__name__, (as_base(self), *args), kwargs, list(self.buffers()))
+        return planned(written, settings, base.__name__, (as_base(self), *args), kwargs, list(self.buffers()))
 
     def explain_(self: Any, *args: Any, **kwargs: Any) -> str:
         """The plan for these inputs in words."""
         return plan_(self, *args, **kwargs).explain()
 
     members: dict[str, Any] = {"forward": forward, "__doc__": base.__doc__, "__module__": base.__module__, "__reduce_ex__": again,
-               "__deepcopy__": deep, "_kpt_original": as_base, "_kpt_settings": settings, "_kpt_with": with_}  # fmt: skip
+               "__deepcopy__": deep, "__copy__": shallow, "_kpt_original": as_base, "_kpt_backend": backend, "_kpt_plan": plan_,
+               "_kpt_with": with_}  # fmt: skip
     for name, method in (("plan", plan_), ("explain", explain_)):
         if not hasattr(base, name):
             members[name] = method
     made = object.__new__(type(base)(base.__name__, (base,), members))
-    vars(made).update(vars(module))
+    here = vars(module)
+    if "forward" in here:  # which would go before that of the class
+        here = {"_kpt_forward" if k == "forward" else k: v for k, v in here.items()}
+    object.__setattr__(made, "__dict__", here)
     _shard_alike(made, module)
     return made
+
+
+def _forward(module: torch.nn.Module) -> Callable[..., Any]:
+    """What a call of the module runs, as a function of it: its class's `forward`, or one that somebody gave to it alone."""
+    own = vars(module).get("forward")
+    if own is None:
+        return type(module).forward
+    if isinstance(own, types.MethodType) and own.__self__ is module:
+        return own.__func__
+    return lambda self, *args, **kwargs: own(*args, **kwargs)
 
 
 def _shard_alike(made: torch.nn.Module, module: torch.nn.Module) -> None:

@@ -76,7 +76,9 @@ class Front:
                 given[v].requires_grad_()
             # A leaf may go by several names (a copy, a view of its own shape); the code may read it under any of them.
             named = {o: t for v, t in given.items() for o in program.env[v].origins if o not in made or o == v}
-            return Eager(self.captured, program, sites, named, self.device, module=self.module), given
+            e = Eager(self.captured, program, sites, named, self.device, module=self.module)
+            e.by_formula(leaves)
+            return e, given
 
         def side(sites: Sequence[Any]) -> Callable[..., Any]:
             def run(leaves: Leaves, cotangents: Sequence[np.ndarray]) -> Any:

@@ -370,7 +370,7 @@ def _match(p: Program, found: _Weighted) -> Match:
         new = reading.terms[before[0] :]
         if len(reading.arrays) > before[1] or not never_empty(new, ax.extent(query), ax.extent(key)):
             ambiguous = True
-        fills.add((fill, additive))
+        fills.add((fill, additive and math.isfinite(fill)))  # to add -inf is to replace by it
     if reading.arrays and any(not set(ax.of(r)) <= set(sum(dataclasses.astuple(lay), ())) for r in reading.arrays):
         raise Refuse("the mask depends on an axis that the scores lack")
     if any(_depends_on(narrow(p, ax, r).expr, dot.expr) for r in reading.arrays):

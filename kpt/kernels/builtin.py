@@ -216,6 +216,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         "attention",
         "sdpa",
         "attention:attention",
+        version=2,
         masks=EVERY_MASK,
         additive=True,
         params={"logits_soft_cap": (None,)},

@@ -20,6 +20,7 @@ from kpt.fusion.site import cancelled_values, leaf_values
 from kpt.graph.expr import numpy_dtype
 from kpt.kernels.validate import cancelling_terms
 from kpt.ops.base import Spec
+from kpt.ops.mask import Mask
 from kpt.validation import Certificate, compare
 from kpt.validation.conditioning import COARSE, sensitivity
 
@@ -162,8 +163,12 @@ def _cancelling(
     exact = {n: np.asarray(original[n], np.float64) for n in results}
     cts = tuple(np.asarray(c, np.float64) for c in cotangents)
     differentiable = [n for n in ops.op(match.op).differentiable if n in arrays]
+    params = dict(match.params)
+    mask = params.get("mask", Mask())
+    if mask.additive and abs(mask.fill) * np.finfo(np.float32).eps > 8:  # no score is left of the sum: the weights are even, here as there
+        params["mask"] = dataclasses.replace(mask, additive=False)
     with np.errstate(all="ignore"):  # the arrays may hold NaN and infinities
-        found = cancelling_terms(match.op, arrays, dict(match.params), results, exact, cts, differentiable)
+        found = cancelling_terms(match.op, arrays, params, results, exact, cts, differentiable)
 
     def size(t: Any, direct: bool) -> Any:
         return t if direct or not np.ndim(t) else _rms(t)

@@ -49,10 +49,17 @@ def attention(
     if seen is not None and may_be_empty:
         empty = ~seen.any(-1, keepdim=True)
         seen = seen | empty
-    added = seen
+    added, drowned, low = seen, None, None
+    if empty is not None and mask.additive and _drowns(mask.fill, q.dtype):
+        drowned = empty
     if bias is not None:
         added = bias.to(q.dtype)
-        if seen is not None:
+        if seen is None:  # a mask that came as numbers, perhaps, which may hide all keys of a query
+            least, most = added.detach().aminmax(dim=-1, keepdim=True)
+            drowned = (least == most) & _drowns(most, q.dtype) & most.isfinite()
+            low = torch.where(drowned, added - added.detach(), 0.0) if bias.requires_grad else None
+            added = torch.where(drowned, 0.0, added)
+        else:
             added = torch.where(seen, added, torch.full((), float("-inf"), dtype=q.dtype, device=q.device))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=None if causal else added, is_causal=causal, scale=scale,
@@ -60,6 +67,8 @@ def attention(
     )  # fmt: skip
     if empty is not None and not mask.additive:
         out = torch.where(empty, _unseen(mask, v, out), out)
+    if drowned is not None:
+        out = torch.where(drowned, _even(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, low).to(out.dtype), out)
     out = out.transpose(1, 2)
     return out if out_dtype is None else out.to(torch_dtype(out_dtype))
 
@@ -70,6 +79,32 @@ def _unseen(mask: Mask, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return torch.full((), float("nan"), dtype=out.dtype, device=out.device)
     mean = v.mean(1, keepdim=True, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32).to(out.dtype)
     return mean.repeat_interleave(out.shape[1] // v.shape[2], 2).transpose(1, 2)
+
+
+def _drowns(added: Any, dtype: torch.dtype) -> Any:
+    """Whether scores round away in a number that is added to them (-1e9, say, and the smallest float); scores are float32, or float64."""
+    return added * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps < -8
+
+
+def _even(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, low: torch.Tensor | None) -> torch.Tensor:
+    """The row of a query whose scores all drowned, [B, N, 1 or T, Hv]: the mean of the values, and every gradient that the code has.
+
+    Back ends keep `max + log(sum)` of a row, in which log(sum) drowns as well: their gradients are off by the number of keys. The weights
+    are 1/S, yet scores have gradients through them: the terms that are 0 here give these.
+
+    Args:
+      low: zeros, through which the bias has its gradient.
+    """
+    groups = q.shape[2] // v.shape[2]
+    mean = v.mean(1, keepdim=True, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32).to(v.dtype)
+    row, off = mean.transpose(1, 2).repeat_interleave(groups, 1), (v - mean).detach() / v.shape[1]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        slope = torch.einsum("bskh,bskd->bkhd", k, off) * scale
+        scores = q.transpose(1, 2) @ slope.repeat_interleave(groups, 1)
+        row = row + (scores - scores.detach())
+    if low is not None:
+        row = row + low.expand(*low.shape[:-1], v.shape[1]) @ off.transpose(1, 2).repeat_interleave(groups, 1)
+    return row
 
 
 def _seen(

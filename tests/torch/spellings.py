@@ -68,6 +68,20 @@ def lower(s):
     return torch.ones(s.shape[-2:], dtype=torch.bool).tril()
 
 
+@spelled(site("attention", terms=(Explicit(),)))
+def adding_infinity(q, k, v, pad):
+    """As nn.TransformerEncoder does with a padding mask."""
+    return weighed(q, k, v, lambda s: s + torch.zeros(pad.shape).masked_fill(~pad, float("-inf"))[:, None, None])
+
+
+@spelled(site("attention", terms=(Bias(),)))
+def a_mask_that_is_made_here_and_promoted(q, k, v):
+    """As Swin's is under autocast."""
+    mask = torch.zeros(T, T)
+    mask[: T // 2] = -1.0
+    return weighed(q, k, v, lambda s: s + mask.bfloat16())
+
+
 @spelled(site("attention", terms=()))
 def plain(q, k, v):
     return weighed(q, k, v)

@@ -17,6 +17,7 @@ LLAMA = dict(**SMALL, vocab_size=V, num_key_value_heads=2, max_position_embeddin
 IDS = torch.randint(0, V, (2, T), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS, "labels": IDS}
 PADDED = TEXT | {"attention_mask": (torch.arange(T) < torch.tensor([[T], [7]])).long()}
+LEFT = TEXT | {"attention_mask": (torch.arange(T) >= torch.tensor([[0], [5]])).long()}  # whose first queries see no key, and have a loss
 PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), "labels": torch.tensor([0, 1])}
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=1)
 ROTARY = {"rms_norm": 5, "rope": 4}
@@ -56,6 +57,25 @@ MODELS = {
               {"attention": 2}, {"attention": 2}),  # its mask is written into a view
     "deberta": ("DebertaV2ForMaskedLM", "DebertaV2Config", SMALL | dict(vocab_size=V, max_position_embeddings=64, relative_attention=True,
                                                                         pos_att_type=["p2c", "c2p"]), "eager", TEXT, {"attention": 2}, {}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", LLAMA | dict(original_max_position_embeddings=64, **TOKENS), "eager", PADDED,
+             ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
+    "falcon": ("FalconForCausalLM", "FalconConfig", dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **TOKENS), "eager",
+               PADDED, {"rope": 4, "attention": 2}, {"rope": 4, "attention": 2}),
+    "cohere": ("CohereForCausalLM", "CohereConfig", LLAMA | TOKENS, "eager", LEFT, {"layer_norm": 3, "rope": 4, "attention": 2},
+               {"layer_norm": 3, "rope": 4, "attention": 2}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", LLAMA | dict(attention_multiplier=0.3, logits_scaling=2.0, **TOKENS), "eager", LEFT,
+                ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA | TOKENS, "eager", TEXT, {"rms_norm": 9, "rope": 4, "attention": 2},
+              {"rms_norm": 9, "rope": 4, "attention": 2}),
+    "glm": ("GlmForCausalLM", "GlmConfig", LLAMA | dict(head_dim=8, **TOKENS), "eager", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", SMALL | dict(vocab_size=V, max_position_embeddings=64, local_attention=4,
+                                                                             global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=1,
+                                                                             reference_compile=False, **TOKENS), "eager", PADDED,
+                   {"rope": 4, "attention": 2}, {"rope": 4, "attention": 2}),  # padded queries see padded keys alone
+    "swin": ("SwinForImageClassification", "SwinConfig", dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+             "eager", PIXELS, {"attention": 4}, {"attention": 4}),
+    "beit": ("BeitForImageClassification", "BeitConfig", SMALL | dict(image_size=16, patch_size=4, use_relative_position_bias=True, out_indices=[1]),
+             "eager", PIXELS, {"attention": 2}, {"attention": 2}),
 }  # fmt: skip
 QUICK = ("gpt2", "gpt2 eager", "llama eager", "bert", "vit", "qwen3")
 

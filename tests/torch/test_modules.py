@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import pickle
 import subprocess
 import sys
+import threading
 import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
@@ -120,12 +124,144 @@ def test_hooks_run():
     assert seen == ["before", "forward"] * 2
 
 
+def test_what_somebody_changes_in_one_is_changed_in_both():
+    module = nn.Dropout(0.5)
+    fast = kpt_torch.optimize(module)
+    module.eval()
+    assert not fast.training and torch.equal(fast(inputs()), inputs())
+    fast.twin = nn.Linear(2, 2)
+    assert list(module.state_dict()) == ["twin.weight", "twin.bias"]
+
+
+def test_callers_see_the_arguments_of_forward():
+    """transformers asks: to make an attention mask in `generate`, and to pass a data set's columns."""
+    assert inspect.signature(kpt_torch.optimize(block()).forward) == inspect.signature(block().forward)
+
+
+def _normed_twice(self, x):
+    return _normed(x, self.weight) * 2
+
+
+@pytest.mark.parametrize("given", [types.MethodType, functools.partial])
+def test_a_forward_that_somebody_gave_to_one_module_is_its_forward(given):
+    module = block()
+    module.forward = given(_normed_twice, module)
+    fast = kpt_torch.optimize(module)
+    close(fast(inputs()), module(inputs()))
+    assert [ops(p) for p in fast._kpt_backend.plans] == [["rms_norm"]] == [ops(kpt_torch.plan(module, inputs()))]
+    twin = copy.deepcopy(fast)
+    close(twin(inputs()), fast(inputs()))
+    assert twin.weight is not fast.weight
+
+
+def test_a_module_may_have_a_plan_of_its_own():
+    class Trip(Block):
+        def plan(self):
+            return "a holiday"
+
+    assert ops(kpt_torch.plan(Trip(), inputs())) == ["attention", "rms_norm"] and kpt_torch.optimize(Trip()).plan() == "a holiday"
+
+
+def test_a_method_may_be_optimized():
+    class Scaled:
+        weight = torch.ones(32)
+
+        @kpt_torch.optimize
+        def normed(self, x):
+            return _normed(x, self.weight)
+
+    close(Scaled().normed(inputs()), _normed(inputs(), Scaled.weight))
+
+
+def _normed(x, weight):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def copied(x, weight):
+    y = _normed(x, weight)
+    return y, y.clone()
+
+
+def written_twice(x, weight):
+    return _normed(x, weight), _normed(x, weight)
+
+
+def viewed(x, weight):
+    y = _normed(x, weight)
+    return y, y.contiguous()
+
+
+@pytest.mark.parametrize("fn", [copied, written_twice, viewed])
+def test_results_share_memory_where_they_did(fn):
+    fast, given = kpt_torch.optimize(fn), (inputs(), torch.ones(32))
+    kept, written = fast(*given)
+    want, changed = fn(*given)
+    written.add_(1), changed.add_(1)
+    close(kept, want)
+    assert [ops(p) for p in fast._backend.plans] == [["rms_norm"]]
+
+
+def test_dynamo_keeps_its_settings_whatever_the_threads_do(monkeypatch):
+    settings = torch._dynamo.config
+    fast, before, both = kpt_torch.optimize(lambda x: waiting(x)), (settings.optimize_ddp, settings.suppress_errors), threading.Barrier(2)
+
+    @torch._dynamo.disable
+    def waiting(x):
+        both.wait(60)
+        if threading.current_thread() is second:
+            first.join(60)
+        return x
+
+    first, second = (threading.Thread(target=fast, args=(inputs(),)) for _ in range(2))
+    first.start(), second.start()
+    first.join(60), second.join(60)
+    assert (settings.optimize_ddp, settings.suppress_errors) == before
+
+
+def test_traced_by_others_it_is_the_code_as_it_was_written():
+    module = block(counts=False).eval()
+    fast, x = kpt_torch.optimize(module), inputs()
+    close(torch.export.export(fast, (x,)).module()(x), module(x))
+    close(torch.jit.trace(fast, x, check_trace=False)(x), module(x))
+    assert fx.symbolic_trace(kpt_torch.optimize(nn.Linear(32, 4)))(x).shape == (2, 16, 4)
+
+
+def test_without_memory_there_is_nothing_to_plan():
+    fast = kpt_torch.optimize(block().to("meta"))
+    assert fast(inputs().to("meta")).shape == inputs().shape
+    assert "tensors that have no memory" in fast._kpt_backend.plans[0].notes[0]
+
+
+@torch.library.custom_op("kpt_tests::grown", mutates_args=())
+def grown(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@grown.register_fake
+def _(x):
+    return x.new_empty(*x.shape[:-1], x.shape[-1] + 1)  # wrong
+
+
+def test_what_dynamo_cannot_trace_runs_as_it_was_written():
+    """As BART does, whose masks are of a wrong size to it; what it calls is still looked at."""
+    close(kpt_torch.optimize(lambda x: grown(x) + x)(inputs()), 2 * inputs())
+
+
+def test_a_wrong_setting_is_told_at_once(monkeypatch):
+    monkeypatch.setenv("KPT_HARDWARE", "abacus")
+    with pytest.raises(KptError, match="abacus"):
+        kpt_torch.optimize(block())
+
+
 def test_copies_are_independent_and_optimized():
     fast = kpt_torch.optimize(block()).eval()
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         close(twin(inputs()), fast(inputs()))
         assert ops(twin.plan(inputs())) == ["attention", "rms_norm"]
         assert twin.weight is not fast.weight and twin.out_twin is twin.out
+    shallow = copy.copy(fast)
+    shallow.heads = 2
+    assert fast.heads == 4 and shallow.weight is fast.weight
 
 
 def test_no_grad_and_inference_mode():
@@ -186,6 +322,19 @@ def test_a_checkpointed_region_stays_one():
     (want, dwant), (got, dgot) = gradients(module, inputs()), gradients(fast, inputs())
     close(got, want)
     close(dgot, dwant)
+
+
+def test_a_write_in_a_checkpointed_region_stays_there():
+    def dropped(x):
+        keep = 0.5 + torch.rand(x.shape[0], 1, 1)
+        keep.floor_()  # as transformers drops paths: what it returns nobody uses
+        return x * keep
+
+    def program(x):
+        return checkpoint(dropped, x, use_reentrant=False)
+
+    want, got = (torch.random.manual_seed(0) and f(inputs(b=8)) for f in (program, kpt_torch.optimize(program)))
+    close(got, want)
 
 
 def test_functional_call_and_torch_func():
@@ -277,6 +426,16 @@ def test_a_derivative_rule_of_the_users_stays_beside_the_sites(inner):
     close(got, want)
 
 
+def test_a_branch_costs_no_sites_beside_it():
+    def program(x, weight):
+        return _normed(torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x * 2, (x,)), weight)
+
+    fast, weight = kpt_torch.optimize(program), torch.ones(32)
+    for x in (inputs(), -inputs()):
+        close(fast(x, weight), program(x, weight))
+    assert [ops(p) for p in fast._backend.plans] == [["rms_norm"]]
+
+
 def test_graph_breaks_are_tolerated_and_named():
     inner = block().eval()
 
@@ -293,6 +452,31 @@ def test_graph_breaks_are_tolerated_and_named():
 
 
 # -- torch.compile ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_has_kernels_where_each_is_a_graph_of_its_own():
+    class Layer(nn.Module):
+        def __init__(self, index):
+            super().__init__()
+            self.index, self.weight = index, nn.Parameter(torch.ones(32))
+
+        def forward(self, x, seen):
+            torch._dynamo.graph_break()
+            seen[self.index] = True
+            return _normed(x, self.weight)
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(i) for i in range(10)])
+
+        def forward(self, x):
+            seen = {}
+            for layer in self.layers:
+                x = layer(x, seen)
+            return x
+
+    assert ops(kpt_torch.plan(Deep(), inputs())) == ["rms_norm"] * 10
 
 
 def test_the_backend_is_an_entry_point():
@@ -400,6 +584,18 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
     plan = kpt_torch.plan(block().eval(), inputs())
     assert ops(plan) == ["rms_norm"]
     assert any("disagrees with the original" in s.reason for s in plan.skipped)
+
+
+def test_a_proof_holds_where_a_query_sees_nothing(monkeypatch):
+    """Its scores drown in the fill, which is no excuse: a kernel that goes by them is not used."""
+    def program(x, pad):
+        s = x @ x.mT + torch.where(pad[:, None] & torch.ones(8, 8, dtype=torch.bool).tril(), 0.0, torch.finfo(x.dtype).min)
+        return s.softmax(-1) @ x
+
+    given = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) >= torch.tensor([[0], [3]])
+    monkeypatch.setattr("kpt_torch.kernels.attention._drowns", lambda fill, dtype: False)
+    (left,) = kpt_torch.plan(program, *given).skipped
+    assert "attention.sdpa disagrees with the original" in left.reason
 
 
 def test_auto_optimize_measures_and_keeps_what_wins():

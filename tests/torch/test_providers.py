@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kpt
 from kpt.errors import KernelError
 from kpt.kernels.spec import refusal
-from kpt.ops import Causal, Lengths, Mask, Spec
+from kpt.ops import Bias, Causal, Explicit, Lengths, Mask, Spec
 from kpt_torch.kernels import rows
 from kpt_torch.library import kernel
 
@@ -77,6 +77,35 @@ def test_a_query_that_sees_nothing_is_what_the_mask_says(fill):
     got = attention(q=q, k=k, v=v, kv_lengths=lengths, **params)
     (want,) = op.reference(q=q.numpy(), k=k.numpy(), v=v.numpy(), kv_lengths=lengths.numpy(), **params)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("said", ["as numbers", "as numbers that move", "as a mask"])
+def test_scores_that_drown_in_a_mask_have_the_gradients_of_the_code(said, low):
+    """A padded query's keys may all be hidden by the smallest float: softmax is even then, and yet has gradients through its scores."""
+    g = torch.Generator().manual_seed(0)
+    numbers = said != "as a mask"
+    q, k, v = (torch.randn(2, 6, heads, 4, generator=g) for heads in (4, 2, 2))
+    keep = (torch.arange(6) >= torch.tensor([[0], [3]]))[:, None, None] & torch.ones(6, 6, dtype=torch.bool).tril()
+    bias = torch.where(keep, torch.randn(2, 1, 6, 6, generator=g) if numbers else 0.0, low)
+
+    def written(q, k, v, bias):
+        k, v = (a.repeat_interleave(2, 2).transpose(1, 2) for a in (k, v))
+        return ((q.transpose(1, 2) @ k.mT / 2 + bias).softmax(-1) @ v).transpose(1, 2)
+
+    def kernel(q, k, v, bias):
+        attention = kpt.registry.load("attention.sdpa")
+        if numbers:
+            return attention(q=q, k=k, v=v, bias=bias, mask=Mask((Bias(),)))
+        return attention(q=q, k=k, v=v, keep=keep, mask=Mask((Explicit(),), low, additive=True))
+
+    def pulled(fn):
+        given = [a.clone().requires_grad_() for a in (q, k, v)] + [bias.clone().requires_grad_(said == "as numbers that move")]
+        out = fn(*given)
+        return out, *torch.autograd.grad((out * torch.arange(6.0)[:, None, None]).sum(), [a for a in given if a.requires_grad])
+
+    for got, want in zip(pulled(kernel), pulled(written), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_soft_cap_is_refused():
