@@ -2,7 +2,7 @@
 
     python -m kpt_jax.bench_tpu_ragged [--gen v5e,v6e] [--json out.json]
 
-The rows of `bench_tpu_peers` have groups of one size, which all blocks divide. Here sizes follow Zipf's law, the largest 5.4 times the
+The rows of `bench_tpu_peers` have groups of one size, which blocks of rows divide. Here sizes follow Zipf's law, the largest 5.4 times the
 mean of 64, in random order, and no block divides them: a block at the border of two groups is multiplied with both.
 """
 
