@@ -19,7 +19,7 @@ app = typer.Typer()
 def tune(
     context: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help="An op, or a benchmark of `kpt bench`; again for more. All by default.")] = None,
-    framework: Annotated[str, typer.Option(help="Whose kernels: jax or torch.")] = "jax",
+    framework: Annotated[str | None, typer.Option(help="Whose kernels: jax, unless given, or torch.")] = None,
     program: Annotated[
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="The calls of this function or module instead of an op's.")
     ] = None,
@@ -50,11 +50,16 @@ def tune(
         from kpt.tuning.trials import seconds_of
 
         time, rows, level = seconds_of(budget), [], level_named(level).name
+        if program is not None and (op or framework or dtype):
+            raise ConfigError("Tuning of a --program was asked for with --op, --framework or --dtype", "Its calls are what they are",
+                              "Leave these out, or --program")  # fmt: skip
+        if program is None and args_from is not None:
+            raise ConfigError("Tuning of ops was asked for with --args-from", "Ops have shapes of their own", "Name a --program")
         if program is not None:
             target, arguments = call(program, args_from, "Tuning")
             found = session(target, arguments, {}, level, "auto").tune(time)
         else:
-            calls, runner = _front(framework, "calls")(op or (), dtype), _front(framework, "runner")()
+            calls, runner = _front(framework or "jax", "calls")(op or (), dtype), _front(framework or "jax", "runner")()
             with progress() as bar:
                 task = bar.add_task("timing kernels", total=None)
 

@@ -127,6 +127,8 @@ ERRORS = [
     (("plan", "users:double", "--args-from", "users:pair"), REFUSED, ["users:pair", "2 positional arguments", "one tuple"]),
     (("plan", "users:double", "--args-from", "users:listed"), REFUSED, ["users:listed", "2 positional arguments", "one tuple"]),
     (("plan", "many:stepp"), REFUSED, ["has no 'stepp'. It may be step."]),
+    (("tune", "--program", "users:double", "--op", "rope"), REFUSED, ["--program", "--op"]),
+    (("tune", "--op", "rope", "--args-from", "users:pair"), REFUSED, ["--args-from", "--program"]),
     (("plan", "users.py:double"), REFUSED, ["without .py: users:double"]),
     (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
     (("plan", "broken:f"), CRASHED, ["absent_dependency"]),
