@@ -9,6 +9,9 @@ from typing import Any
 
 from jax.extend import core as jex
 
+CALLS = "pallas_call", "mpmd_map"
+"""Primitives that call a kernel; the second is `pl.kernel` on a mesh of cores."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PallasCall:
@@ -18,19 +21,22 @@ class PallasCall:
       name: of the kernel, as its author gave it.
       interpreted: True if XLA gets the kernel's operations instead of the kernel.
       times: how often a call of the program comes by, the trips of `scan`s multiplied; None inside a `while_loop` or a branch.
+      cores: TensorCores of the mesh that its author asked for.
     """
 
     name: str
     interpreted: bool
     times: int | None
+    cores: int = 1
 
 
 def pallas_calls(jaxpr: Any, times: int | None = 1) -> Iterator[PallasCall]:
     """Those of a jaxpr and of all within it, in its order."""
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name == "pallas_call":
-            yield PallasCall(call_name(params), bool(params.get("interpret")), times)
+        if name in CALLS:
+            cores = max((getattr(mesh, "num_cores", 1) for mesh in params.get("meshes", ())), default=1)
+            yield PallasCall(call_name(params), bool(params.get("interpret")), times, cores)
             continue
         inside, copies = times, 1
         if name == "scan":
@@ -54,7 +60,8 @@ def bodies(eqn: Any) -> Iterator[tuple[Any, Sequence[Any]]]:
 
 def call_name(params: Any) -> str:
     """A kernel's name, from the parameters of its `pallas_call`: `name`, or else that of the function, as the compiler is given it."""
-    return str(params["jaxpr"].debug_info.func_name)
+    body = params["jaxpr"] if "jaxpr" in params else params["jaxprs"][0]
+    return str(params.get("name") or body.debug_info.func_name)
 
 
 def of_kernel(kernel: str, names: Sequence[str]) -> list[int]:

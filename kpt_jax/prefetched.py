@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from kpt_jax._compat import scan_layout
-from kpt_jax.pallas_calls import bodies, call_name
+from kpt_jax.pallas_calls import CALLS, bodies, call_name
 
 MOST = 1 << 20
 """Elements of an array that is worth a computation."""
@@ -49,7 +49,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], found: lis
     keep([*jaxpr.constvars, *jaxpr.invars], [*consts, *args])
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
-        if eqn.primitive.name == "pallas_call":
+        if eqn.primitive.name in CALLS:
             integers = [i if i is not None and i.dtype.kind in INTEGERS else None for i in inputs]
             found.append((call_name(eqn.params), integers))
             continue
@@ -92,6 +92,7 @@ def _harmless(eqn: Any) -> bool:
     """Whether an equation only computes small arrays from small arrays, also in all that is within it: no kernel, nothing of the user's
     own that Python or a library would be called for, and no work to speak of."""
     name = eqn.primitive.name
-    if eqn.effects or "call" in name or not all(_small(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+    opaque = "call" in name and name != "call_hi_primitive"  # jax 0.12's name for what it expands itself, a searchsorted
+    if eqn.effects or opaque or not all(_small(v.aval) for v in (*eqn.invars, *eqn.outvars)):
         return False
     return all(_harmless(e) for body, _ in bodies(eqn) for e in body.eqns)

@@ -154,7 +154,7 @@ def require(made: Compiled) -> None:
     if made.error is None:
         return
     advice = made.advice or ("The words are the compiler's; `kpt --debug tpu ...` shows all of them" if made.detail else "")
-    error = CompileError(f"{made.program.label} was compiled for {made.generation}", made.error, advice)
+    error = CompileError(f"{made.program.label} was to be compiled for {made.generation}", made.error, advice)
     if made.detail:
         error.add_note(f"In the process that compiled:\n{made.detail}")
     raise error
@@ -473,6 +473,9 @@ def _compile_one(program: Program, on: Generation, device: Any, folder: Path | N
         closed = jax.make_jaxpr(fn)(*args) if folder else None
         told_of = prefetched(closed, args) if closed else []
     calls = list(pallas_calls(closed.jaxpr)) if closed else []
+    if (wide := next((c for c in calls if c.cores > device.num_cores), None)) is not None:  # the compiler takes it, and leaves work undone
+        raise KptError(f"Kernel {wide.name} is for a mesh of {wide.cores} TensorCores", f"A device of {on.name} has {device.num_cores}",
+                       "Leave num_cores out, and the mesh has those of the device")  # fmt: skip
     read = [s for path in sorted(folder.iterdir()) if (s := _read(path, on, told_of)) is not None] if folder else []
     times = times_of([s.kernel for s in read], calls)
     cost, memory = made.cost_analysis() or {}, made.memory_analysis()

@@ -124,7 +124,8 @@ def search(
             break
         best = {**best, largest: halved(best[largest], multiple)}
     if rule is None or costs[key(best)] is None:
-        raise KptError(f"Blocks were to be tuned from {start}", "The kernel cannot be compiled with these", "See `kpt tpu compile`")
+        raise KptError(f"Blocks were to be tuned from {start}", "The kernel cannot be had with these",
+                       "Name another shape or generation; `kpt tpu schedule --op NAME --shape SHAPE` shows this one alone")  # fmt: skip
     cost, edge = costs[key(best)], [best]
     assert cost is not None
     while True:
@@ -202,14 +203,20 @@ def tune(
     def programs(candidates: Sequence[Sizes | None]) -> list[Program]:
         return [program(bench, dims, dtype=dtype, blocks=c or {}) for c in candidates]
 
+    said: list[str] = []
+
     def by_schedule(candidates: Sequence[Sizes | None]) -> list[float | None]:
         made = compile_programs(programs(candidates), [on], jobs=jobs, done=done)
+        said.extend(m.error for m in made if m.error is not None)
         return [m.cycles if m.error is None else None for m in made]
 
-    best, cost, first, tried, failed, finished = search(
-        start, (lambda c: by_clock(programs(c))) if here else by_schedule, extents=extents(bench, dims),
-        multiple=multiple, more=more,
-    )  # fmt: skip
+    evaluate = (lambda c: by_clock(programs(c))) if here else by_schedule
+    try:
+        best, cost, first, tried, failed, finished = search(
+            start, evaluate, extents=extents(bench, dims), multiple=multiple, more=more
+        )
+    except KptError as none:
+        raise KptError(none.asked, f"{none.possible}{f': {said[-1]}' if said else ''}", none.advice) from None
     method = "clock" if here else "schedule"
     return Tuned(bench, tuple(dims), dtype, on.name, method, start, first, best, cost, tried, failed, finished)
 

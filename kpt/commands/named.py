@@ -38,7 +38,7 @@ def attribute(reference: str) -> Any:
             raise
         raise KptError(
             f"{reference!r} was given", f"There is no module {error.name!r} in {os.getcwd()} or on the path",
-            f"Modules are named without .py: {module[:-3]}:{path}" if module.endswith(".py")
+            f"Modules are named without .py: {module[:-3].replace('/', '.')}:{path}" if module.endswith(".py")
             else "Run kpt where the module is, or install it",
         ) from None  # fmt: skip
     for name in path.split("."):

@@ -96,6 +96,7 @@ def schedule(
     plot: Annotated[
         Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes: SVG or PNG, by its name.")
     ] = None,
+    jobs: Jobs = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile a function for a TPU that is not here, and show what bounds its Pallas kernels.
@@ -129,7 +130,7 @@ def schedule(
             cases, program = front_end("kpt_jax.tpu_programs", "cases"), front_end("kpt_jax.tpu_programs", "program")
             dims = _shape(shape)
             programs = [program(name, dims or first) for name, first in cases(op)]
-        found = _compiled(programs, generations, None)
+        found = _compiled(programs, generations, jobs)
         require, interpreted = front_end("kpt_jax.tpu", "require"), front_end("kpt_jax.tpu", "interpreted")
         failed = [made for made in found if made.error is not None]
         if len(failed) == len(found):

@@ -100,6 +100,9 @@ def parse(bundles: str, utilization: str) -> Bundles:
     return Bundles(tuple(instructions), regions, slots, capacity, use, np.array(products))
 
 
+_DIVIDES = {"kRem": "srem.u32", "kDivAndRem": "sdivrem.u32"}
+
+
 def _instruction(text: str) -> Instruction | None:
     named = dict(_NAMED.findall(text))
     m = _INSTRUCTION.match(_COMMENT.sub("", text).replace("\n", " ").strip().removesuffix("}"))
@@ -124,8 +127,8 @@ def _instruction(text: str) -> Instruction | None:
     if op == "sbr.rel":
         target = re.search(r"\$region(\d+)", rest)
         return Instruction(result, op, (int(target[1]),) if target else (), predicate)
-    if op == "sdivrem.u32" and "/* kRem */" in text:  # what it leaves in the queue that spop.drf reads
-        op = "srem.u32"
+    if op == "sdivrem.u32":  # what it leaves in the queue that spop.drf reads
+        op = next((name for mark, name in _DIVIDES.items() if f"/* {mark} */" in text), "sdiv")
     operands = tuple(_operand(o) for o in re.findall(r"\[[^\]]*\[[^\]]*\][^\]]*\]|\[[^\]]*\]|!?%\w+|0x[0-9a-f]+|-?\d+", rest))
     return Instruction(result, op, operands, predicate)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +26,7 @@ DELAY_SLOTS = 4
 """Bundles that most generations issue after a branch before it takes effect."""
 MOST = 50_000_000  # bundles with scalar instructions
 
-Value = Any  # an int, a bool, (allocation, offset), or None where it is not known
+Value = Any  # an int, a bool, (allocation, offset), a quotient and remainder in a list, or None where it is not known
 Step = Callable[[], Any]
 
 _ADDRESS = re.compile(r"\[(?:\w+:)?\[?(#\w+)(?: \+ \$(0x[0-9a-f]+))?")
@@ -119,6 +119,7 @@ class _Core:
         self.delay_slots, self.scalars = delay_slots, scalars
         self.values: list[Value] = []
         self.defined: list[int] = []  # when each was, for phis
+        self.popped: Counter[int] = Counter()  # of each division, how many instructions read it
         self.place: dict[str | int, int] = {}
         self.memory: dict[Value, Value] = {("#allocation0", 0): core}
         self.flags: dict[Value, list[float]] = defaultdict(list)  # when each DMA on a sync flag is done
@@ -303,7 +304,15 @@ class _Core:
                 return None if holds is None else values[yes if holds == wanted else no]
 
             return choose
-        if len(places) == 1 and (op in ("smov", "spop.drf") or op.startswith("int_to_ptr")):
+        if op == "spop.drf" and len(places) == 1:
+            which = self.popped[places[0]] = self.popped[places[0]] + 1
+
+            def pop() -> Value:
+                found = values[places[0]]
+                return found if type(found) is not list else found[which - 1] if which <= len(found) else None
+
+            return pop
+        if len(places) == 1 and (op == "smov" or op.startswith("int_to_ptr")):
             return lambda: values[places[0]]
         if op == "pmov" and len(places) == 1:
             return lambda: None if values[places[0]] is None else bool(values[places[0]]) != negated[0]
@@ -342,6 +351,13 @@ class _Core:
                 return test(x & 0xFFFFFFFF, y & 0xFFFFFFFF) if mask else test(x, y)
 
             return compare
+        if op == "sdivrem.u32":  # the quotient is read first
+
+            def divide() -> Value:
+                x, y = values[a], values[b]
+                return list(divmod(x & 0xFFFFFFFF, y & 0xFFFFFFFF)) if type(x) is type(y) is int and y else None
+
+            return divide
         if op in _INTEGER:
             integer = _INTEGER[op]
 

@@ -264,6 +264,15 @@ def test_what_remains_of_a_division_is_known():
     assert other.issued[10] == 5 and other.unknown == 5
 
 
+@pytest.mark.parametrize("read, wanted, issued", [(79, 1, 3), (80, 2, 4), (80, 0, 3)])
+def test_a_quotient_and_its_remainder_come_through_one_queue(read, wanted, issued):
+    """On a v5e, of five iterations: the quotient by 3 comes first (0 0 0 1 1), then the remainder (0 1 2 0 1)."""
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%363 = sdivrem.u32 %s2_s0, 3 /* kDivAndRem */  ;;  %s79_s0 = spop.drf %363"
+                              f"  ;;  %s80_s0 = spop.drf %363  ;;  %p1_p1 = scmp.eq.s32.totalorder %s{read}_s0, {wanted}")  # fmt: skip
+    run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
+    assert run.issued[10] == issued and run.unknown == 0
+
+
 def test_a_branch_on_data_behind_one_that_is_taken_is_nothing():
     """In its delay slots: whatever its predicate, which was not computed, it does not count."""
     program = PROGRAM.replace("   0x7   : > {}", "   0x7   : > { %41 = sbr.rel (%p98_p9) target = $region3 }")

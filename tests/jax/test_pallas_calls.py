@@ -44,6 +44,23 @@ def test_trips_of_the_loops_around_a_call(case):
     assert list(pallas_calls(jaxpr)) == [PallasCall("double", False, n) for n in times]
 
 
+def test_a_kernel_on_a_mesh_of_cores_is_a_call():
+    if not hasattr(pltpu, "TensorCoreMesh"):
+        pytest.skip("this jax has no pltpu.TensorCoreMesh")
+
+    def meshed(x):
+        @pl.kernel(out_type=x, mesh=pltpu.TensorCoreMesh(axis_name="core", num_cores=2), name="meshed")
+        def copied(x_ref, out_ref):
+            pltpu.sync_copy(x_ref, out_ref)
+
+        return copied(x)
+
+    about = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=about)):
+        jaxpr = jax.make_jaxpr(repeated(meshed, 3))(jnp.ones((8, 128))).jaxpr
+    assert list(pallas_calls(jaxpr)) == [PallasCall("meshed", False, 3, cores=2)]
+
+
 def test_a_call_without_a_name_has_its_functions():
     (found,) = pallas_calls(jax.make_jaxpr(lambda x: double(x, name=None))(jnp.ones((8, 128))).jaxpr)
     assert found.name == "kernel"

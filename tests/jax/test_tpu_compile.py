@@ -418,7 +418,7 @@ def sixty_mebibytes(x):
 def test_a_generation_that_fails_withholds_no_other():
     command = ["tpu", "schedule", f"{HERE}:sixty_mebibytes", "--args-from", f"{HERE}:small", "--gen", "v4,v5e"]
     run = CliRunner().invoke(cli.app, command)
-    assert run.exit_code == console.REFUSED and "v5e" in run.stdout and "Where the cycles" in run.stdout and "was compiled for v4" in run.output
+    assert run.exit_code == console.REFUSED and "v5e" in run.stdout and "Where the cycles" in run.stdout and "was to be compiled for v4" in run.output
     run = CliRunner().invoke(cli.app, [*command, "--json"])
     made, failed = json.loads(run.stdout)
     assert run.exit_code == console.REFUSED and made["generation"] == "v5e" and failed["generation"] == "v4" and "VMEM" in failed["error"]
