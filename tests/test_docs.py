@@ -30,7 +30,8 @@ def program(page: Path) -> str:
 
 
 RUNNABLE = [p for p in PAGES if program(p).strip()]
-COMPILES = {"tune_tpu_kernel_without_a_tpu.ipynb"}  # for TPUs, with libtpu
+# One compiles for TPUs, with libtpu; one trains for most of a minute.
+MARKS = {"tune_tpu_kernel_without_a_tpu.ipynb": pytest.mark.tpu, "tpu_vm_training.ipynb": pytest.mark.slow}
 
 
 def test_the_readme_has_code_that_runs():
@@ -39,7 +40,7 @@ def test_the_readme_has_code_that_runs():
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[pytest.mark.tpu] if p.name in COMPILES else []) for p in RUNNABLE],
+    [pytest.param(p, marks=[MARKS[p.name]] if p.name in MARKS else []) for p in RUNNABLE],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_the_code_of_a_page_runs(page, tmp_path):

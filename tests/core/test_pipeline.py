@@ -34,6 +34,7 @@ def program(store, dies_at=""):
     return subprocess.run([sys.executable, "-m", PROGRAM, str(store), dies_at], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_it_goes_on_where_it_was(tmp_path):
     """One run, eight deaths: each process gets one step further, and what comes out is one run and one artifact."""
     for step in STEPS:

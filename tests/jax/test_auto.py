@@ -251,6 +251,7 @@ def test_the_next_kernel_takes_the_place_of_a_wrong_one(with_slow):
     assert site.kernel == "rms_norm.xla" and "disagrees with the original" in site.alternatives["rms_norm.wrong"]
 
 
+@pytest.mark.slow
 def test_kpt_tune_goes_on_where_it_was_and_is_believed_elsewhere(with_slow, tmp_path, monkeypatch):
     command = ["tune", "--op", "rms_norm", "--budget", "60s", "--json"]
     first, again = (json.loads(CliRunner().invoke(cli.app, command).stdout) for _ in range(2))

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kpt_jax.both_modes import both_modes
 
+# Dozens of programs, each for eight devices: what is tested is where arrays lie, not what LLVM makes of the code.
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PROGRAM = pathlib.Path(__file__).with_name("sharded_program.py")
 CASES = {
     "attention over batch": "attention",
@@ -42,7 +44,7 @@ IN_SHARD_MAP = [
 def lines_of(program: str, certify: str) -> dict[str, dict]:
     root = PROGRAM.parents[2]
     env = os.environ | {
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {UNOPTIMIZED}",
         "JAX_PLATFORMS": "cpu",
         "KPT_CERTIFY": certify,
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),

@@ -692,6 +692,7 @@ def told(*command):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_kpt_tune_times_kernels_for_pytorch(with_slow):
     command = "--framework", "torch", "--op", "rms_norm", "--budget", "60s"
     first, again = told(*command), told(*command)
