@@ -30,8 +30,11 @@ def program(page: Path) -> str:
 
 
 RUNNABLE = [p for p in PAGES if program(p).strip()]
-# One compiles for TPUs, with libtpu; one trains for most of a minute.
-MARKS = {"tune_tpu_kernel_without_a_tpu.ipynb": pytest.mark.tpu, "tpu_vm_training.ipynb": pytest.mark.slow}
+COMPILES = {"tune_tpu_kernel_without_a_tpu.ipynb"}  # for TPUs, with libtpu
+
+
+def _marks(page: Path) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.tpu] if page.name in COMPILES else [pytest.mark.slow] if page.suffix == ".ipynb" else []
 
 
 def test_the_readme_has_code_that_runs():
@@ -40,7 +43,7 @@ def test_the_readme_has_code_that_runs():
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=[MARKS[p.name]] if p.name in MARKS else []) for p in RUNNABLE],
+    [pytest.param(p, marks=_marks(p)) for p in RUNNABLE],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_the_code_of_a_page_runs(page, tmp_path):

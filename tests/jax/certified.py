@@ -11,6 +11,11 @@ import kpt
 from kpt.kernels.validate import validate
 from kpt.ops import Spec, op
 
+EIGHT_DEVICES = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+"""XLA_FLAGS of a process with eight devices. What is tested there is where arrays lie, not what LLVM makes of eight times the code."""
+
 
 def specs_of(dtype: str, **arrays: Any) -> dict[str, Spec]:
     """Specs from shapes in `dtype`, or from (shape, dtype) where an array has its own."""

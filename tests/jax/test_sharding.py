@@ -15,9 +15,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from kpt_jax.both_modes import both_modes
+from tests.jax.certified import EIGHT_DEVICES
 
-# Dozens of programs, each for eight devices: what is tested is where arrays lie, not what LLVM makes of the code.
-UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PROGRAM = pathlib.Path(__file__).with_name("sharded_program.py")
 CASES = {
     "attention over batch": "attention",
@@ -44,7 +43,7 @@ IN_SHARD_MAP = [
 def lines_of(program: str, certify: str) -> dict[str, dict]:
     root = PROGRAM.parents[2]
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {UNOPTIMIZED}",
+        "XLA_FLAGS": EIGHT_DEVICES,
         "JAX_PLATFORMS": "cpu",
         "KPT_CERTIFY": certify,
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),

@@ -15,6 +15,7 @@ import pytest
 
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 from pallas_kernels.attention import xla
+from tests.jax.certified import EIGHT_DEVICES
 
 NEG = -1e9
 ROOT = pathlib.Path(__file__).parents[2]
@@ -325,6 +326,6 @@ print("ok")
 
 def test_sharded_batch_and_heads_stay_where_they_are():
     """On 8 simulated devices: the same numbers, nothing communicated, results sharded as the arguments."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "ok", done.stderr[-2000:]

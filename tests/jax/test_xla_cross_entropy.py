@@ -17,6 +17,7 @@ from kpt.errors import OpError
 from pallas_kernels.cross_entropy.xla import cross_entropy
 from pallas_kernels.linear_cross_entropy import xla as linear
 from pallas_kernels.linear_cross_entropy.xla import linear_cross_entropy
+from tests.jax.certified import EIGHT_DEVICES
 
 EPS32 = float(np.finfo("float32").eps)
 
@@ -330,7 +331,7 @@ print("ok")
 
 def test_sharded_tokens_and_classes_stay_where_they_are():
     """On 8 simulated devices: the same numbers, and neither tokens nor classes are gathered."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"XLA_FLAGS": EIGHT_DEVICES, "JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
