@@ -45,8 +45,8 @@ def test_numbers(op):
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_numbers_of_more_cases(op):
-    """Case 51 has rows of two nearly equal numbers, whose mean float32 cannot hold."""
-    interpreted(op, cases=60, seed=2)
+    """Case 51 of layer_norm has rows of two nearly equal numbers, whose mean float32 cannot hold."""
+    interpreted(op, cases=60 if op == "layer_norm" else 20, seed=2)
 
 
 def target(architecture: str) -> GPUTarget:
