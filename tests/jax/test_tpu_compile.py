@@ -257,7 +257,7 @@ def test_the_compiler_speaks():
     with pytest.raises(CompileError, match="134,217,728 bytes more of VMEM.*smaller blocks") as caught:
         compiled_schedules(f"{HERE}:too_large", f"{HERE}:array", generation("v5e"))
     assert len(str(caught.value)) < 400 and "RESOURCE_EXHAUSTED" in "".join(caught.value.__notes__)
-    with pytest.raises(CompileError, match="missing 1 required positional argument"):
+    with pytest.raises(CompileError, match="It takes x"):
         compiled_schedules(f"{HERE}:plain", None, generation("v5e"))
 
 
