@@ -23,8 +23,8 @@ import numpy as np
 from jax import lax
 
 from kpt.ops.base import Specs
-from pallas_kernels.manual_axes import in_shard_map, unpartitioned, vary_alike
-from pallas_kernels.rope.xla import table_gradients
+from pallas_kernels.manual_axes import unpartitioned, vary_alike
+from pallas_kernels.rope.xla import table_gradients, with_gradients
 from pallas_kernels.rows import BLOCK, WARPGROUP
 
 HEADS = 16
@@ -112,8 +112,7 @@ def rope(
       out_dtype: of the result; x's by default.
     """
     static = _Static(bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(x.dtype))
-    turn = _rope_in_shard_map if in_shard_map() else _rope
-    return turn(static, *vary_alike(x, cos, sin))
+    return _rope(static, *vary_alike(x, cos, sin))
 
 
 def _apply(static: _Static, x: jax.Array, cos: jax.Array, sin: jax.Array, back: bool) -> jax.Array:
@@ -194,25 +193,8 @@ def _turn(static, x, cos, sin):
     return _apply(static, x, cos, sin, back=False)
 
 
-def _fwd(static, x, cos, sin):
-    return _turn(static, x, cos, sin), (x, cos, sin)
+def _back(static, g, cos, sin):
+    return _apply(static, g, cos, sin, back=True)
 
 
-def _fwd_knowing(static, x, cos, sin):
-    """As `_fwd`, told which arguments have a gradient: x is kept only for those of the tables, constants in most models."""
-    kept = x.value if cos.perturbed or sin.perturbed else None
-    return _turn(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
-
-
-def _bwd(static, residuals, g):
-    x, cos, sin = residuals
-    g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
-    tables = (None, None) if x is None else table_gradients(x, cos, sin, g, static.interleaved)
-    return _apply(static, g, cos, sin, back=True), *tables
-
-
-_rope = jax.custom_vjp(_turn, nondiff_argnums=(0,))
-_rope.defvjp(_fwd_knowing, _bwd, symbolic_zeros=True)
-# Inside an eager shard_map, jax (0.7 to 0.12) cannot tell a rule which arguments have a gradient.
-_rope_in_shard_map = jax.custom_vjp(_turn, nondiff_argnums=(0,))
-_rope_in_shard_map.defvjp(_fwd, _bwd)
+_rope = with_gradients(_turn, _back, lambda static, x, cos, sin, g: table_gradients(x, cos, sin, g, static.interleaved))

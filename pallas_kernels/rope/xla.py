@@ -22,8 +22,7 @@ def rope(
     """
     x, cos, sin = vary_alike(x, cos, sin)
     acc = wide(jnp.promote_types(x.dtype, jnp.promote_types(cos.dtype, sin.dtype)))
-    turn = _rope_in_shard_map if in_shard_map() else _rope
-    return turn((bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(acc), str(x.dtype)), x, cos, sin)
+    return _rope((bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(acc), str(x.dtype)), x, cos, sin)
 
 
 def _rotate(x: jax.Array, interleaved: bool, back: bool = False) -> jax.Array:
@@ -44,26 +43,41 @@ def _turn(static, x, cos, sin):
     return y if r == x.shape[-1] else jnp.concatenate([y, tail.astype(out_dtype)], -1)
 
 
-def _fwd(static, x, cos, sin):
-    return _turn(static, x, cos, sin), (x, cos, sin)
-
-
-def _fwd_knowing(static, x, cos, sin):
-    """As `_fwd`, told which arguments have a gradient: x is kept only for those of the tables, constants in most models."""
-    kept = x.value if cos.perturbed or sin.perturbed else None
-    return _turn(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
-
-
-def _bwd(static, residuals, g):
+def _back(static, g, cos, sin):
     interleaved, _, acc, x_dtype = static
-    x, cos, sin = residuals
-    g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     r = cos.shape[-1]
     gh = g[..., :r].astype(acc)
     c, s = cos[:, :, None].astype(acc), sin[:, :, None].astype(acc)
     dx = (gh * c + _rotate(gh * s, interleaved, back=True)).astype(x_dtype)
-    dx = dx if r == g.shape[-1] else jnp.concatenate([dx, g[..., r:].astype(x_dtype)], -1)
-    return dx, *((None, None) if x is None else table_gradients(x, cos, sin, g, interleaved, acc))
+    return dx if r == g.shape[-1] else jnp.concatenate([dx, g[..., r:].astype(x_dtype)], -1)
+
+
+def with_gradients(turn, back, tables):
+    """`turn(static, x, cos, sin)` with the derivative rule of a rotation, which every kernel of this op has.
+
+    Args:
+      back: `back(static, g, cos, sin)`, the gradient of `x` from the cotangent of the result.
+      tables: `tables(static, x, cos, sin, g)`, those of `cos` and `sin`.
+    """
+
+    def fwd(static, x, cos, sin):
+        return turn(static, x, cos, sin), (x, cos, sin)
+
+    def fwd_knowing(static, x, cos, sin):
+        """Told which arguments have a gradient: x is kept only for those of the tables, constants in most models."""
+        kept = x.value if cos.perturbed or sin.perturbed else None
+        return turn(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
+
+    def bwd(static, residuals, g):
+        x, cos, sin = residuals
+        g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+        return back(static, g, cos, sin), *((None, None) if x is None else tables(static, x, cos, sin, g))
+
+    outside, inside = (jax.custom_vjp(turn, nondiff_argnums=(0,)) for _ in range(2))
+    outside.defvjp(fwd_knowing, bwd, symbolic_zeros=True)
+    # Inside an eager shard_map, jax (0.7 to 0.12) cannot tell a rule which arguments have a gradient.
+    inside.defvjp(fwd, bwd)
+    return lambda static, x, cos, sin: (inside if in_shard_map() else outside)(static, x, cos, sin)
 
 
 def table_gradients(x, cos, sin, g, interleaved: bool, acc=jnp.float32):
@@ -77,8 +91,4 @@ def table_gradients(x, cos, sin, g, interleaved: bool, acc=jnp.float32):
     return over_heads(gh * head, cos), over_heads(gh * _rotate(head, interleaved), sin)
 
 
-_rope = jax.custom_vjp(_turn, nondiff_argnums=(0,))
-_rope.defvjp(_fwd_knowing, _bwd, symbolic_zeros=True)
-# Inside an eager shard_map, jax (0.7 to 0.12) cannot tell a rule which arguments have a gradient.
-_rope_in_shard_map = jax.custom_vjp(_turn, nondiff_argnums=(0,))
-_rope_in_shard_map.defvjp(_fwd, _bwd)
+_rope = with_gradients(_turn, _back, lambda static, x, cos, sin, g: table_gradients(x, cos, sin, g, static[0], static[2]))
