@@ -21,7 +21,7 @@ from kpt.fusion.site import leaf_values
 from kpt.graph.graph import Node
 from kpt_torch.capture import Captured, V, from_numpy
 from kpt_torch.emit import compute
-from kpt_torch.library import torch_dtype
+from kpt_torch.library import dtype_name, torch_dtype
 from kpt_torch.lower import aten, drop_dead, effectful, storage
 
 Kernel = Callable[..., Any]
@@ -55,7 +55,8 @@ class Emission:
         self.maker: dict[int, Node] = captured.graph.producers()
         self.site_of = {v: i for i, (m, _) in enumerate(sites) for v in m.results}
         self.memo: dict[int, Any] = {}
-        self.cut = {n for v in self.site_of if (n := self._owner(v)) is not None and not self._is_made(v)}
+        self.handed: dict[fx.Node, dict[fx.Node, int]] = {}  # a call -> its argument -> what it is handed in its place
+        self.cut = {n for v in self.site_of if (n := self._owner(v)) is not None and not self._is_made(v) and not self._handed(n, v)}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -70,6 +71,21 @@ class Emission:
     def _owner(self, v: int) -> fx.Node | None:
         node = self.maker.get(v)
         return node.payload if node is not None else None
+
+    def _handed(self, n: fx.Node, v: int) -> bool:
+        """Whether `v` is what autocast makes of an argument of the call `n`, which may then be handed `v` itself."""
+        cast, dtypes = self.maker[v], self.captured.autocast.get(n, {}).values()
+        if cast.op != "convert" or self.program.graph.specs[v].dtype not in map(dtype_name, dtypes):
+            return False
+        of = [a for a in n.all_input_nodes if isinstance(x := self.captured.values.get(a), V) and x.id == cast.inputs[0]]
+        for a in of:
+            self.handed.setdefault(n, {})[a] = v
+        return bool(of)
+
+    def argument(self, n: fx.Node, a: fx.Node) -> Any:
+        """What the call `n` is given for its argument `a`."""
+        v = self.handed.get(n, {}).get(a)
+        return self.old(a) if v is None else self.value(v)
 
     def _is_made(self, v: int) -> bool:
         return v in self.captured.made
@@ -209,7 +225,7 @@ class Eager(Emission):
         if n.op != "call_function" or self.pure and effectful(n):
             raise Unavailable(f"{n} is neither given nor computed twice alike")
         leaf = lambda a: isinstance(a, fx.Node)  # noqa: E731
-        to = lambda a: self.old(a) if isinstance(a, fx.Node) else a  # noqa: E731
+        to = lambda a: self.argument(n, a) if isinstance(a, fx.Node) else a  # noqa: E731
         args, kwargs = pytree.tree_map(to, (tuple(n.args), dict(n.kwargs)), is_leaf=leaf)
         kind = torch.device(self.device).type
         dtype = self.captured.autocast.get(n, {}).get(kind)
@@ -253,8 +269,8 @@ class _Writing(Emission):
     def copied(self, n: fx.Node) -> Any:
         if n.op == "call_function":
             for a in n.all_input_nodes:
-                self.old(a)
-        return self.graph.node_copy(n, self.old)
+                self.argument(n, a)
+        return self.graph.node_copy(n, lambda a: self.argument(n, a))
 
 
 def _symbols(rw: Rewrite) -> dict[int, tuple[fx.Node, int | None]]:

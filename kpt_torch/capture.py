@@ -9,6 +9,7 @@ one set of patterns sees it. What is not understood is "opaque:<op>". Nothing he
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from kpt.graph.graph import Graph, Node, Region
@@ -279,6 +281,8 @@ def _node(b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spo
     touched = {storage(a.meta["val"]) for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)}
     touched |= {storage(t) for t in tensors}
     emit = TABLE.get(n.target)
+    if emit is None and isinstance(val, torch.Tensor) and (number := _everywhere(b, n, val)) is not None:
+        return b.broadcast(b.full(number, dtype_name(val.dtype)), b.sizes.spec(val).shape)
     if emit is None or effectful(n) or touched & spoilt or not isinstance(val, torch.Tensor | list | tuple):
         return _opaque(b, n, val, made, values)
     start = len(b.graph.nodes), len(b.graph.specs)
@@ -290,6 +294,48 @@ def _node(b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spo
         del b.graph.nodes[start[0] :]
         b.region = None
         return _opaque(b, n, val, made, values)
+
+
+def _is_node(a: Any) -> bool:
+    return isinstance(a, fx.Node)
+
+
+def _number(b: Builder, a: Any) -> Any:
+    return b.sizes(a) if isinstance(a, torch.SymInt) else a
+
+
+_POSITIONS = 1 << 20  # elements
+
+
+def _everywhere(b: Builder, n: fx.Node, val: torch.Tensor) -> int | bool | None:
+    """The one integer that all elements of a node are, where it is made of positions alone; else None.
+
+    Models count where packed documents begin, `cumsum(diff(arange(n)) != 1)`, and without packing that is 0.
+    """
+    if val.is_floating_point() or val.is_complex() or effectful(n):
+        return None
+    known: dict[fx.Node, Any] = {}
+
+    def run(m: fx.Node) -> Any:
+        made = m.meta.get("val")
+        if isinstance(made, torch.SymInt | int):
+            return b.sizes(made)
+        if m.op != "call_function" or effectful(m) or not isinstance(made, torch.Tensor) or math.prod(map(b.sizes, made.shape)) > _POSITIONS:
+            raise Unknown("more than positions")
+        if m not in known:
+            given = (tuple(m.args), dict(m.kwargs))
+            args, kwargs = pytree.tree_map(lambda a: run(a) if isinstance(a, fx.Node) else _number(b, a), given, is_leaf=_is_node)
+            target: Any = m.target
+            known[m] = target(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+        return known[m]
+
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            found = run(n)
+            same = found.numel() > 0 and bool((found == found.flatten()[0]).all())
+        return found.flatten()[0].item() if same else None
+    except (Unknown, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _spelled(b: Builder, n: fx.Node, emit: Any, values: dict[fx.Node, Any], state: _State) -> Any:
@@ -305,12 +351,8 @@ def _spelled(b: Builder, n: fx.Node, emit: Any, values: dict[fx.Node, Any], stat
             raise Unknown("a symbolic number")
         raise Unknown("an argument that is no tensor")
 
-    def number(a: Any) -> Any:
-        return b.sizes(a) if isinstance(a, torch.SymInt) else a
-
-    leaf = lambda a: isinstance(a, fx.Node)  # noqa: E731
-    args, kwargs = pytree.tree_map(given, (tuple(n.args), dict(n.kwargs)), is_leaf=leaf)
-    args, kwargs = pytree.tree_map(number, (args, kwargs))
+    args, kwargs = pytree.tree_map(given, (tuple(n.args), dict(n.kwargs)), is_leaf=_is_node)
+    args, kwargs = pytree.tree_map(lambda a: _number(b, a), (args, kwargs))
     if state.autocast:
         args, kwargs = _autocast(b, n, args, kwargs, state)
     whole = emit.whole

@@ -17,6 +17,7 @@ from kpt.fusion.site import fingerprint, leaf_values
 from kpt.kernels import KernelSpec
 from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
+from kpt.ops.mask import Bias, Explicit
 from kpt.strategy.certify import Leaves, Sides, certify_site, moving_leaves, rounds_on_the_way
 from kpt.strategy.planner import Planner
 from kpt.validation import Certificate
@@ -151,7 +152,7 @@ def rewritten(
     def fits(program: Program, match: Match, kernel: KernelSpec) -> str | None:
         call = ONE_CALL.get(kernel.name)
         steps = {n.payload for n in program.consumed(match)}
-        if call is not None and any(isinstance(n, fx.Node) and n.target is call for n in steps):
+        if call is not None and any(isinstance(n, fx.Node) and n.target is call and not _masked_by_words(n, match) for n in steps):
             return f"The original stays: it is one call of {call} already, which is what {kernel.name} would be."
         return misplaced(front.captured, program, match, order) or steady(program, match)
 
@@ -161,6 +162,14 @@ def rewritten(
         return None
     sites = [(m, _bound(fn, m)) for m, fn in kept]
     return rebuilt(Rewrite(front.module, front.captured, program, sites), front.device)
+
+
+def _masked_by_words(n: fx.Node, match: Match) -> bool:
+    """Whether the call reads a mask from an array that the site knows in words: causal, which costs a kernel half, not twice the work."""
+    if n.target is not aten.scaled_dot_product_attention.default:
+        return False
+    given = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
+    return given is not None and not any(isinstance(t, Explicit | Bias) for t in match.params["mask"].terms)
 
 
 class _Example:

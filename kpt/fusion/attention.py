@@ -14,6 +14,7 @@ from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.evaluate import evaluate
 from kpt.graph.expr import Expr, Exprs
 from kpt.graph.normalize import boolean_behind, simplify
+from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
 
 _SCORE_STEPS = {"mul", "div", "add", "sub", "select", "tanh", "neg", "stop_gradient", "max", "min", "concatenate"}
@@ -291,7 +292,7 @@ def _in_order(p: Program, product: Expr, e: Expr, soft: Softmax) -> _Weighted:
     post = bool(idle or soft.zeroed)
     idle += [Ref(b, weights.dims) for b in (*soft.summed, *soft.zeroed)]
     inner = (*soft.inner, e)
-    return _Weighted(ax, out, weights, ax.strip(values), soft.scores, soft.axis, inner, product, hides, tuple(idle), post)
+    return _Weighted(ax, out, weights, _read(ax, values), soft.scores, soft.axis, inner, product, hides, tuple(idle), post)
 
 
 def _normalised_late(e: Expr) -> _Weighted | None:
@@ -317,7 +318,7 @@ def _normalised_late(e: Expr) -> _Weighted | None:
             scores, _ = unshifted(ax, args(weights)[0], contracted)
             if scores.dims == here:
                 product = over[1].expr
-                return _Weighted(ax, out, weights, ax.strip(values), scores.expr, differ[0], (exp.expr, product), product)
+                return _Weighted(ax, out, weights, _read(ax, values), scores.expr, differ[0], (exp.expr, product), product)
     return None
 
 
@@ -341,7 +342,7 @@ def _match(p: Program, found: _Weighted) -> Match:
     free = [ax.flat(d) for d in dot.dims]
     inside, q, k = _scales_inside(p, ax, q, k)
     scale = acc.scale * inside
-    q, k, val = (_leaf(p, ax, r) for r in (q, k, val))
+    q, k, val = (_read(ax, r) for r in (q, k, val))
     depth, key = ax.flat(depth), ax.flat(key)
     qa, ka, va = (set(ax.of(r)) for r in (q, k, val))
     out_axes = ax.of(out)
@@ -403,18 +404,23 @@ def _match(p: Program, found: _Weighted) -> Match:
         if arranged is None:
             raise Refuse(f"{name} has an axis that attention does not have")
         arrays[name] = x.convert(x.convert(arranged, rounded), dtype)
-    params |= {"mask": mask, "out_dtype": out.expr.dtype}
     n = ax.extent(kv_heads + groups)
     shape = (ax.extent(batch), ax.extent(query), n, ax.extent(value_dim))
-    from kpt.ops.base import Spec
 
-    leaf = x.out(0, Spec(shape, out.expr.dtype))
-    if found.zeroed and may_be_empty:
-        leaf = x.make("select", (_sees(x, mask, arrays, shape), leaf, x.full(0.0, shape, leaf.dtype)), (), shape, leaf.dtype)
-    result = ax.arrange(Ref(leaf, (batch, query, kv_heads + groups, value_dim)), out.dims, x)
-    if result is None:
-        raise Refuse("the result has an axis that attention does not have")
-    return Match("attention", arrays, params, p.result(out.expr, result), (dot.expr, *found.inner), p.source(found.inner[-1]))
+    def written(made: Expr, inner: tuple[Expr, ...]) -> Match:
+        leaf = x.out(0, Spec(shape, made.dtype))
+        if found.zeroed and may_be_empty:
+            leaf = x.make("select", (_sees(x, mask, arrays, shape), leaf, x.full(0.0, shape, leaf.dtype)), (), shape, leaf.dtype)
+        result = ax.arrange(Ref(leaf, (batch, query, kv_heads + groups, value_dim)), out.dims, x)
+        if result is None:
+            raise Refuse("the result has an axis that attention does not have")
+        said = params | {"mask": mask, "out_dtype": made.dtype}
+        return Match("attention", arrays, said, p.result(made, result), inner, p.source(found.inner[-1]))
+
+    inner = (dot.expr, *found.inner)
+    cast = p.rounded(out.expr)
+    match = written(cast, (*inner, out.expr)) if cast is not None else None
+    return match if match is not None and p.unsafe(match) is None else written(out.expr, inner)
 
 
 def _conjuncts(ax: Axes, r: Ref) -> list[Ref]:
@@ -512,8 +518,8 @@ def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref) -> tuple[float, Ref, Re
     """(scale, q, k): a scalar folded into q or k taken out, where that does not round differently."""
     total = 1.0
     out = []
-    for r in (q, k):
-        r = ax.strip(r)
+    for given in (q, k):
+        before, r = total, ax.strip(given)
         while r.expr.op in ("mul", "div") and r.expr.dtype in ("float32", "float64"):
             b = scalar(ax.strip(Ref(r.expr.args[1], r.dims)))
             a = scalar(ax.strip(Ref(r.expr.args[0], r.dims)))
@@ -525,13 +531,22 @@ def _scales_inside(p: Program, ax: Axes, q: Ref, k: Ref) -> tuple[float, Ref, Re
                 r = ax.strip(Ref(r.expr.args[1], r.dims))
             else:
                 break
-        out.append(r)
+        out.append(_read(ax, given) if total == before else r)
     return total, out[0], out[1]
 
 
-def _leaf(p: Program, ax: Axes, r: Ref) -> Ref:
-    """Without views, so that repeated heads and upcasts do not reach the kernel."""
-    return ax.strip(r)
+def _read(ax: Axes, r: Ref) -> Ref:
+    """What a product reads: without views, so that repeated heads do not reach the kernel, and without casts that widen.
+
+    A cast that narrows is part of what is read, but for one that rounds repeated heads.
+    """
+    while (inner := ax.inside(r)) is not None:
+        e = r.expr
+        rounds = e.op == "convert" and e.origins and _narrower(e.dtype, e.args[0].dtype) != e.args[0].dtype
+        if rounds and math.prod(ax.strip(r).expr.shape) == math.prod(e.shape):
+            break
+        r = inner
+    return ax.resolve(r)
 
 
 def _query_axes(ax: Axes, only_q: list[int], free: list[tuple[int, ...]], key: tuple[int, ...]) -> tuple[int, ...]:

@@ -106,6 +106,15 @@ class Program:
         """`results` of a match: every program value that `e` is becomes `out`."""
         return dict.fromkeys(e.origins, out)
 
+    def rounded(self, e: Expr) -> Expr | None:
+        """The cast to a narrower float dtype that is all that becomes of `e`: a kernel may write its result in that dtype."""
+        users = self.users(e)
+        if len(users) != 1 or set(e.origins) & self._outputs or users[0].op != "convert":
+            return None
+        dtype, wide = users[0].dtype, e.dtype
+        narrower = dtype in _READ and wide in (*_READ, "float64") and numpy_dtype(dtype).itemsize < numpy_dtype(wide).itemsize
+        return users[0] if narrower else None
+
     def grounded(self, e: Expr, depth: int = 0) -> bool:
         """Whether a front end can compute `e` from the program's values."""
         if e.origins or e.op in GROUND:

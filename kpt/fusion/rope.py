@@ -220,7 +220,6 @@ def _build(
         t = narrow(p, ax, t)
         tables.append(t)
     over = [a for a in ax.of(out) if any(a in ax.of(t) for t in tables) and a not in rot]
-    others = [a for a in ax.of(out) if a not in over and a not in rot]
     # Positions are the axes that the tables run over; a table that also runs over the batch keeps it.
     dims = [d for d in (tuple(a for a in d if a not in rot) for d in ax.resolve(out).dims) if d]
     with_table = [d for d in dims if set(d) <= set(over)]
@@ -248,13 +247,18 @@ def _build(
         if not p.grounded(small):
             return None
         arrays[name] = small
-    leaf = xs.out(0, Spec(got.shape, e.dtype))
-    result = ax.arrange(Ref(leaf, target), ax.resolve(out).dims, xs)
-    if result is None or others is None:
-        return None
-    params = {"interleaved": interleaved, "out_dtype": e.dtype}
-    inner = tuple(a for a in e.args)
-    return Match("rope", arrays, params, p.result(e, result), inner, p.source(e))
+
+    def written(made: Expr, inner: tuple[Expr, ...]) -> Match | None:
+        leaf = xs.out(0, Spec(got.shape, made.dtype))
+        result = ax.arrange(Ref(leaf, target), ax.resolve(out).dims, xs)
+        if result is None:
+            return None
+        params = {"interleaved": interleaved, "out_dtype": made.dtype}
+        return Match("rope", arrays, params, p.result(made, result), inner, p.source(e))
+
+    cast = p.rounded(e)
+    match = written(cast, (*e.args, e)) if cast is not None else None
+    return match if match is not None and p.unsafe(match) is None else written(e, e.args)
 
 
 __all__ = ["find"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -228,7 +229,7 @@ def _check(
     s_norm, s_max = _size(sensitivity, reference) if sensitivity is not None else (0.0, 0.0)
     t_norm, _ = _size(terms, reference)
     allowed_l2 = bound.allowed_l2(max(found.reference_l2, s_norm), found.size, t_norm)
-    error, t = _nearest(actual, reference, terms, bound)
+    error, t = _nearest(actual, reference, terms, bound) if np.ndim(terms) else (found.max_abs, _finite(float(terms)))
     allowed_max = bound.allowed_max(max(found.reference_max, s_max), t)
     if found.nonfinite_mismatch:
         problem = f"{found.nonfinite_mismatch} of {found.size} elements are NaN or infinite on one side only"
@@ -259,6 +260,13 @@ def _nearest(
 
 def _size(values: np.ndarray | float, like: np.ndarray) -> tuple[float, float]:
     """Euclidean norm and largest magnitude of the finite values, spread over the shape of `like`."""
+    if not np.ndim(values):
+        one = _finite(float(values))
+        return one * math.sqrt(np.size(like)), one if np.size(like) else 0.0
     spread = np.abs(np.broadcast_to(np.asarray(values, np.float64), np.shape(like)))
     finite = spread[np.isfinite(spread)]
     return float(np.linalg.norm(finite)), float(finite.max(initial=0.0))
+
+
+def _finite(x: float) -> float:
+    return abs(x) if math.isfinite(x) else 0.0

@@ -24,7 +24,7 @@ ROTARY = {"rms_norm": 5, "rope": 4}
 
 # name: (model, config, its settings, attention implementation, inputs, sites in eval, sites in train; per two layers)
 MODELS = {
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64), "sdpa", TEXT, {}, {}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64), "sdpa", TEXT, {"attention": 2}, {}),
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", TEXT, ROTARY, ROTARY),
     "llama eager": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "eager", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
     "llama padded": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", PADDED, ROTARY, ROTARY),
