@@ -35,6 +35,8 @@ class Rewrite:
     captured: Captured
     program: Program
     sites: list[tuple[Match, Kernel]]
+    pairs: Mapping[int, tuple[int, int, Kernel]] = dataclasses.field(default_factory=dict)
+    """By each of the two sites: both, and the kernel that runs them in one launch."""
 
 
 class Unavailable(Exception):
@@ -148,7 +150,10 @@ class Emission:
         arrays = {name: self.expr(e) for name, e in match.arrays.items()}
         made = self.call(kernel, **arrays)
         several = len({e["index"] for e in _outs(match)}) > 1 or "residual" in match.arrays
-        outs = [self.call(operator.getitem, made, k) for k in range(2)] if several else [made]
+        self._results(match, [self.call(operator.getitem, made, k) for k in range(2)] if several else [made])
+
+    def _results(self, match: Match, outs: Sequence[Any]) -> None:
+        """Writes down what a site's kernel made, as the views of it that the program has."""
         memo: dict[int, Any] = {}
         standing: dict[Any, Any] = {}  # what the kernel made -> the memory that it stands for in the original
         for v, e in match.results.items():
@@ -251,6 +256,17 @@ class _Writing(Emission):
             made.meta = {k: v for k, v in self.like.meta.items() if k in ("stack_trace", "nn_module_stack")}
         return made
 
+    def _site(self, i: int) -> None:
+        if i not in self.rw.pairs:
+            return super()._site(i)
+        first, second, kernel = self.rw.pairs[i]
+        (match, _), (behind, _) = self.sites[first], self.sites[second]
+        arrays = {name: self.expr(e) for name, e in match.arrays.items()}
+        made = self.call(kernel, **arrays, other=self.expr(behind.arrays["x"]))
+        for k, m in enumerate((match, behind)):
+            self._results(m, [self.call(operator.getitem, made, k)])
+        return None
+
     def array(self, tensor: torch.Tensor) -> Any:
         name = f"_kpt_constant{sum(1 for _ in self.root.buffers(recurse=False))}"
         self.root.register_buffer(name, tensor.to(self.device), persistent=False)
@@ -301,17 +317,23 @@ def positions(module: fx.GraphModule) -> dict[fx.Node, int]:
 
 def misplaced(captured: Captured, program: Program, match: Match, order: Mapping[fx.Node, int]) -> str | None:
     """Why a kernel cannot stand where the site's first result does, or None: what it reads is made later, past a switch of state."""
-    results = [order[captured.made[v][0]] for v in match.results if v in captured.made]
-    maker = captured.graph.producers()
-    results += [order[maker[v].payload] for v in match.results if v not in captured.made and v in maker]
-    reads = [order[captured.made[v][0]] for v in leaf_values(program, match) if v in captured.made]
-    if not results or not reads:
+    place = span(captured, program, match, order)
+    if place is None:
         return None
-    first, last = min(results), max(reads)
+    first, last = place
     nodes = [n for n, i in order.items() if first <= i <= last]
     if first < last and (any(first <= m <= last for m in captured.marks) or any(effectful(n) for n in nodes)):
         return "what it reads is computed only after its first result, past a random number, a write or a switch of autocast or gradients"
     return None
+
+
+def span(captured: Captured, program: Program, match: Match, order: Mapping[fx.Node, int]) -> tuple[int, int] | None:
+    """Where a site's first result is made, and the last of what it reads."""
+    results = [order[captured.made[v][0]] for v in match.results if v in captured.made]
+    maker = captured.graph.producers()
+    results += [order[maker[v].payload] for v in match.results if v not in captured.made and v in maker]
+    reads = [order[captured.made[v][0]] for v in leaf_values(program, match) if v in captured.made]
+    return (min(results), max(reads)) if results and reads else None
 
 
 def rebuilt(rw: Rewrite, device: Any) -> fx.GraphModule:

@@ -19,6 +19,7 @@ from kpt.config import config
 from kpt.errors import ConfigError, HardwareError
 from kpt.fusion.program import Match, Program
 from kpt.hardware import HardwareProfile
+from kpt.kernels import registry
 from kpt.strategy import Plan, Site, level_named
 from kpt.strategy.planner import Planner
 from kpt_torch.apply import is_symbolic
@@ -139,8 +140,15 @@ def transformed(
         made = rewritten(planner, front, path, real)
     else:
         other = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[1], known)
+        planner.dropped = {**planner.dropped, **_of_fixed_sizes()}
         made = rewritten(planner, front, path, None, Steady(captured, other))
     return made if made is not None else module if changed else None
+
+
+def _of_fixed_sizes() -> dict[str, str]:
+    """Kernels for calls whose sizes do not change, and why no other one has them."""
+    why = "is compiled for each set of sizes, in seconds, and these may change"
+    return {k.name: why for k in registry.kernels() if k.framework == "torch" and k.provider == "mosaic"}
 
 
 def _wrapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[str]:

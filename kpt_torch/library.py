@@ -50,12 +50,13 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 
 
 def kernel(
-    op: str, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
+    op: str | Op, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
     early: Early | None = None,
 ) -> Callable[..., Any]:
     """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
 
     Args:
+      op: by name; or, for calls that no program is searched for, itself.
       forward: `forward(arrays, params) -> (results, kept)`: `arrays` holds those that were given, `params` all of the op's, defaults
         filled in. `kept` is what the backward pass reads besides arrays and results. No result may be a view of an array.
       backward: `backward(arrays, params, results, kept, cotangents, wanted) -> {name: gradient}`: for at least the arrays named in
@@ -68,19 +69,19 @@ def kernel(
 
     `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
     """
-    meaning = ops.op(op)
+    meaning = op if isinstance(op, Op) else ops.op(op)
     names = (*meaning.arrays, *meaning.optional)
     tensors = ", ".join([f"Tensor {n}" for n in meaning.arrays] + [f"Tensor? {n}" for n in meaning.optional])
-    name = f"kpt::{op}_{provider}"
+    name = f"kpt::{meaning.name}_{provider}"
 
     def run(*given: Any) -> list[torch.Tensor]:
-        arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
+        arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
         with _plain(arrays):
             results, saved = forward(arrays, params)
         return _apart([t.contiguous() for t in (*results, *saved)], given[:-1])  # contiguous: what the fake implementation says
 
     def fake(*given: Any) -> list[torch.Tensor]:
-        arrays, params = _arrays(names, given[:-1]), _params(op, given[-1])
+        arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
         specs = {n: spec_of(t) for n, t in arrays.items()}
         device = next(iter(arrays.values())).device
         meant = {n: params[n] for n in meaning.params}
@@ -104,10 +105,10 @@ def kernel(
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in arrays.values()):
             raise _no_forward_mode(name)
         made = (straight if nobody_watches(inputs) else definition)(*inputs, _encoded(chosen))
-        count = 2 if "residual" in arrays else 1
+        count = _results(arrays)
         return made[0] if count == 1 else tuple(made[:count])
 
-    call.__name__ = call.__qualname__ = op
+    call.__name__ = call.__qualname__ = meaning.name
     call.definition = definition  # type: ignore[attr-defined]  # for opcheck
     return call
 
@@ -176,7 +177,7 @@ def _differentiable(
     def split(given: Sequence[Any]) -> Any:
         arrays, (made, cotangents, params, wanted) = _arrays(names, given[: len(names)]), given[len(names) :]
         count = len(cotangents)
-        return arrays, _params(op.name, params), made[:count], made[count:], cotangents, tuple(wanted.split())
+        return arrays, _params(op, params), made[:count], made[count:], cotangents, tuple(wanted.split())
 
     def run(*given: Any) -> list[torch.Tensor]:
         arrays, params, results, kept, cotangents, wanted = split(given)
@@ -210,7 +211,7 @@ def _differentiable(
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor], alone: bool = False) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
-        ctx.count, ctx.spent = 2 if "residual" in ctx.present else 1, False
+        ctx.count, ctx.spent = _results(ctx.present), False
         ctx.alone = output[ctx.count :] if alone else None
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *(output[: ctx.count] if alone else output))
 
@@ -221,7 +222,7 @@ def _differentiable(
         made = [*saved[len(ctx.present) :], *(ctx.alone or ())]
         given = [torch.zeros_like(m) if c is None else c for c, m in zip(cotangents[: ctx.count], made, strict=False)]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
-        params, count = _params(op.name, ctx.params), ctx.count
+        params, count = _params(op, ctx.params), ctx.count
         if ctx.spent:
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
                               "written over what it read", "Run the forward pass again")  # fmt: skip
@@ -279,6 +280,11 @@ def _arrays(names: Sequence[str], given: Sequence[Any]) -> Tensors:
     return {n: t for n, t in zip(names, given, strict=True) if t is not None}
 
 
+def _results(names: Any) -> int:
+    """How many an op has of these arrays: a norm returns the sum that it normalised, and a pair is two calls."""
+    return 2 if "residual" in names or "other" in names else 1
+
+
 def _encoded(params: Mapping[str, Any]) -> str:
     return _text(tuple((n, type(p), p) for n, p in params.items()))  # 1 is equal to True
 
@@ -289,12 +295,12 @@ def _text(params: tuple[tuple[str, type, Any], ...]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _decoded(op: str, text: str) -> tuple[tuple[str, Any], ...]:
-    return tuple({**ops.op(op).params, **wire.decode(json.loads(text))}.items())
+def _decoded(text: str) -> tuple[tuple[str, Any], ...]:
+    return tuple(wire.decode(json.loads(text)).items())
 
 
-def _params(op: str, text: str) -> dict[str, Any]:
-    return dict(_decoded(op, text))
+def _params(op: Op, text: str) -> dict[str, Any]:
+    return {**op.params, **dict(_decoded(text))}
 
 
 @functools.cache

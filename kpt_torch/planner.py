@@ -24,6 +24,7 @@ from kpt.validation import Certificate
 from kpt_torch.apply import Eager, Rewrite, Unavailable, misplaced, positions, rebuilt
 from kpt_torch.capture import from_numpy, to_numpy
 from kpt_torch.lower import aten
+from kpt_torch.pairs import found as kept_together
 
 # What a provider calls: a site that is this call already gains nothing by it.
 ONE_CALL = {
@@ -161,7 +162,12 @@ def rewritten(
     if not kept:
         return None
     sites = [(m, _bound(fn, m)) for m, fn in kept]
-    return rebuilt(Rewrite(front.module, front.captured, program, sites), front.device)
+    pairs: dict[int, tuple[int, int, Any]] = {}
+    for i, j in kept_together(front.captured, program, kept, order, front.device):
+        pairs[i] = pairs[j] = i, j, _bound(kept[i][1].pair, kept[i][0])  # type: ignore[attr-defined]
+    if pairs:
+        planner.notes.append(f"{len(pairs) // 2} pairs of sites that share their tables run as one launch each.")
+    return rebuilt(Rewrite(front.module, front.captured, program, sites, pairs), front.device)
 
 
 def _masked_by_words(n: fx.Node, match: Match) -> bool:

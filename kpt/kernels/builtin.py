@@ -130,6 +130,25 @@ def _triton(op: str, efficiency: float, version: int = 1, turing: bool = True, *
     )
 
 
+def _mosaic(op: str, dtypes: tuple[str, ...], refusal: str, **honours: Any) -> KernelSpec:
+    """A Mosaic GPU kernel for Hopper on tensors, where jax is installed. No estimate chooses it: see `efficiency`."""
+    return KernelSpec(
+        name=f"{op}.mosaic",
+        op=op,
+        version=1,
+        provider="mosaic",
+        framework="torch",
+        platforms=("cuda",),
+        architectures=("sm90",),
+        dtypes=dtypes,
+        requires=("jax>=0.11.2", "torch>=2.9"),
+        loader=f"kpt_torch.mosaic:{op}",
+        accepts=f"kpt_torch.mosaic:{refusal}",
+        efficiency=0.05,
+        **honours,
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -245,4 +264,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     # Neither has run on a GPU yet: no estimate chooses them over cuBLAS, and where they are measured that counts.
     *_triton("linear_act", 0.05, turing=False, level="balanced", params={"activation": ACTIVATIONS}),
     *_triton("matmul", 0.05, turing=False, level="balanced"),
+    # The kernels for Hopper above, through `plgpu.as_torch_kernel`.
+    _mosaic("rms_norm", NARROW_FLOATS, "refuse_norm"),
+    _mosaic("layer_norm", NARROW_FLOATS, "refuse_norm"),
+    _mosaic("attention", HALVES, "refuse_attention", masks=frozenset({"causal", "window"}), arrays=frozenset({"q", "k", "v"})),
 )

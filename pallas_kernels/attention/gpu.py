@@ -32,8 +32,11 @@ LONGEST_TILE = 192
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
-    if (why := unpartitioned()) is not None:
-        return why
+    return unpartitioned() or refusal_on_one_device(specs, params)
+
+
+def refusal_on_one_device(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """The same where nothing partitions the program."""
     q, k, v = (specs[n] for n in "qkv")
     mask: Mask = params.get("mask") or Mask()
     if len({a.dtype for a in (q, k, v)}) > 1:
@@ -127,7 +130,7 @@ def _attention(static, q, k, v, data):
 
 
 def _fwd(static, q, k, v, data):
-    out, lse = _run(_forward, static, q, k, v, data)
+    out, lse = _run(forward_rule, static, q, k, v, data)
     return out, (q, k, v, data, out, lse)
 
 
@@ -137,7 +140,8 @@ def _run(fn, static, *arrays):
     return _in_batch(functools.partial(fn, static))(*arrays)
 
 
-def _forward(static, q, k, v, data):
+def forward_rule(static, q, k, v, data):
+    """Result and logarithms of sums of arrays that need no padding, as `hopper_forward.forward` gives them."""
     blind = _mean_value(static, v, data) if static.may_be_blind and math.isfinite(static.mask.fill) else None
     # Inside `shard_map` a kernel's results are typed as if all devices held the same.
     return vary_alike(*forward(static, q, k, v, data, blind), q)[:2]
@@ -158,10 +162,11 @@ def _mean_value(static, v, data):
 
 
 def _bwd(static, residuals, g):
-    return *_run(_backward, static, *residuals, g), None
+    return *_run(backward_rule, static, *residuals, g), None
 
 
-def _backward(static, q, k, v, data, out, lse, g):
+def backward_rule(static, q, k, v, data, out, lse, g):
+    """(dq, dk, dv), from what `forward_rule` took and gave, and the cotangent."""
     sees_none = jnp.isposinf(lse[:, :, : q.shape[1]])
     delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).transpose(0, 2, 1)
     delta = jnp.where(sees_none, 0.0, delta)

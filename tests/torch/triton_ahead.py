@@ -18,7 +18,7 @@ from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross
 F32, I32 = "*fp32", "i32"
 NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
 LOSS = {"labels": "*i64", "loss": F32, "lse": F32, "dloss": F32, "vocab": I32, "smoothing": "fp32", "cap": "fp32"}
-ROPE = dict.fromkeys("x_batch x_time x_head table_batch times heads size width".split(), I32)
+ROPE = dict.fromkeys("x_batch x_time x_head other_batch other_time other_head table_batch times heads other_heads size width".split(), I32)
 ATTENTION = dict.fromkeys("q_batch q_row q_head k_batch k_row k_head v_batch v_row v_head d_batch d_row d_head".split(), I32)
 ATTENTION |= dict.fromkeys("queries keys heads group width v_width low high".split(), I32)
 ATTENTION |= {"scale": "fp32", "cap": "fp32", "lse": F32, "delta": F32, "means": F32, "q_ids": "*i32", "kv_ids": "*i32", "lengths": "*i32"}
@@ -65,6 +65,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             heads, half, tail = rope._tile(64, 192, 33)
             constants = {"INTERLEAVED": interleaved, "BACKWARD": backward, "HEADS": heads, "BLOCK": half, "TAIL": tail, "x_dim": 1}
             found[f"rope{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn, ROPE, constants, rope.WARPS
+            both = constants | {"OTHER_HEADS": rope._tile(64, 192, 8)[0], "other_dim": 1}
+            found[f"rope pair{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn_both, ROPE, both, rope.WARPS
     scaled = {"BLOCK": linear_cross_entropy.BLOCK}
     found["linear_cross_entropy scale"] = linear_cross_entropy.scale_rows, SCALE, scaled, linear_cross_entropy.WARPS
     for head in (64, 128, 256):

@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 
 import kpt
 from kpt.kernels.spec import refusal
+from kpt.kernels.validate import validate
 from kpt.ops import Causal, Mask, Spec, Window
 from kpt_torch.library import _encoded
 from kpt_torch.planner import calls, from_numpy, to_numpy
@@ -126,6 +127,21 @@ def opcheck(device: str, case: Case) -> str:
     return ""
 
 
+def turned_in_pairs(device: str, case: Case, seed: int) -> str:
+    """What is wrong with a rotation of these arrays and of others with 1 to 5 heads, in one launch, or ""."""
+    b, t, _, h = case.specs["x"].shape
+    specs = {"x": case.specs["x"], "other": Spec((b, t, 1 + seed % 5, h), case.specs["x"].dtype)} | case.specs
+    run, run_vjp = calls(rope.BOTH.differentiable, device)
+    found = validate(rope.rope_pair, rope.BOTH, specs, case.params, run=run, run_vjp=run_vjp, seeds=[seed])
+    if not found.passed:
+        return found.summary()
+    if seed < 2 and all(0 not in s.shape for s in specs.values()):
+        given = [from_numpy(a, device).requires_grad_() for a in rope.BOTH.sample(np.random.default_rng(0), specs, **case.params).values()]
+        given = dict(zip(specs, given, strict=True))
+        torch.library.opcheck(rope.rope_pair.definition, (*(given[n] for n in rope.BOTH.arrays), _encoded(case.params)))
+    return ""
+
+
 def not_a_number(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Poison for attention: NaN in place of infinities, since a query all of whose visible scores are -inf is NaN in a kernel that visits
     no hidden key, and what the hidden keys have in the formula."""
@@ -173,6 +189,9 @@ def main(op: str, cases: int, seed: int) -> int:
         for why in filter(None, [*fuzz.check(kernel, case, fuzz.VALUES_PER_SHAPE * i), opcheck(device, case) if whole else ""]):
             failures += 1
             print(f"{case}{' in small blocks' if small else ''}, case {i} of seed {seed}\n  {why}")
+        for why in filter(None, [turned_in_pairs(device, case, i)] if op == "rope" else []):
+            failures += 1
+            print(f"{case}{' in small blocks' if small else ''}, case {i} of seed {seed}, beside other heads\n  {why}")
     print(f"{op}: {len(drawn)} cases, {failures} failures")
     return int(failures > 0)
 
