@@ -320,7 +320,8 @@ def _everywhere(b: Builder, n: fx.Node, val: torch.Tensor) -> int | bool | None:
         made = m.meta.get("val")
         if isinstance(made, torch.SymInt | int):
             return b.sizes(made)
-        if m.op != "call_function" or effectful(m) or not isinstance(made, torch.Tensor) or math.prod(map(b.sizes, made.shape)) > _POSITIONS:
+        tensor = made if m.op == "call_function" and not effectful(m) and isinstance(made, torch.Tensor) else None
+        if tensor is None or math.prod(map(b.sizes, tensor.shape)) > _POSITIONS:
             raise Unknown("more than positions")
         if m not in known:
             given = (tuple(m.args), dict(m.kwargs))

@@ -1,11 +1,13 @@
 """The Pallas kernels for NVIDIA Hopper, on tensors: JAX traces them, Mosaic compiles them, PyTorch runs them.
 
-    layer_norm = _norm("layer_norm", centred=True)      # the custom op kpt::layer_norm_mosaic, behind `layer_norm.mosaic`
+    attention = library.kernel("attention", "mosaic", ...)      # the custom op kpt::attention_mosaic, behind `attention.mosaic`
 
 `plgpu.as_torch_kernel` makes a function of tensors of one that is a single kernel and nothing else. A pass of ours is a few kernels,
 tables that say which block does what, and small sums between them. So a pass is traced to a jaxpr once for each set of shapes: its kernels
 go through `as_torch_kernel`, its constants become tensors, and the handful of elementwise ops that stand between are torch's. jax is
 imported when the first kernel is asked for, never with kpt_torch.
+
+The kernels of norms are not among them: jax 0.11.2 ended with "Failed to compile the module" for six calls of six on an H100.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,65 +211,6 @@ def _is_there(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package it is in
         return False
-
-
-def _norm(op: str, centred: bool) -> Callable[..., Any]:
-    """The provider of rms_norm or layer_norm: `pallas_kernels.norm_rows`."""
-
-    def static(arrays: Tensors, params: Mapping[str, Any]) -> Any:
-        from pallas_kernels.norm_rows import Norm
-
-        out = params["out_dtype"] or library.dtype_name(arrays["x"].dtype)
-        return Norm(centred, float(params["eps"]), float(params.get("weight_offset", 0.0)), "residual" in arrays, out)
-
-    def rows(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.reshape(-1, t.shape[-1])
-
-    def forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        x, get = arrays["x"], arrays.get
-        given = rows(x), rows(get("residual")), get("weight"), get("bias")
-        *results, mean, r = run(_norm_forward, static(arrays, params), *given)
-        return [y.view(x.shape) for y in results], (mean, r)
-
-    def backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
-        h = results[1] if "residual" in arrays else arrays["x"]
-        vectors = [n for n in ("weight", "bias") if n in arrays]
-        dy, dh = rows(cotangents[0]), rows(cotangents[1]) if "residual" in arrays else None
-        found = run(_norm_backward, static(arrays, params), rows(h), arrays.get("weight"), arrays.get("bias"), *kept, dy, dh)
-        dx = found[0].view(h.shape)
-        return {"x": dx, "residual": dx} | dict(zip(vectors, found[1:], strict=True))
-
-    def kept(specs: dict[str, Spec], params: dict[str, Any]) -> Sequence[Spec]:
-        return (Spec((math.prod(specs["x"].shape[:-1]),), "float32"),) * 2
-
-    return library.kernel(op, "mosaic", forward, backward, kept=kept)
-
-
-def _norm_forward(static: Any, *arrays: Any) -> Any:
-    from pallas_kernels.norm_rows import forward_rule
-
-    results, (_, _, _, mean, r) = forward_rule(static, *arrays)
-    return results, mean, r
-
-
-def _norm_backward(static: Any, h: Any, weight: Any, bias: Any, mean: Any, r: Any, dy: Any, dh: Any) -> Any:
-    from pallas_kernels.norm_rows import backward_rule
-
-    dx, _, d_weight, d_bias = backward_rule(static, (h, weight, bias, mean, r), (dy, dh))
-    return dx, d_weight, d_bias
-
-
-rms_norm = _norm("rms_norm", centred=False)
-layer_norm = _norm("layer_norm", centred=True)
-
-
-def refuse_norm(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why the kernels of a norm cannot take a call, in one clause, or None."""
-    if (why := unavailable()) is not None:
-        return why
-    from pallas_kernels.norm_rows import refusal_on_one_device
-
-    return refusal_on_one_device(specs, params)
 
 
 def _scores(q: torch.Tensor | Spec, k: torch.Tensor | Spec, params: Mapping[str, Any]) -> Any:

@@ -265,7 +265,5 @@ KERNELS: tuple[KernelSpec, ...] = (
     *_triton("linear_act", 0.05, turing=False, level="balanced", params={"activation": ACTIVATIONS}),
     *_triton("matmul", 0.05, turing=False, level="balanced"),
     # The kernels for Hopper above, through `plgpu.as_torch_kernel`.
-    _mosaic("rms_norm", NARROW_FLOATS, "refuse_norm"),
-    _mosaic("layer_norm", NARROW_FLOATS, "refuse_norm"),
     _mosaic("attention", HALVES, "refuse_attention", masks=frozenset({"causal", "window"}), arrays=frozenset({"q", "k", "v"})),
 )

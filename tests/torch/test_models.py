@@ -25,12 +25,12 @@ ROTARY = {"rms_norm": 5, "rope": 4}
 # name: (model, config, its settings, attention implementation, inputs, sites in eval, sites in train; per two layers)
 MODELS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64), "sdpa", TEXT, {"attention": 2}, {}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", TEXT, ROTARY, ROTARY),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
     "llama eager": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "eager", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
     "llama padded": ("LlamaForCausalLM", "LlamaConfig", LLAMA, "sdpa", PADDED, ROTARY, ROTARY),
     "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | dict(sliding_window=5), "eager", TEXT, ROTARY | {"attention": 2},
                 ROTARY | {"attention": 2}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA, "sdpa", TEXT, ROTARY, ROTARY),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA, "sdpa", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
     "bert": ("BertForMaskedLM", "BertConfig", SMALL | dict(vocab_size=V, max_position_embeddings=64), "eager", PADDED, {"attention": 2}, {}),
     "opt": ("OPTForCausalLM", "OPTConfig", dict(vocab_size=V, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
                                                max_position_embeddings=64, word_embed_proj_dim=32), "sdpa", TEXT, {}, {}),
