@@ -104,7 +104,7 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
     if types is ATTENTION and "KEYS" in fn.arg_names:
         tiles = attention.TILES[family(architecture)][constants["HEAD"]]
         chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(fn.__name__, tiles.busy if constants["CAP"] else tiles.forward)
-        constants = constants | {"QUERIES": chosen.queries, "KEYS": chosen.keys}
+        constants = constants | {"QUERIES": chosen.queries, "KEYS": chosen.keys, "STAGES": chosen.stages}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     if types is PRODUCT:
         t = product.TILES[family(architecture)] if dtype != "fp32" else product.WIDE
