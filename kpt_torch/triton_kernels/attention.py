@@ -50,11 +50,15 @@ class Tiles:
 
 
 _TINY, _SMALL, _LONG, _ONCE, _EVEN = Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(64, 64, 8, 1)
-# By family of GPUs and the wider of the two head dims, as a power of two: the largest of those tried that spill no register.
+# By family of GPUs and the wider of the two head dims, as a power of two: Hopper's were timed, the others are the largest of those tried
+# that spill no register.
 TILES: dict[str, dict[int, Tiles]] = {
     "hopper": {64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
                128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
                256: Tiles(_LONG, _LONG, Tile(16, 32, 8, 1), _SMALL)},
+    "blackwell": {64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+                  128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+                  256: Tiles(_LONG, _LONG, Tile(16, 32, 8, 1), _SMALL)},
     "ampere": {64: Tiles(_LONG, _LONG, Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)), 128: Tiles(_LONG, _LONG, _EVEN, _EVEN),
                256: Tiles(_LONG, _ONCE, _ONCE, _SMALL)},
     "cdna": {64: Tiles(_LONG, _LONG, _SMALL, _SMALL), 128: Tiles(_LONG, _LONG, _SMALL, _SMALL), 256: Tiles(_SMALL, _SMALL, _TINY, _TINY)},
@@ -416,7 +420,8 @@ def _head(*widths: int) -> int:
 
 def _tiles(q: torch.Tensor, constants: Mapping[str, Any]) -> Tiles:
     """Those of the device and of the wider head dim; float32 has half as many queries and keys in a block."""
-    family = "cdna" if torch.version.hip else "hopper" if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0) else "ampere"
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
+    family = "cdna" if torch.version.hip else "blackwell" if major > 9 else "hopper" if major == 9 else "ampere"
     found = TILES[family][max(constants["HEAD"], constants["V_HEAD"], 64)]
     if q.element_size() < 4:
         return found

@@ -102,7 +102,7 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
         constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
     options = {"num_warps": warps}
     if types is ATTENTION and "KEYS" in fn.arg_names:
-        tiles = attention.TILES[family(architecture)][constants["HEAD"]]
+        tiles = attention.TILES["blackwell" if architecture == "sm100" else family(architecture)][constants["HEAD"]]
         chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(fn.__name__, tiles.busy if constants["CAP"] else tiles.forward)
         constants = constants | {"QUERIES": chosen.queries, "KEYS": chosen.keys, "STAGES": chosen.stages}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}

@@ -36,7 +36,7 @@ SMALL = (
     (norms, "COLUMNS", norms.Tile(2, 8, 1)), (norms, "SUMS", norms.Tile(2, 8, 1)),
     (cross_entropy, "FORWARD_BLOCK", 16), (cross_entropy, "BACKWARD_BLOCK", 16), (rope, "TILE", 16),
     (linear_cross_entropy, "CHUNK_BYTES", 2048), (linear_cross_entropy, "TOKENS", 4), (linear_cross_entropy, "BLOCK", 16),
-    (glu, "BLOCK", 16), (attention, "TILES", {"ampere": SIXTEEN, "hopper": SIXTEEN}),
+    (glu, "BLOCK", 16), (attention, "TILES", dict.fromkeys(("ampere", "hopper", "blackwell"), SIXTEEN)),
     (product, "TILES", dict.fromkeys(("ampere", "hopper", "cdna"), product.Tile(16, 16, 16, 1, 1))), (product, "WIDE", product.Tile(16, 32, 16, 1, 1)),
     (product, "GROUP", 2), (product, "BLOCK", 16),
 )  # fmt: skip
