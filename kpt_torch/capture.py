@@ -231,7 +231,7 @@ def capture(
             marks.append(at)
             b.graph.nodes.append(Node("opaque:state", (), (), {}, b.source, True, payload=n))
             continue
-        out = _node(b, n, values, state, {s for s, last in spoilt.items() if at <= last}, made)
+        out = _node(b, n, values, state, {s for s, last in spoilt.items() if at <= last}, set(spoilt), made)
         if out is None:
             continue
         stopped = pytree.tree_map(lambda v: _stopped(b, v), out) if gradients and not state.gradients else out
@@ -270,7 +270,10 @@ class _State:
         return True
 
 
-def _node(b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spoilt: set[int], made: dict) -> Any:
+def _node(
+    b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spoilt: set[int], written: set[int], made: dict
+) -> Any:  # fmt: skip
+    """What a node makes. `spoilt` is memory that is written into from here on, `written` that which is anywhere in the graph."""
     val = n.meta.get("val")
     if n.target is operator.getitem:
         whole, index = values.get(_any(n.args[0])), _any(n.args[1])
@@ -281,7 +284,7 @@ def _node(b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spo
     touched = {storage(a.meta["val"]) for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)}
     touched |= {storage(t) for t in tensors}
     emit = TABLE.get(n.target)
-    if emit is None and isinstance(val, torch.Tensor) and (number := _everywhere(b, n, val)) is not None:
+    if emit is None and isinstance(val, torch.Tensor) and (number := _everywhere(b, n, val, written)) is not None:
         return b.broadcast(b.full(number, dtype_name(val.dtype)), b.sizes.spec(val).shape)
     if emit is None or effectful(n) or touched & spoilt or not isinstance(val, torch.Tensor | list | tuple):
         return _opaque(b, n, val, made, values)
@@ -307,10 +310,11 @@ def _number(b: Builder, a: Any) -> Any:
 _POSITIONS = 1 << 20  # elements
 
 
-def _everywhere(b: Builder, n: fx.Node, val: torch.Tensor) -> int | bool | None:
+def _everywhere(b: Builder, n: fx.Node, val: torch.Tensor, written: set[int]) -> int | bool | None:
     """The one integer that all elements of a node are, where it is made of positions alone; else None.
 
-    Models count where packed documents begin, `cumsum(diff(arange(n)) != 1)`, and without packing that is 0.
+    Models count where packed documents begin, `cumsum(diff(arange(n)) != 1)`, and without packing that is 0. Memory that the graph
+    writes into holds something else than what the node made that it is of.
     """
     if val.is_floating_point() or val.is_complex() or effectful(n):
         return None
@@ -321,7 +325,7 @@ def _everywhere(b: Builder, n: fx.Node, val: torch.Tensor) -> int | bool | None:
         if isinstance(made, torch.SymInt | int):
             return b.sizes(made)
         tensor = made if m.op == "call_function" and not effectful(m) and isinstance(made, torch.Tensor) else None
-        if tensor is None or math.prod(map(b.sizes, tensor.shape)) > _POSITIONS:
+        if tensor is None or storage(tensor) in written or math.prod(map(b.sizes, tensor.shape)) > _POSITIONS:
             raise Unknown("more than positions")
         if m not in known:
             given = (tuple(m.args), dict(m.kwargs))
@@ -457,7 +461,8 @@ def mutated_storages(gm: fx.GraphModule) -> dict[int, int]:
     for at, n in enumerate(gm.graph.nodes):
         if n.op == "call_function" and mutates(n):
             schema = n.target._schema.arguments
-            for a, s in zip(n.args, schema, strict=False):
+            named = [(n.kwargs[s.name], s) for s in schema if s.name in n.kwargs]
+            for a, s in (*zip(n.args, schema, strict=False), *named):
                 if s.alias_info is not None and s.alias_info.is_write:
                     found |= {storage(x.meta["val"]): at for x in pytree.tree_leaves(a) if isinstance(x, fx.Node) and "val" in x.meta}
     return found

@@ -62,11 +62,6 @@ class Norm:
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
-    return unpartitioned() or refusal_on_one_device(specs, params)
-
-
-def refusal_on_one_device(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """The same where nothing partitions the program."""
     width = specs["x"].shape[-1]
     if (why := _refusal(specs)) is not None:
         return why
@@ -84,11 +79,13 @@ def refusal_shared(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return f"shares rows of {WIDEST + 1} to {WIDEST_SHARED} elements among thread blocks, and these have {width}"
     if width % 8:
         return f"reads 16 bytes at a time, and rows of {width} elements do not begin there"
-    return unpartitioned() or _refusal(specs)
+    return _refusal(specs)
 
 
 def _refusal(specs: Specs) -> str | None:
     x = specs["x"]
+    if (why := unpartitioned()) is not None:
+        return why
     if 0 in x.shape:
         return "has no empty arrays"
     if "residual" in specs and specs["residual"].dtype != x.dtype:
@@ -111,11 +108,10 @@ def norm(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _norm(static: Norm, x, residual, weight, bias):
-    return forward_rule(static, x, residual, weight, bias)[0]
+    return _fwd(static, x, residual, weight, bias)[0]
 
 
-def forward_rule(static: Norm, x, residual, weight, bias):
-    """Of rows `[N, D]`: `(y, h)`, h None without a residual, and what the backward pass reads: `(h, weight, bias, mean, r)`."""
+def _fwd(static: Norm, x, residual, weight, bias):
     rows, width = x.shape
     held = cut(width, (x.dtype, static.out_dtype), FORWARD, _shares(width))
     given = [a for a in (x, residual, weight, bias) if a is not None]
@@ -157,8 +153,7 @@ def _weight(static: Norm, held: Cut, pieces: list[jax.Array]) -> list[jax.Array]
     return [static.offset + w for w in held.widened(pieces)]
 
 
-def backward_rule(static: Norm, residuals, cotangents):
-    """Gradients of x, residual, weight and bias, from what `forward_rule` kept and cotangents of `(y, h)`."""
+def _bwd(static: Norm, residuals, cotangents):
     one_pass = not static.centred or not ONE_PASS < residuals[0].shape[1] <= WIDEST
     dx, d_weight, d_bias = (_bwd_one_pass if one_pass else _bwd_two_kernels)(static, *residuals, *cotangents)
     return dx, dx if static.residual else None, d_weight, d_bias
@@ -285,4 +280,4 @@ def _bwd_two_kernels(static: Norm, h, weight, bias, mean, r, dy, dh):
     return dx, *_summed(partials, weight, bias)
 
 
-_norm.defvjp(forward_rule, backward_rule)
+_norm.defvjp(_fwd, _bwd)
