@@ -6,6 +6,7 @@ that a kernel could have: one running sum. A bug is a small change of the exact 
 
 import json
 import math
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -245,6 +246,18 @@ def test_percentiles_are_of_the_absolute_error():
 def test_norms_neither_overflow_nor_underflow():
     assert metrics(np.full(4, 2e200), np.full(4, 1e200)).rel_l2 == pytest.approx(1)
     assert metrics(np.full(4, 2e-200), np.full(4, 1e-200)).rel_l2 == pytest.approx(1)
+
+
+def test_figures_of_many_blocks_are_those_of_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((7, 13, 11)) * 10.0 ** rng.integers(-6, 6, (7, 13, 11))
+    actual = (reference * (1 + 1e-3 * rng.standard_normal(reference.shape))).astype(np.float32)
+    actual[0, 0, :3], reference[0, 0, 1:4] = (nan, inf, -inf), (inf, inf, nan)
+    whole = metrics(actual, reference).to_json()
+    monkeypatch.setattr(sys.modules[metrics.__module__], "_BLOCK", 50)  # 21 of them, on several threads
+    parts = metrics(actual, reference).to_json()
+    assert parts.pop("percentiles") == whole.pop("percentiles")
+    assert parts == pytest.approx(whole, rel=1e-12) and whole["nonfinite_mismatch"] == 3
 
 
 def test_only_equal_shapes_of_real_numbers_are_compared():

@@ -185,3 +185,22 @@ def test_a_rematerialised_block_has_the_sites_of_the_block():
         plans.append(kpt_jax.optimize(step).plan(*args))
     assert [s.op for s in plans[0].sites] == [s.op for s in plans[1].sites] == ["rms_norm", "linear_act"]
     assert not plans[1].skipped
+
+
+def test_what_is_rounded_on_the_way_is_rounded_by_kernels():
+    """Float32 rotations that are rounded, and products in float32 of what is rounded."""
+    shape = (2, 48, 2, 32)
+    arrays = [*(normal(*shape).astype(HALF) for _ in range(3)), TABLE, TABLE + 1]
+
+    def layer(q, k, v, cos, sin):
+        q, k = (rope(x.astype(jnp.float32), cos, sin).astype(HALF) for x in (q, k))
+        scores = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k.astype(jnp.float32)) * 0.125
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v.astype(jnp.float32)).astype(HALF)
+
+    fast = kpt_jax.optimize(layer)
+    sites = {s.op: s for s in fast.plan(*arrays).sites}
+    assert set(sites) == {"rope", "attention"}, fast.plan(*arrays).explain()
+    assert sites["rope"].params["out_dtype"] == "bfloat16"
+    assert {sites["attention"].specs[n].dtype for n in "qkv"} == {"bfloat16"}
+    want, got = (np.asarray(f(*arrays), np.float32) for f in (layer, fast))
+    np.testing.assert_allclose(got, want, atol=2e-2)
