@@ -57,7 +57,7 @@ def _hopper(
 
 
 def _hopper_wide(op: str) -> KernelSpec:
-    """A norm whose rows are shared by the thread blocks of a cluster. It has not run on a GPU yet: no estimate chooses it."""
+    """A norm whose rows are shared by the thread blocks of a cluster. Its backward pass loses to plain code: no estimate chooses it."""
     spec = _hopper(op, NARROW_FLOATS, jax="0.11.2", efficiency=0.05)
     return dataclasses.replace(spec, name=f"{op}.pallas_gpu_wide", accepts=f"pallas_kernels.{op}.gpu:refusal_shared")
 
@@ -130,25 +130,6 @@ def _triton(op: str, efficiency: float, version: int = 1, turing: bool = True, *
     )
 
 
-def _mosaic(op: str, dtypes: tuple[str, ...], refusal: str, **honours: Any) -> KernelSpec:
-    """A Mosaic GPU kernel for Hopper on tensors, where jax is installed. No estimate chooses it: see `efficiency`."""
-    return KernelSpec(
-        name=f"{op}.mosaic",
-        op=op,
-        version=1,
-        provider="mosaic",
-        framework="torch",
-        platforms=("cuda",),
-        architectures=("sm90",),
-        dtypes=dtypes,
-        requires=("jax>=0.11.2", "torch>=2.9"),
-        loader=f"kpt_torch.mosaic:{op}",
-        accepts=f"kpt_torch.mosaic:{refusal}",
-        efficiency=0.05,
-        **honours,
-    )
-
-
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -201,7 +182,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("rope", params={"interleaved": (False, True)}),
-    # It has not run on a GPU yet, and plain code is at 99% of a copy there: no estimate chooses it, and where it is measured that counts.
+    # Plain code is faster on an H100 (docs/benchmarks/hopper-notes-mem.md): no estimate chooses it, and where it is measured that counts.
     _hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (False, True)}, efficiency=0.05),
     _xla("cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
     _hopper("cross_entropy", NARROW_FLOATS, params={"invalid": INVALID_LABELS}, efficiency=0.9),
@@ -265,6 +246,21 @@ KERNELS: tuple[KernelSpec, ...] = (
     # Neither has run on a GPU yet: no estimate chooses them over cuBLAS, and where they are measured that counts.
     *_triton("linear_act", 0.05, turing=False, level="balanced", params={"activation": ACTIVATIONS}),
     *_triton("matmul", 0.05, turing=False, level="balanced"),
-    # The kernels for Hopper above, through `plgpu.as_torch_kernel`.
-    _mosaic("attention", HALVES, "refuse_attention", masks=frozenset({"causal", "window"}), arrays=frozenset({"q", "k", "v"})),
+    # The kernel for Hopper above, through `plgpu.as_torch_kernel`. cuDNN is faster in both passes: no estimate chooses it.
+    KernelSpec(
+        name="attention.mosaic",
+        op="attention",
+        version=1,
+        provider="mosaic",
+        framework="torch",
+        platforms=("cuda",),
+        architectures=("sm90",),
+        dtypes=HALVES,
+        requires=("jax>=0.11.2", "torch>=2.9"),
+        loader="kpt_torch.mosaic:attention",
+        accepts="kpt_torch.mosaic:refuse_attention",
+        efficiency=0.05,
+        masks=frozenset({"causal", "window"}),
+        arrays=frozenset({"q", "k", "v"}),
+    ),
 )
