@@ -20,6 +20,7 @@ from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.planner import FrontEnd, same_miss
 from kpt.validation import Certificate
+from kpt_jax import _compat
 from kpt_jax.apply import REBUILT, Rewrite, run
 from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, rules_text, uncertifiable
@@ -107,7 +108,7 @@ def _against_reference(match: Match, specs: dict[str, Spec], fn: Callable[..., A
 
         return jax.device_get(jax.jit(run)(diff, list(cts)))
 
-    with jax.ensure_compile_time_eval():
+    with _compat.concrete():  # and no constants that are computed at once: a kernel's own axes are not bound to anything then
         return validate(fn, op, specs, match.params, run=call, run_vjp=vjp)
 
 

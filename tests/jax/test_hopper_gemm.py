@@ -250,3 +250,22 @@ def test_refused_where_xla_may_partition(name, specs, monkeypatch):
 def test_the_planner_takes_it_where_it_wins(name, specs, hardware, kernel):
     chosen, _, _ = choose(name, specs, {}, hardware=hardware, level="balanced")
     assert (chosen and chosen.name) == kernel
+
+
+@pytest.mark.parametrize("op_name", ["cross_entropy", "linear_cross_entropy", "attention"])
+def test_a_proof_at_reduced_size_lets_a_kernel_have_axes_of_its_own(op_name):
+    """It is made while the user's own function is traced, and a kernel for Hopper is lowered in it."""
+    from kpt_jax.planner import FRONT
+
+    specs = {"cross_entropy": specs_of("bfloat16", logits=(64, 1024), labels=((64,), "int32")), "linear_cross_entropy": head(),
+             "attention": specs_of("bfloat16", **dict.fromkeys("qkv", (1, 128, 2, 64)))}[op_name]  # fmt: skip
+    kernel = kpt.registry.load(f"{op_name}.pallas_gpu")
+    seen = []
+
+    def stand_in(**arrays):
+        like = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
+        seen.append(jax.jit(lambda given: kernel(**given)).trace(like).lower(lowering_platforms=("cuda",)))
+        return kpt.registry.load(f"{op_name}.xla")(**arrays)
+
+    match = type("Match", (), {"op": op_name, "params": {}})
+    assert FRONT.against_reference(match, specs, stand_in).passed and seen
