@@ -231,10 +231,15 @@ def test_wrong_usage_exits_with_2(arguments):
     assert call(*arguments).exit_code == REFUSED
 
 
-def test_debug_lets_the_error_through(module):
+@pytest.mark.parametrize(("arguments", "code", "error"), [(("plan", "users:double", "--args-from", "users:fails"), CRASHED, "ZeroDivisionError"),
+                                                          (("plan", "users:double"), REFUSED, "KptError")])  # fmt: skip
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(module, arguments, code, error):
+    """Python's own exit code for an error, 1, would be that of a regression."""
     module("users", USERS)
-    result = call("--debug", "plan", "users:double", "--args-from", "users:fails")
-    assert isinstance(result.exception, ZeroDivisionError)
+    result = call("--debug", *arguments)
+    assert result.exit_code == code and "Traceback" in result.stderr and error in result.stderr
+    data = call("--debug", *arguments, "--json")
+    assert data.exit_code == code and json.loads(data.stdout)["error"] == error
 
 
 @pytest.mark.parametrize("absent", ["jax", "flax", "optax"])
