@@ -114,14 +114,17 @@ def demo(
 @app.command()
 def plan(
     context: typer.Context,
-    function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="The function to plan for.")],
+    function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="A function, a model, or what returns (either, inputs).")],
     args_from: ArgsFrom = None,
     level: Annotated[str | None, typer.Option(help="conservative, balanced or aggressive.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would be swapped in a function, and why.
+    """Show what would be swapped in a function or a model, and why.
 
-    Modules are found as by `python -m`, in the current directory first.
+    Modules are found as by `python -m`, in the current directory first. Its inputs, or arrays like them, come from --args-from, or from a
+    factory: a function without parameters that returns (function or model, tuple of its arguments).
+
+    Examples: kpt plan train:loss --args-from train:batch; kpt plan train:model_and_batch
     """
     with answering(context, as_json):
         target, arguments = _call(function, args_from, "A plan")

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines."
 
 @contextlib.contextmanager
 def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
-    """Turns an error into one sentence (or JSON) and an exit code; with --debug, lets it through."""
+    """Turns an error into one sentence (or JSON) and an exit code; with --debug, after its traceback."""
     try:
         yield
     except (typer.Exit, typer.Abort, KeyboardInterrupt):
@@ -37,7 +38,7 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
         raise typer.Exit(OK) from None
     except Exception as error:
         if context.obj:
-            raise
+            traceback.print_exc()  # and the same exit code: Python's own for an error is 1, which says that the answer is no
         code = MISSING if isinstance(error, MissingDependencyError) else REFUSED if isinstance(error, KptError) else CRASHED
         message = str(error) if isinstance(error, KptError) else told(error)
         if as_json:
@@ -47,7 +48,7 @@ def answering(context: typer.Context, as_json: bool) -> Iterator[None]:
             print_json(fields)
         else:
             make_console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-            if code == CRASHED:
+            if code == CRASHED and not context.obj:
                 typer.echo("kpt --debug ... shows where this comes from.", err=True)
         raise typer.Exit(code) from None
 

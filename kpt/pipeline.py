@@ -277,18 +277,18 @@ def _code(program: Any) -> str:
     return digest.hexdigest()
 
 
-def configured(path: Path, named: Callable[[str, str], tuple[Any, tuple]]) -> ProductionPipeline:
+def configured(path: Path, named: Callable[[str, str | None], tuple[Any, tuple]]) -> ProductionPipeline:
     """The pipeline that a TOML file describes; its relative paths are beside it.
 
         [pipeline]
         function = "train:loss"      # MODULE:FUNCTION, or a model
-        inputs = "train:batch"       # MODULE:FUNCTION that returns the tuple of its arguments
+        inputs = "train:batch"       # MODULE:FUNCTION that returns the tuple of its arguments; none if `function` returns (program, inputs)
         store = "kpt-runs"
 
     Further keys are the other arguments of `ProductionPipeline`.
 
     Args:
-      named: `named(function, inputs)` finds the two.
+      named: `named(function, inputs)` finds the two; inputs are None where the file names none.
 
     Raises:
       ConfigError: the file is missing, is no TOML, or its [pipeline] lacks a key or has one that is not known.
@@ -302,11 +302,11 @@ def configured(path: Path, named: Callable[[str, str], tuple[Any, tuple]]) -> Pr
         raise ConfigError(asked, "It has no [pipeline]", "docs/pipeline.md has an example") from None
     if wrong := [k for k in table if k not in _FIELDS]:
         raise ConfigError(asked, f"[pipeline] has {wrong[0]!r}; it may have {', '.join(_FIELDS)}", "Correct the key")
-    if missing := [k for k in ("function", "inputs", "store") if k not in table]:
+    if missing := [k for k in ("function", "store") if k not in table]:
         raise ConfigError(asked, f"[pipeline] has no {missing[0]!r}", "docs/pipeline.md has an example")
     if wrong := [k for k, v in table.items() if not isinstance(v, str) and not (k == "budget" and type(v) in (int, float))]:
         raise ConfigError(asked, f"{wrong[0]} is {table[wrong[0]]!r}", "Give a text")
-    target, inputs = named(table["function"], table["inputs"])
+    target, inputs = named(table["function"], table.get("inputs"))
     folders = {k: path.parent / table[k] for k in ("store", "checkpoint_dir") if k in table}
     more = {k: v for k, v in table.items() if k not in ("function", "inputs", *folders)}
     return ProductionPipeline(target, inputs, **more, **folders)

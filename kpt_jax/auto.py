@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,35 @@ from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import gain
 from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.settings import found
+from kpt_jax.devices import device_of, here, name_of, profile
 from kpt_jax.measure import Timing, loss_and_gradients, measure
 from kpt_jax.modules import function_of, is_linen, is_nnx
-from kpt_jax.optimize import Optimized, Signature, here, is_foreign, optimize, profile
+from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
 from kpt_jax.whole import certify_whole, worst_difference
 
 
-def runner() -> Runner:
-    """Trials on what jax computes on. A TPU belongs to one process, which is this one."""
-    device = jax.default_backend()
-    return Runner("jax", here(), FRONT.compilers, device, "kpt_jax.trials", ready if device == "tpu" else None)
+def runner(arrays: Iterable[Any] = ()) -> Runner:
+    """Trials on what jax computes on, given these arrays, under what is set now. A TPU belongs to one process, which is this one."""
+    arrays = tuple(arrays)
+    device = device_of(arrays)
+    return Runner("jax", here(arrays), FRONT.compilers, name_of(device), "kpt_jax.trials", ready if device.platform == "tpu" else None,
+                  FRONT.settings, found(FRONT.settings))  # fmt: skip
 
 
 class Session:
     """The steps of `auto_optimize` on one program and its example inputs, see `kpt.auto.Session`."""
 
     def __init__(self, fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level: str | None, hardware: Any):
-        self.given, self.inputs, self.hardware = fn_or_model, inputs, profile(hardware)
+        self.given, self.inputs = fn_or_model, inputs
         self.saves = is_nnx(fn_or_model) or is_linen(fn_or_model)
-        self.device = jax.devices()[0].device_kind
         self.usable = optimize(fn_or_model, level, hardware)
         self.fast: Optimized
         self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
+        _, arrays = self.fast.split(self.args, self.kwargs)
+        self.hardware, self.device = profile(hardware, arrays), device_of(arrays).device_kind
 
     def plan(self) -> Plan:
         unproved = self.fast.unproved()
@@ -54,10 +59,10 @@ class Session:
         trained = loss_and_gradients(_flat(signature, self.fast.original), arrays) is not None
         passes = BOTH if trained else FORWARD
         with showing("timing kernels") as done:
-            found = tune(plan.sites, self.hardware, runner(), level=plan.level, passes=passes, budget=budget, done=done)
-        if found.measured or found.dropped:
-            self.follow(found.dropped)
-        return found
+            made = tune(plan.sites, self.hardware, runner(arrays), level=plan.level, passes=passes, budget=budget, done=done)
+        if made.measured or made.dropped:
+            self.follow(made.dropped)
+        return made
 
     def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
         self.fast.drop(dropped)

@@ -29,7 +29,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec, Specs
 from kpt.tracking.hooks import record_bench
 from kpt_jax.bench_ops import BENCHES, Bench, Call, nbytes
-from kpt_jax.optimize import profile
+from kpt_jax.devices import profile
 
 PLAIN = "plain"
 CACHE = 256 * 2**20

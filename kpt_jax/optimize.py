@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-import kpt.hardware as hardware_room
 from kpt.config import config, start_logging
-from kpt.errors import HardwareError, KptError, PlanError
+from kpt.errors import KptError, PlanError
 from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
 from kpt_jax import _compat, modules
 from kpt_jax.apply import Rewrite, run
 from kpt_jax.capture import capture, uncollected
 from kpt_jax.derivatives import derivatives_seen
+from kpt_jax.devices import here, profile
 from kpt_jax.planner import FRONT, Planner, active
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct, *_compat.CONSTANTS)
@@ -332,7 +332,7 @@ class Optimized:
             found = self._traces.get(signature)
             if found is not None:
                 return found
-        planner = outer or self._planner()
+        planner = outer or self._planner(dynamic if example is None else example)
         path = ""
         if outer is not None:
             path = f"{outer.within}{self._part}{outer.nested}"
@@ -373,12 +373,13 @@ class Optimized:
             self._traces[signature] = traced
         return traced
 
-    def _planner(self) -> Planner:
+    def _planner(self, arrays: Sequence[Any]) -> Planner:
         wanted = None
         if self._given is not None:
             wanted = {(s.path, s.op, s.fingerprint): s for s in self._given.sites}
         certify = self._certify or config().certify
-        return Planner(FRONT, self._level, profile(self._hardware), wanted, self._banned, certify, here(), dropped=self._dropped)
+        return Planner(FRONT, self._level, profile(self._hardware, arrays), wanted, self._banned, certify, here(arrays),
+                       dropped=self._dropped)  # fmt: skip
 
 
 def _again(
@@ -484,37 +485,6 @@ def _readable(plan: Any) -> None:
         raise PlanError(f"A plan for {plan.framework} was given to kpt_jax.optimize",
                         "a site is found again by the structure of the jax program",
                         "make a plan with kpt_jax.plan")  # fmt: skip
-
-
-@functools.cache
-def _detected(platform: str) -> HardwareProfile:
-    return hardware_room.detect_hardware(platform=platform)
-
-
-def here() -> HardwareProfile:
-    """The profile of what jax computes on, whatever plans are for."""
-    return _detected(_platform())
-
-
-def _platform() -> str:
-    """The platform that jax computes on, by kpt's name: a GPU in the machine does not matter under JAX_PLATFORMS=cpu."""
-    backend = jax.default_backend()
-    if backend == "gpu":
-        backend = "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
-    return backend if backend in hardware_room.PLATFORMS else "cpu"
-
-
-def profile(hardware: str | HardwareProfile) -> HardwareProfile:
-    """The profile that a `hardware=` argument names; "auto" detects it."""
-    if isinstance(hardware, HardwareProfile):
-        return hardware
-    if hardware == "auto":
-        named = config().hardware
-        return _detected(_platform()) if named == "auto" else hardware_room.hardware_profile(named)
-    if not isinstance(hardware, str):
-        raise HardwareError(f"A {type(hardware).__name__} was given as the hardware", "It is a name or a HardwareProfile",
-                            "Pass one of kpt.hardware.PROFILES, or describe yours with HardwareProfile.from_json")  # fmt: skip
-    return hardware_room.hardware_profile(hardware)
 
 
 def optimize(

@@ -19,17 +19,20 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.planner import FrontEnd, same_miss
+from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
 from kpt_jax import _compat
 from kpt_jax.apply import REBUILT, Rewrite, run
 from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, rules_text, uncertifiable
+from kpt_jax.settings import SETTINGS
 
 
 class _Jax:
     framework = "jax"
     packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
     compilers: tuple[str, ...] = ("jax", "jaxlib")
+    settings: tuple[Setting, ...] = SETTINGS
 
     def backend(self) -> str:
         return jax.default_backend()

@@ -16,14 +16,16 @@ from kpt.strategy.certify import draw
 from kpt.tuning.measurements import BOTH
 from kpt.tuning.trials import Sample, Trial, serve
 from kpt_jax import _compat
+from kpt_jax.devices import device_named
 from kpt_jax.measure import sample
+from kpt_jax.settings import SETTINGS
 
 
 def ready(trial: Trial, kernel: str) -> Sample:
     """One candidate on random arrays, compiled."""
-    # The setting is the asking process's own; without it here, a float64 call would be timed, and kept, with float32 arrays.
+    # Without it, a float64 call of an import would be timed, and kept, with float32 arrays.
     wide = any(s.dtype.endswith("64") for s in trial.specs.values())
-    with jax.default_device(jax.devices(trial.device)[0]), _compat.with_64_bits() if wide else contextlib.nullcontext():
+    with jax.default_device(device_named(trial.device)), _compat.with_64_bits() if wide else contextlib.nullcontext():
         return _ready(trial, kernel)
 
 
@@ -67,4 +69,4 @@ def _normal(name: str, like: Any, seed: int) -> jax.Array:
 
 
 if __name__ == "__main__":
-    serve(ready)
+    serve(ready, SETTINGS)

@@ -22,6 +22,7 @@ from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import rounds
 from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.settings import found
 from kpt.validation import Certificate, compare
 from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.capture import to_numpy
@@ -31,8 +32,10 @@ from kpt_torch.trials import sample
 
 
 def runner(device: torch.device) -> Runner:
-    """Trials on a device."""
-    return Runner("torch", detected(device), Front.compilers, device.type, "kpt_torch.trials")
+    """Trials on a device, under what is set now."""
+    name = f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
+    return Runner("torch", detected(device), Front.compilers, name, "kpt_torch.trials", known=Front.settings,
+                  settings=found(Front.settings))  # fmt: skip
 
 
 class Session:
@@ -82,10 +85,10 @@ class Session:
         # An XLA device belongs to one process.
         sites = plan.sites if self.on.type in ("cpu", "cuda") else ()
         with showing("timing kernels") as done:
-            found = tune(sites, self.hardware, runner(self.on), level=plan.level, passes=BOTH if self.trained else FORWARD, budget=budget,
-                         done=done)  # fmt: skip
-        self.follow(found.dropped)
-        return found
+            made = tune(sites, self.hardware, runner(self.on), level=plan.level, passes=BOTH if self.trained else FORWARD, budget=budget,
+                        done=done)  # fmt: skip
+        self.follow(made.dropped)
+        return made
 
     def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
         self.fast = without(self.fast, dropped)

@@ -296,16 +296,13 @@ def device_of(inputs: Sequence[Any]) -> torch.device:
 def detected(device: torch.device) -> HardwareProfile:
     """The profile of a device that is here."""
     platform = {"cuda": "rocm" if torch.version.hip else "cuda", "xpu": "xpu", "xla": "tpu"}.get(device.type, "cpu")
-    return _detected(platform)
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    if (platform, model) not in _PROFILES:
+        _PROFILES[platform, model] = hardware_room.detect_hardware(platform=platform, model=model)
+    return _PROFILES[platform, model]
 
 
-def _detected(platform: str) -> HardwareProfile:
-    if platform not in _PROFILES:
-        _PROFILES[platform] = hardware_room.detect_hardware(platform=platform)
-    return _PROFILES[platform]
-
-
-_PROFILES: dict[str, HardwareProfile] = {}
+_PROFILES: dict[tuple[str, str | None], HardwareProfile] = {}
 
 
 def profile(hardware: str | HardwareProfile, device: torch.device) -> HardwareProfile:

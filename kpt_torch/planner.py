@@ -20,11 +20,13 @@ from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Explicit
 from kpt.strategy.certify import Leaves, Sides, certify_site, moving_leaves, rounds_on_the_way
 from kpt.strategy.planner import Planner
+from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
 from kpt_torch.apply import Eager, Rewrite, Unavailable, misplaced, positions, rebuilt
 from kpt_torch.capture import from_numpy, to_numpy
 from kpt_torch.lower import aten
 from kpt_torch.pairs import found as kept_together
+from kpt_torch.settings import SETTINGS
 
 # What a provider calls: a site that is this call already gains nothing by it.
 ONE_CALL = {
@@ -43,6 +45,7 @@ class Front:
     framework: str = "torch"
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "numpy")
     compilers: tuple[str, ...] = ("torch", "triton")
+    settings: tuple[Setting, ...] = SETTINGS
 
     def backend(self) -> str:
         return str(self.device.type)

@@ -16,12 +16,15 @@ from kpt.strategy.certify import draw
 from kpt.tuning.measurements import BOTH
 from kpt.tuning.trials import Sample, Trial, serve
 from kpt_torch.capture import from_numpy
+from kpt_torch.settings import SETTINGS
 
 
 def ready(trial: Trial, kernel: str) -> Sample:
     """One candidate on random tensors."""
     fn = functools.partial(resolve(trial.kernels[kernel]), **trial.params)
     device = torch.device(trial.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where another package's kernel may launch, whatever its arrays are on
     arrays = arrays_of(trial, device)
     moving = [n for n, a in arrays.items() if n in ops.op(trial.op).learned and a.is_floating_point()]
 
@@ -79,4 +82,4 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    serve(ready)
+    serve(ready, SETTINGS)

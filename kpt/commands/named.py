@@ -14,7 +14,12 @@ import typer
 from kpt.errors import ConfigError, KptError
 
 ArgsFrom = Annotated[
-    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Called without arguments, returns the tuple of FUNCTION's arguments.")
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Called without arguments, returns the tuple of the program's arguments. Not needed where the program is named by a function "
+        "without parameters that returns (function or model, tuple of its arguments).",
+    ),
 ]
 
 _NAMED = 10
@@ -56,33 +61,54 @@ def attribute(reference: str) -> Any:
 
 
 def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[Any, ...]]:
-    """A function by name, and its arguments from the one that returns them as a tuple or list, or the only one.
+    """A function or model by name, and its arguments from the function that returns them as a tuple or list, or the only one.
+
+    Without such a function, what is named may be a factory: it takes nothing, and returns `(function or model, its arguments)`.
 
     Raises:
-      KptError: there is no such name, or the function does not take these arguments.
+      KptError: there is no such name, it is a class, or the function does not take these arguments.
     """
     target = attribute(function)
+    if inspect.isclass(target):
+        raise KptError(f"{what} of {function} was asked for", "It is a class, of which there may be many models",
+                       f"Name a model, or a function that returns one and its inputs: return {target.__name__}(...), inputs")  # fmt: skip
     if args_from is not None:
-        arguments = attribute(args_from)()
-        arguments = tuple(arguments) if isinstance(arguments, tuple | list) else (arguments,)
-        if (problem := _does_not_take(target, arguments)) is not None:
-            raise KptError(
-                f"{what} of {function} was asked for, with what {args_from} returned",
-                f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
-                "Return all of them as one tuple, in the order of the function's parameters",
-            )
-        return target, arguments
+        arguments = _tuple(attribute(args_from)())
+        return target, _taken(target, arguments, f"{what} of {function} was asked for, with what {args_from} returned")
     if required := _required_parameters(target):
         raise KptError(
             f"{what} of {function} was asked for",
             f"It takes {', '.join(required)}, and what it does depends on their shapes and dtypes",
-            "Name a function that returns them as a tuple: --args-from MODULE:FUNCTION",
+            "Name a function that returns them as a tuple (--args-from MODULE:FUNCTION), or one that returns (function or model, inputs)",
         )
-    return target, ()
+    if not inspect.isfunction(target):
+        return target, ()
+    made = target()
+    if not (isinstance(made, tuple) and len(made) == 2 and _is_program(made[0])):
+        return target, ()  # a program without arguments
+    return made[0], _taken(made[0], _tuple(made[1]), f"{what} of what {function} returned was asked for")
+
+
+def _tuple(arguments: Any) -> tuple[Any, ...]:
+    return tuple(arguments) if isinstance(arguments, tuple | list) else (arguments,)
+
+
+def _is_program(made: Any) -> bool:
+    """Whether it is a function or a model; a linen module is not callable outside of `apply`."""
+    return not inspect.isclass(made) and (callable(made) or callable(getattr(made, "apply", None)))
+
+
+def _taken(program: Any, arguments: tuple[Any, ...], asked: str) -> tuple[Any, ...]:
+    if (problem := _does_not_take(program, arguments)) is not None:
+        raise KptError(asked, f"That is {len(arguments)} positional argument{'' if len(arguments) == 1 else 's'}: {problem}",
+                       "Return all of them as one tuple, in the order of the function's parameters")  # fmt: skip
+    return arguments
 
 
 def _does_not_take(function: Any, arguments: tuple[Any, ...]) -> str | None:
     """Why the function cannot be called with these arguments, as far as their number tells; None if it can."""
+    if hasattr(function, "init") and hasattr(function, "apply"):  # a linen module, whose variables come first
+        function = function.apply
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -31,7 +31,7 @@ def run(
         from kpt.commands.named import call
         from kpt.pipeline import STEPS, configured
 
-        def named(function: str, inputs: str) -> tuple[Any, tuple]:
+        def named(function: str, inputs: str | None) -> tuple[Any, tuple]:
             return call(function, inputs, "The pipeline")
 
         console = make_console(stderr=True)

@@ -21,7 +21,7 @@ def tune(
     op: Annotated[list[str] | None, typer.Option(help="An op, or a benchmark of `kpt bench`; again for more. All by default.")] = None,
     framework: Annotated[str | None, typer.Option(help="Whose kernels: jax, unless given, or torch.")] = None,
     program: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="The calls of this function or module instead of an op's.")
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="The calls of this function, model or factory instead of an op's.")
     ] = None,
     args_from: ArgsFrom = None,
     budget: Annotated[str, typer.Option(help='How long it may take: seconds, or "30s", "10m", "1h".')] = "10m",
@@ -35,7 +35,8 @@ def tune(
     PyTorch module, as it is used. What is measured already is not measured again: an interrupted run goes on where it was. Plans
     choose by what is found here (`kpt plan` says "measured"), and without it by estimate.
 
-    Examples: kpt tune --op attention --budget 5m; kpt tune --framework torch; kpt tune --program train:model --args-from train:batch
+    Examples: kpt tune --op attention --budget 5m; kpt tune --framework torch; kpt tune --program train:model --args-from train:batch;
+    kpt tune --program train:model_and_batch (a function that returns both)
     """
     if context.invoked_subcommand is not None:
         return

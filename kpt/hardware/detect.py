@@ -22,6 +22,7 @@ _log = logging.getLogger("kpt")
 def detect_hardware(
     *,
     platform: str | None = None,
+    model: str | None = None,
     root: str | os.PathLike[str] = "/",
     environ: Mapping[str, str] | None = None,
     nvml: Any = None,
@@ -35,6 +36,8 @@ def detect_hardware(
     Args:
       platform: look for this kind alone: "tpu", "cuda", "rocm", "xpu" or "cpu". A framework that has settled on one
         knows better than the order above. The CPU is described where there is no such chip.
+      model: of several NVIDIA GPUs, describe the one that its maker gives this name, as frameworks tell it of each device: CUDA counts
+        GPUs in another order than the driver. Without it, or where none has that name, the first.
       root: directory that has `dev`, `proc` and `sys`.
       environ: read instead of `os.environ`.
       nvml: used instead of the module `pynvml`.
@@ -55,7 +58,7 @@ def detect_hardware(
         host.notes.append(str(e))
     accelerators: Mapping[str, Callable[[Host], HardwareProfile | None]] = {
         "tpu": probes.tpu,
-        "cuda": lambda host: probes.cuda(host, nvml),
+        "cuda": lambda host: probes.cuda(host, nvml, model),
         "rocm": probes.rocm,
         "xpu": probes.xpu,
     }

@@ -71,11 +71,31 @@ def tpu(host: Host) -> HardwareProfile | None:
     return None
 
 
-def _nvml_handle(nvml: Any, visible: list[str] | None) -> Any:
-    if visible is None:
-        return nvml.nvmlDeviceGetHandleByIndex(0)
-    index = integer(visible[0])
-    return nvml.nvmlDeviceGetHandleByUUID(visible[0]) if index is None else nvml.nvmlDeviceGetHandleByIndex(index)
+def _nvml_handle(nvml: Any, visible: list[str] | None, model: str | None) -> Any:
+    """That of the first visible GPU of a model, or of the first where no other one is meant."""
+
+    def handle(name: str) -> Any:
+        index = integer(name)
+        return nvml.nvmlDeviceGetHandleByUUID(name) if index is None else nvml.nvmlDeviceGetHandleByIndex(index)
+
+    first = handle("0" if visible is None else visible[0])
+    if model is None or _is_model(nvml, first, model):
+        return first
+    # The variable's numbers are CUDA's, which need not be the driver's: all GPUs are looked at.
+    for i in range(nvml.nvmlDeviceGetCount()):
+        if _is_model(nvml, found := handle(str(i)), model):
+            return found
+    return first
+
+
+def _is_model(nvml: Any, handle: Any, model: str) -> bool:
+    name = _nvml_name(nvml, handle)
+    return model == name or model.startswith(f"{name} MIG ")
+
+
+def _nvml_name(nvml: Any, handle: Any) -> str:
+    name = nvml.nvmlDeviceGetName(handle)
+    return (name.decode(errors="replace") if isinstance(name, bytes) else str(name)).strip()
 
 
 def _ask(host: Host, nvml: Any, question: str, *args: Any) -> Any:
@@ -87,8 +107,8 @@ def _ask(host: Host, nvml: Any, question: str, *args: Any) -> Any:
         return None
 
 
-def cuda(host: Host, nvml: Any) -> HardwareProfile | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves visible, as NVML describes it."""
+def cuda(host: Host, nvml: Any, model: str | None = None) -> HardwareProfile | None:
+    """The GPU of that model, or the first that CUDA_VISIBLE_DEVICES leaves visible, as NVML describes it."""
     visible = host.visible("CUDA_VISIBLE_DEVICES")
     if visible == []:
         host.notes.append("cuda: CUDA_VISIBLE_DEVICES hides every GPU")
@@ -104,9 +124,8 @@ def cuda(host: Host, nvml: Any) -> HardwareProfile | None:
             return _cuda_without_nvml(host)
     nvml.nvmlInit()
     try:
-        handle = _nvml_handle(nvml, visible)
-        name = nvml.nvmlDeviceGetName(handle)
-        name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+        handle = _nvml_handle(nvml, visible, model)
+        name = _nvml_name(nvml, handle)
         capability = _ask(host, nvml, "nvmlDeviceGetCudaComputeCapability", handle)
         memory = _ask(host, nvml, "nvmlDeviceGetMemoryInfo", handle)
         total = int(memory.total) if memory is not None else None

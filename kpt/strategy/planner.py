@@ -27,6 +27,7 @@ from kpt.strategy.certify import digest
 from kpt.strategy.levels import choose
 from kpt.strategy.plan import Plan, Site
 from kpt.tuning import Measurements, trials
+from kpt.tuning.settings import Setting, counted, found
 from kpt.validation import Certificate
 
 log = logging.getLogger("kpt")
@@ -45,11 +46,13 @@ class FrontEnd(Protocol):
       framework: "jax" or "torch", as `KernelSpec.framework` spells it.
       packages: whose versions a plan records.
       compilers: those of them on whose versions the time of a kernel depends.
+      settings: what a program can set that changes times or numbers of kernels.
     """
 
     framework: str
     packages: tuple[str, ...]
     compilers: tuple[str, ...]
+    settings: tuple[Setting, ...]
 
     def backend(self) -> str:
         """What proofs are made on: a proof made on a CPU is none for a GPU."""
@@ -183,7 +186,7 @@ class Planner:
 
     def _known(self, op: str, specs: Mapping[str, Spec], params: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         """What was measured of an op's kernels on such a chip, under this driver and these compilers."""
-        place = place_of(self.hardware, self.front.compilers)
+        place = place_of(self.hardware, self.front.compilers, self.front.settings)
         kernels = [k for k in kernel_room.registry.kernels(op) if k.framework == self.front.framework]
         try:
             return trials.known(Measurements(), place, kernels, specs, params)
@@ -289,7 +292,8 @@ class Planner:
         note = ""
         try:
             rules = self.front.rules_text(program, match)
-            key: tuple = (kernel.name, kernel.version, site.fingerprint, rules, compared, self.front.backend())
+            under = self.front.backend(), repr(found(self.front.settings))
+            key: tuple = (kernel.name, kernel.version, site.fingerprint, rules, compared, *under)
             example = leaves(program, match) if self.certify == "full" else None
             if example is not None:
                 key = (*key, digest(example))
@@ -322,9 +326,13 @@ _CERTIFICATES: dict[Any, Certificate] = {}
 """Proofs made in this process: equal code with the same kernel is proved once."""
 
 
-def place_of(hardware: HardwareProfile, compilers: tuple[str, ...]) -> trials.Place:
-    """Where measurements of kernels for that hardware hold, under the versions of these packages."""
-    return trials.Place.of(hardware.name, hardware.platform, versions(compilers))
+def place_of(
+    hardware: HardwareProfile, compilers: tuple[str, ...], settings: tuple[Setting, ...] = (), values: Mapping[str, Any] | None = None
+) -> trials.Place:
+    """Where measurements of kernels for that hardware hold, under the versions of these packages, and these values of settings or what
+    they are now."""
+    values = found(settings) if values is None else values
+    return trials.Place.of(hardware.name, hardware.platform, versions(compilers), counted(settings, hardware.platform, values))
 
 
 def _site(program: Program, match: Match, kernel: KernelSpec, path: str, reason: str, others: dict[str, str]) -> Site:

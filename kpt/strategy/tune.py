@@ -22,6 +22,7 @@ from kpt.strategy.planner import place_of
 from kpt.tuning import Measurements, trials
 from kpt.tuning.exchange import Contest, Environment
 from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.settings import Setting, instead
 from kpt.tuning.trials import Outcome, Trial
 
 log = logging.getLogger("kpt")
@@ -79,9 +80,11 @@ class Runner:
       framework: "jax" or "torch".
       hardware: what trials run on.
       compilers: packages on whose versions the time of a kernel depends.
-      device: that the arrays of the trials are on, as the framework calls its kind.
+      device: that the arrays of the trials are on, as the framework calls it, with its number on this host.
       module: run in other processes for the trials.
       ready: to run them in this process instead, where the device cannot be shared.
+      known: what a program can set that changes times or numbers.
+      settings: of that, what is set otherwise than by default, by name.
     """
 
     framework: str
@@ -90,10 +93,22 @@ class Runner:
     device: str
     module: str
     ready: trials.Ready | None = None
+    known: tuple[Setting, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def place(self) -> trials.Place:
-        return place_of(self.hardware, self.compilers)
+        return place_of(self.hardware, self.compilers, self.known, self.settings)
+
+    def trial(self, call: Site | Call, kernels: Iterable[KernelSpec], passes: str) -> Trial:
+        return Trial(call.op, call.specs, call.params, {k.name: k.loader for k in kernels}, passes, self.device, self.settings)
+
+    def under(self, settings: Mapping[str, Any]) -> Runner | None:
+        """This runner with those settings of what measurements are kept apart by; None where they cannot be had."""
+        made = instead(self.known, self.settings, settings)
+        if made is None or self.ready is not None and made != self.settings:  # what this process has set is its user's
+            return None
+        return dataclasses.replace(self, settings=made)
 
     def finds(self, kernel: KernelSpec) -> bool:
         """Whether the process that runs the trials finds the kernel: another one does not find what a notebook defined."""
@@ -150,7 +165,7 @@ def tune(
         if trials.timed(table, place, able, call.specs, call.params, passes):
             known += 1
             continue
-        wanted.append(Trial(call.op, call.specs, call.params, {k.name: k.loader for k in able}, passes, runner.device))
+        wanted.append(runner.trial(call, able, passes))
     dropped: dict[str, str] = {}
 
     def kept(trial: Trial, outcome: Outcome) -> None:
@@ -187,8 +202,8 @@ def measured_again(
     done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
 ) -> list[tuple[Contest, Mapping[str, Sequence[float]]]] | str:  # fmt: skip
     """As many as `count` of another machine's contests, held again here: see `kpt.tuning.import_json`."""
-    place = runner.place
-    if environment != dataclasses.astuple(place):
+    place, (chip, driver, framework) = runner.place, environment
+    if (chip, driver) != (place.chip, place.driver) or not f"{framework}, ".startswith(f"{place.framework}, "):
         return f"this machine is {place}"
     wanted: list[tuple[Contest, Trial]] = []
     for contest in contests:
@@ -199,16 +214,19 @@ def measured_again(
 
 
 def _trial(contest: Contest, runner: Runner) -> Trial | None:
-    """The call of a contest, and those of its kernels that are here in the same version; None where they are fewer than two."""
+    """The call of a contest under its settings, and those of its kernels that are here in the same version; None if fewer than two."""
     latest = max(contest, key=lambda m: m.measured)
     keys, passes, registry = {m.key for m in contest}, latest.key.passes, kernel_room.registry
     try:
-        op, specs, params = (wire.decode(latest.call[n]) for n in ("op", "specs", "params"))
-        able, _ = registry.able(op, runner.hardware, latest.key.dtype, specs, params, "aggressive", runner.framework)
-        kernels = {k.name: k.loader for k in able if runner.place.key(k, specs, params, passes) in keys and runner.finds(k)}
+        there = runner.under(latest.call.get("settings", {}))
+        if there is None:
+            return None
+        call = Call(*(wire.decode(latest.call[n]) for n in ("op", "specs", "params")))
+        able, _ = registry.able(call.op, there.hardware, latest.key.dtype, call.specs, call.params, "aggressive", there.framework)
+        kernels = [k for k in able if there.place.key(k, call.specs, call.params, passes) in keys and there.finds(k)]
     except (KptError, LookupError, TypeError, ValueError, AttributeError):  # a file's call may be anything, or be missing
         return None
-    return Trial(op, specs, params, kernels, passes, runner.device) if len(kernels) > 1 else None
+    return there.trial(call, kernels, passes) if len(kernels) > 1 else None
 
 
 def _importable(loader: str) -> bool:

@@ -25,6 +25,7 @@ from kpt.strategy import wire
 from kpt.tuning.bucket import bucket
 from kpt.tuning.measurements import BOTH, FORWARD, Key, Measurement, Measurements
 from kpt.tuning.rounds import rounds
+from kpt.tuning.settings import Setting, put
 
 PATIENCE = 120.0
 """Seconds that one candidate may take to be compiled and to run once."""
@@ -63,22 +64,30 @@ class Place:
       chip: name of the hardware profile.
       driver: version of the driver or runtime that decides, "" where there is none.
       framework: "jax 0.11.2, jaxlib 0.11.2".
+      settings: `(name, value, dtype)` of what is set otherwise than by default and changes calls on arrays of that dtype, "" for any.
     """
 
     chip: str
     driver: str
     framework: str
+    settings: tuple[tuple[str, Any, str], ...] = ()
 
     @classmethod
-    def of(cls, chip: str, platform: str, versions: Mapping[str, str]) -> Place:
-        return cls(chip, driver(platform), ", ".join(f"{n} {v}" for n, v in versions.items()))
+    def of(cls, chip: str, platform: str, versions: Mapping[str, str], settings: tuple[tuple[str, Any, str], ...] = ()) -> Place:
+        return cls(chip, driver(platform), ", ".join(f"{n} {v}" for n, v in versions.items()), settings)
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.chip, f"driver {self.driver}" if self.driver else "", self.framework)))
 
+    def settings_of(self, specs: Mapping[str, Spec]) -> dict[str, Any]:
+        """By name, the settings that such a call is another one for: float32 products in TF32 are other work, bfloat16 ones are not."""
+        dtypes = {"", *(s.dtype for s in specs.values())}
+        return {name: value for name, value, dtype in self.settings if dtype in dtypes}
+
     def key(self, kernel: KernelSpec, specs: Mapping[str, Spec], params: Mapping[str, Any], passes: str) -> Key:
         at = bucket(specs, params)
-        return Key(kernel.name, kernel.version, self.chip, self.driver, self.framework, at.dtype, at.shape, at.mask, passes)
+        framework = ", ".join((self.framework, *(f"{n}={v}" for n, v in self.settings_of(specs).items())))
+        return Key(kernel.name, kernel.version, self.chip, self.driver, framework, at.dtype, at.shape, at.mask, passes)
 
 
 def driver(platform: str) -> str:
@@ -97,7 +106,8 @@ class Trial:
     Attributes:
       kernels: the candidates: "module:function" by name.
       passes: "forward" or "forward and backward".
-      device: that the arrays are on, as the framework calls its kind: "cpu", "gpu", "cuda".
+      device: that the arrays are on, as the framework calls it and with its number on this host: "cpu", "gpu:1", "cuda:1".
+      settings: of the asking program, by name: see `kpt.tuning.settings`.
     """
 
     op: str
@@ -106,6 +116,7 @@ class Trial:
     kernels: Mapping[str, str]
     passes: str
     device: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def call(self) -> dict[str, Any]:
@@ -113,7 +124,7 @@ class Trial:
         return {"op": self.op, "specs": wire.encode(dict(self.specs)), "params": wire.encode(dict(self.params))}
 
     def to_json(self) -> dict[str, Any]:
-        return self.call | {"kernels": dict(self.kernels), "passes": self.passes, "device": self.device}
+        return self.call | {"kernels": dict(self.kernels), "passes": self.passes, "device": self.device, "settings": dict(self.settings)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
@@ -169,7 +180,9 @@ def foreign(loader: str) -> bool:
 def keep(table: Measurements, place: Place, trial: Trial, outcome: Outcome, kernels: Mapping[str, KernelSpec]) -> None:
     """Puts what was measured into the table."""
     keys = {n: place.key(kernels[n], trial.specs, trial.params, trial.passes) for n in outcome.seconds}
-    table.put(*(Measurement.of(keys[n], s, call=trial.call) for n, s in outcome.seconds.items()))
+    settings = place.settings_of(trial.specs)
+    call = trial.call | ({"settings": settings} if settings else {})
+    table.put(*(Measurement.of(keys[n], s, call=call) for n, s in outcome.seconds.items()))
 
 
 def run(
@@ -306,8 +319,8 @@ class _Child:
         self.log.close()
 
 
-def serve(ready: Ready) -> None:
-    """In the other process: works on the trials that standard input tells, and answers line by line."""
+def serve(ready: Ready, settings: Sequence[Setting] = ()) -> None:
+    """In the other process: works on the trials that standard input tells, under the settings that each has, and answers line by line."""
 
     def started(kernel: str) -> None:
         _say(**({"started": kernel} if kernel else {"ready": True}))
@@ -320,6 +333,7 @@ def serve(ready: Ready) -> None:
     # Who asks may be killed while a candidate hangs, which would hold the device for ever.
     threading.Thread(target=orphaned, daemon=True).start()
     for trial in map(Trial.from_json, wanted):
+        put(settings, trial.settings)
         _say(seconds=one(trial, ready, started, lambda k, why: _say(failed=k, why=why)))
 
 

@@ -131,11 +131,21 @@ ERRORS = [
     (("tune", "--op", "rope", "--args-from", "users:pair"), REFUSED, ["--args-from", "--program"]),
     (("plan", "users.py:double"), REFUSED, ["without .py: users:double"]),
     (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
+    (("plan", "users:Model"), REFUSED, ["It is a class", "return Model(...), inputs"]),
+    (("plan", "users:half_a_factory"), REFUSED, ["what users:half_a_factory returned", "2 positional arguments", "one tuple"]),
     (("plan", "broken:f"), CRASHED, ["absent_dependency"]),
 ]
 USERS = """
 def double(x):
     return 2 * x
+
+
+class Model:
+    pass
+
+
+def half_a_factory():
+    return double, (1.0, 2.0)
 
 
 def pair():
@@ -170,6 +180,50 @@ def test_an_error_is_a_sentence_and_an_exit_code(module, arguments, code, words)
     assert told["error"] and told["message"].split("\n")[0] in result.stderr
 
 
+FACTORY = """
+import {framework}
+
+
+def double(x):
+    return 2 * x
+
+
+def linear():
+    import torch
+
+    return torch.nn.Linear(2, 3), torch.ones(1, 2)
+
+
+def linen():
+    from flax import linen
+
+    model, x = linen.LayerNorm(), jax.numpy.ones((1, 2))
+    return model, (model.init(jax.random.key(0), x), x)
+
+
+def function():
+    return double, [jax.numpy.ones(2)]
+
+
+def alone():
+    return double(3), 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("framework", "name", "planned"),
+    [("jax", "function", "double"), ("jax", "linen", "LayerNorm"), ("torch", "linear", "Linear"), ("jax", "alone", "alone")],
+)
+def test_a_factory_gives_the_program_and_its_arguments(module, framework, name, planned):
+    """One without such a result is the program itself, which has no arguments."""
+    pytest.importorskip(framework)
+    module("factories", FACTORY.format(framework=framework))
+    made = call("plan", f"factories:{name}", "--json")
+    assert made.exit_code == OK, made.output
+    assert json.loads(made.stdout)["function"] == planned
+    sys.modules.pop("factories", None)
+
+
 @pytest.mark.parametrize(
     "arguments", [("hardware", "show"), ("demo", "--steps", "0"), ("nonsense",), ("plan", "a:b", "--no")]
 )
@@ -177,10 +231,15 @@ def test_wrong_usage_exits_with_2(arguments):
     assert call(*arguments).exit_code == REFUSED
 
 
-def test_debug_lets_the_error_through(module):
+@pytest.mark.parametrize(("arguments", "code", "error"), [(("plan", "users:double", "--args-from", "users:fails"), CRASHED, "ZeroDivisionError"),
+                                                          (("plan", "users:double"), REFUSED, "KptError")])  # fmt: skip
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(module, arguments, code, error):
+    """Python's own exit code for an error, 1, would be that of a regression."""
     module("users", USERS)
-    result = call("--debug", "plan", "users:double", "--args-from", "users:fails")
-    assert isinstance(result.exception, ZeroDivisionError)
+    result = call("--debug", *arguments)
+    assert result.exit_code == code and "Traceback" in result.stderr and error in result.stderr
+    data = call("--debug", *arguments, "--json")
+    assert data.exit_code == code and json.loads(data.stdout)["error"] == error
 
 
 @pytest.mark.parametrize("absent", ["jax", "flax", "optax"])

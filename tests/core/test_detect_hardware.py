@@ -69,6 +69,9 @@ class Nvml(types.SimpleNamespace):
     def nvmlShutdown(self):
         self.running -= 1
 
+    def nvmlDeviceGetCount(self):
+        return len(self.gpus)
+
     def nvmlDeviceGetHandleByIndex(self, index):
         return self.gpus[index]
 
@@ -219,6 +222,17 @@ def test_the_first_visible_gpu_counts(tmp_path, visible, name):
     found = accelerator(tmp_path, environ={"CUDA_VISIBLE_DEVICES": visible}, nvml=Nvml(TWO))
     assert found.name == name
     assert (name == "cpu") == any(note.startswith("cuda: ") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "visible", "name"),
+    [("NVIDIA L4", None, "l4"), ("NVIDIA H100 80GB HBM3", None, "h100-sxm"), ("NVIDIA L4", "1,0", "l4"), ("NVIDIA L4", "0,1", "l4"),
+     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "1,0", "h100-sxm"), ("NVIDIA Unheard Of", None, "h100-sxm"), (None, "1", "l4")],
+)  # fmt: skip
+def test_of_two_gpus_the_one_that_a_framework_names(tmp_path, model, visible, name):
+    """CUDA counts the fastest first, NVML by bus: a number would be another GPU's."""
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert accelerator(tmp_path, environ=environ, nvml=Nvml(TWO), model=model).name == name
 
 
 NOTED = [

@@ -204,7 +204,7 @@ def test_command_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("", "no [pipeline]"), ("[pipeline", "Expected"), ("[pipeline]\nfunction = 'a:b'", "'inputs'"),
+    ("", "no [pipeline]"), ("[pipeline", "Expected"), ("[pipeline]\nfunction = 'a:b'", "'store'"),
     ("[pipeline]\nfunction = 'a:b'\ninputs = 'a:c'\nstore = 's'\nspeed = 3", "'speed'"),
     ("[pipeline]\nfunction = 3\ninputs = 'a:c'\nstore = 's'", "function is 3"),
     ("[pipeline]\nfunction = 'no_such_module:b'\ninputs = 'a:c'\nstore = 's'", "no_such_module"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -21,8 +22,9 @@ from kpt.ops.mask import Causal, Mask
 from kpt.strategy import planner
 from kpt.strategy.plan import Plan, Site
 from kpt.strategy.tune import Runner, measured_again, tune
-from kpt.tuning import Measurement, Measurements, export_json, import_json, trials
+from kpt.tuning import Measurement, Measurements, export_json, import_json, settings, trials
 from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.settings import Setting, variable
 from kpt.tuning.trials import Outcome, Trial, run, seconds_of
 
 PROCESS = "tests.core.trial_process"
@@ -49,6 +51,7 @@ def test_no_budgets(budget):
 
 def test_a_trial_travels():
     made = Trial("attention", {"q": Spec((1, 2, 3, 4), "bfloat16")}, {"mask": Mask((Causal(),)), "scale": None}, {"a": "b:c"}, BOTH, "cpu")
+    made = dataclasses.replace(made, settings={"precision": "tf32"})
     assert Trial.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
@@ -238,6 +241,90 @@ def clocks(**seconds: float):
         return lambda repeats: taken
 
     return dataclasses.replace(RUNNER, ready=ready)
+
+
+@pytest.fixture
+def dial(monkeypatch):
+    """Two settings of a framework and a variable, as the settings of a runner."""
+    now = {"precision": "ieee", "threads": 4}
+
+    def setting(name, **more):
+        return Setting(name, lambda: now[name], lambda value: now.update({name: value}), now[name], **more)
+
+    monkeypatch.setenv("FLAGS", "--dump=x")
+    return now, (setting("precision", dtype="float32"), setting("threads", counts=False), variable("FLAGS", ("--dump",)))
+
+
+def set_now(runner: Runner, known) -> Runner:
+    return dataclasses.replace(runner, known=known, settings=settings.found(known))
+
+
+def test_settings_of_the_program_are_set_in_the_process_that_times(dial):
+    now, known = dial
+    assert settings.found(known) == {}
+    now |= {"precision": "tf32", "threads": 1}
+    sent = settings.found(known)
+    now |= {"precision": "ieee", "threads": 4}
+    settings.put(known, sent)
+    assert now == {"precision": "tf32", "threads": 1} and settings.found(known) == sent
+    settings.put(known, {})  # the next trial may have none
+    assert now == {"precision": "ieee", "threads": 4}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "flags", "apart"),
+    [("float32", "tf32", "", ", precision=tf32"), ("bfloat16", "tf32", "", ""), ("float32", "ieee", "", ""),
+     ("bfloat16", "tf32", "--b --dump=y --a", ", FLAGS=--a --b")],
+)  # fmt: skip
+def test_other_work_has_another_key(dial, monkeypatch, dtype, value, flags, apart):
+    now, known = dial
+    now |= {"precision": value, "threads": 1}
+    monkeypatch.setenv("FLAGS", flags)
+    plain, place = planner.place_of(CPU, ("jax",)), planner.place_of(CPU, ("jax",), known)
+    specs = {"x": Spec((64, 32), dtype)}
+    assert place.key(spec("fast"), specs, {}, FORWARD).framework == plain.framework + apart
+
+
+def test_a_plan_chooses_by_what_was_measured_under_its_settings(registry, folder, dial):
+    now, known = dial
+    front = types.SimpleNamespace(framework="jax", compilers=("jax", "jaxlib"), settings=known)
+    asking = planner.Planner(front, "balanced", CPU)
+    now["precision"] = "tf32"
+    tune(a_plan(64).sites, CPU, set_now(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), known), level="balanced", passes=FORWARD, budget=60.0)
+    assert len(asking._known("rms_norm", X, {})) == 3
+    now["precision"] = "ieee"
+    assert asking._known("rms_norm", X, {}) == {}
+
+
+@pytest.mark.parametrize("in_this_process", [True, False])
+def test_an_import_is_measured_again_under_its_own_settings(registry, folder, dial, monkeypatch, in_this_process):
+    now, known = dial
+    now |= {"precision": "tf32", "threads": 2}
+    text = measured_there(set_now(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), known), 64)
+    now |= {"precision": "ieee", "threads": 1}
+    asked = []
+
+    def run(trials_, module, budget, done):
+        asked.extend(trials_)
+        return [Outcome({"rms_norm.fast": (1e-3,) * 9, "rms_norm.slow": (5e-3,) * 9}, {}) for _ in trials_]
+
+    monkeypatch.setattr(trials, "run", run)
+    ready = clocks(fast=1e-3, slow=5e-3, hungry=4e-3).ready if in_this_process else None
+    runner = dataclasses.replace(set_now(RUNNER, known), ready=ready)
+    told = import_json(Measurements(), text, functools.partial(measured_again, runner))
+    if in_this_process:  # what is set here is its user's
+        assert told.verified == 0 and "0 could be" in told.notes[0]
+    else:
+        assert told.verified == 3 and [t.settings for t in asked] == [{"precision": "tf32", "threads": 1}]
+
+
+def test_an_import_under_other_flags_of_the_environment_is_not_measured(registry, folder, dial, monkeypatch):
+    _, known = dial
+    monkeypatch.setenv("FLAGS", "--fast-math")
+    text = measured_there(set_now(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), known), 64)
+    monkeypatch.setenv("FLAGS", "")
+    told = import_json(Measurements(), text, functools.partial(measured_again, set_now(RUNNER, known)))
+    assert told.verified == 0 and "0 could be" in told.notes[0]
 
 
 def measured_there(runner: Runner, *rows: int) -> str:
