@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import triton
 
 from kpt.ops.base import Specs
-from kpt_jax.triton_kernels.launch import Out, as_rows, launch, over_rows
+from kpt_jax.triton_kernels.launch import Out, as_rows, launch, over_rows, zeros
 from kpt_torch.triton_kernels.jitted import bounds
 from kpt_torch.triton_kernels.jitted import cross_entropy as jitted
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
@@ -67,7 +67,7 @@ _loss.defvjp(_fwd, _bwd)
 def _forward(params: dict[str, Any], logits, labels):
     (rows, vocab), row = logits.shape, Out(labels.shape, jnp.float32)
     if not logits.size:
-        return (jnp.full(row.shape, -math.inf, row.dtype),) * 2  # the loss of no vocabulary
+        return (zeros(row, logits) - math.inf,) * 2  # the loss of no vocabulary
     made = launch(
         jitted.forward_rows, (rows,), logits, labels, row, row, vocab, *jitted.scalars(params),
         **jitted.static(params), BLOCK=bounds.block(vocab, jitted.FORWARD_BLOCK), warps=jitted.FORWARD_WARPS,
@@ -78,7 +78,7 @@ def _forward(params: dict[str, Any], logits, labels):
 def _backward(params: dict[str, Any], logits, labels, lse, g):
     rows, vocab = logits.shape
     if not logits.size:
-        return jnp.zeros_like(logits)
+        return zeros(Out(logits.shape, logits.dtype), logits)
     size = bounds.block(vocab, jitted.BACKWARD_BLOCK)
     return launch(
         jitted.backward_blocks, (rows * triton.cdiv(vocab, size),),

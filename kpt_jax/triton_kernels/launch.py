@@ -52,7 +52,9 @@ def chip() -> Chip:
     return Chip(bounds.family(major, amd), int(device.core_count), optin + 1024 if optin else 0)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int | None = None, **constants: Any) -> dict[str, jax.Array]:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int | None = None, **constants: Any
+) -> dict[str, jax.Array]:
     """Runs a kernel and returns what it wrote, by the names of its arguments.
 
     Args:
@@ -68,6 +70,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
     # Inside `shard_map` a kernel's results are typed as if all devices held the same.
     made = vary_alike(*made, *(a for a in arguments if isinstance(a, jax.Array)))[: len(out)]
     return dict(zip(out, made, strict=True))
+
+
+def zeros(out: Any, *arrays: jax.Array) -> Any:
+    """Zeros for every `Out` of a tree, where there is nothing to launch, typed as results of these arrays."""
+    leaves, tree = jax.tree.flatten(out)
+    made = vary_alike(*(jnp.zeros(a.shape, a.dtype) for a in leaves), *arrays)
+    return jax.tree.unflatten(tree, made[: len(leaves)])
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import triton
 
 from kpt.ops.base import Specs
-from kpt_jax.triton_kernels.launch import Out, as_rows, chip, launch, over_rows
+from kpt_jax.triton_kernels.launch import Out, as_rows, chip, launch, over_rows, zeros
 from kpt_torch.triton_kernels.jitted import glu as gated
 from kpt_torch.triton_kernels.jitted import product
 from pallas_kernels.linear_act.xla import contract, project, project_vjp, weight_vjp
@@ -67,7 +67,7 @@ def _projected(x, w, b):
 
 def _gated(activation: str, dtype: str, gate, up):
     if not gate.size:
-        return jnp.zeros(gate.shape, dtype)
+        return zeros(Out(gate.shape, dtype), gate)
     return launch(
         gated.forward_blocks, (triton.cdiv(gate.size, gated.BLOCK),), gate, up, Out(gate.shape, dtype), gate.size,
         ACTIVATION=activation, BLOCK=gated.BLOCK, warps=gated.WARPS,
@@ -77,7 +77,7 @@ def _gated(activation: str, dtype: str, gate, up):
 def _gated_back(activation: str, gate, up, g):
     like = Out(gate.shape, gate.dtype)
     if not gate.size:
-        return jnp.zeros_like(gate), jnp.zeros_like(up)
+        return zeros((like, like), g)
     made = launch(
         gated.backward_blocks, (triton.cdiv(gate.size, gated.BLOCK),), gate, up, g, like, like, gate.size,
         ACTIVATION=activation, BLOCK=gated.BLOCK, warps=gated.WARPS,
@@ -115,7 +115,7 @@ def _product(activation: str, dtype: str, keep: bool, x, w, b):
     (rows, inner), columns = x.shape, w.shape[1]
     y, z = Out((rows, columns), dtype), Out((rows, columns), x.dtype) if keep else None
     if not rows * columns:
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (y, z))
+        return zeros((y, z), x)
     t = product.tile(chip().family, x.dtype.itemsize)
     made = launch(
         product.product_blocks, (triton.cdiv(rows, t.rows) * triton.cdiv(columns, t.columns),),
@@ -147,7 +147,7 @@ _linear.defvjp(_linear_fwd, _linear_bwd)
 
 def _sloped(activation: str, z, g):
     if not z.size:
-        return jnp.zeros_like(z)
+        return zeros(Out(z.shape, z.dtype), z)
     return launch(
         product.slope_blocks, (triton.cdiv(z.size, product.BLOCK),), z, g, Out(z.shape, z.dtype), z.size,
         ACTIVATION=activation, BLOCK=product.BLOCK, warps=product.WARPS,

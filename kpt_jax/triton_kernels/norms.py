@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import triton
 
 from kpt.ops.base import Specs
-from kpt_jax.triton_kernels.launch import Out, as_rows, chip, launch, one_by_one, over_rows
+from kpt_jax.triton_kernels.launch import Out, as_rows, chip, launch, one_by_one, over_rows, zeros
 from kpt_torch.triton_kernels.jitted import norms as jitted
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
@@ -80,8 +80,7 @@ def _forward(static: _Static, x, residual, weight, bias):
     y, h = Out(x.shape, static.out_dtype), None if residual is None else Out(x.shape, x.dtype)
     centre = row if static.layer else None
     if not x.size:
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), ((y, h), (centre, centre, row)))
-        return zeros[0], zeros[1]
+        return zeros(((y, h), (centre, centre, row)), x)
     whole = width <= jitted.WHOLE_FORWARD
     tile = jitted.forward_tile(width) if whole else jitted.WIDE
     made = launch(
@@ -117,7 +116,7 @@ def _backward(static: _Static, residual_dtype: str | None, h, dy, dh, mean, left
     wanted = (Out(h.shape, h.dtype), None if residual_dtype is None else Out(h.shape, residual_dtype))
     vectors = [None if a is None else Out(a.shape, a.dtype) for a in (weight, bias)]
     if not h.size:
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (*wanted, *vectors))
+        return zeros((*wanted, *vectors), dy)
     gpu = chip()
     given = (h, weight, dy, dh, mean, left, rstd)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import triton
 
 from kpt.ops.base import Specs
-from kpt_jax.triton_kernels.launch import Out, launch, over_rows
+from kpt_jax.triton_kernels.launch import Out, launch, over_rows, zeros
 from kpt_torch.triton_kernels.jitted import rope as jitted
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 from pallas_kernels.rope.xla import table_gradients, with_gradients
@@ -48,7 +48,7 @@ def rope(
 def _run(interleaved: bool, backward: bool, dtype: str, x, cos, sin):
     (batch, times, heads, width), size = x.shape, cos.shape[-1]
     if not x.size:
-        return jnp.zeros(x.shape, dtype)
+        return zeros(Out(x.shape, dtype), x)
     if cos.shape[0] not in (1, batch):  # vmap has made one batch of several that share these
         cos, sin = (jnp.tile(a, (batch // a.shape[0], 1, 1)) for a in (cos, sin))
     tile, half, tail = jitted.tile(size, width, heads)

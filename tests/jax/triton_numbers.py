@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from triton.runtime import interpreter
 
 import kpt
@@ -22,6 +23,7 @@ from kpt.kernels.spec import refusal
 from kpt_torch.planner import from_numpy, to_numpy
 from tests import fuzz
 from tests.cases import CASES, Case
+from tests.jax.certified import mesh_of_one
 
 
 def interpreted(*operands: Any, kernel: Any, grid: tuple[int, ...], out_type: list[Any], num_warps: int, num_stages: int | None, **named: Any) -> Any:
@@ -84,6 +86,26 @@ def mapped(case: Case, seed: int) -> str:
     return ""
 
 
+def sharded(case: Case, seed: int) -> str:
+    """What is wrong with gradients inside of a `shard_map` that checks over which devices they are summed, or ""."""
+    op, fn = kpt.ops.op(case.op), kpt.registry.load(f"{case.op}.jax_triton")
+    shared = {"weight", "bias", "w", "b", "w_gate", "w_up", "b_gate", "b_up"} | ({"cos", "sin"} if "cos" in case.specs and case.specs["cos"].shape[0] == 1 else set())
+    if any(not s.shape for n, s in case.specs.items() if n not in shared):
+        return ""  # nothing to shard
+    arrays = {n: jnp.asarray(a) for n, a in op.sample(np.random.default_rng(seed), case.specs, **case.params).items()}
+    places = {n: P() if n in shared else P("data") for n in arrays}
+    moving = [n for n in op.differentiable if n in arrays]
+
+    def gradients(given: dict[str, Any]) -> Any:
+        return jax.grad(lambda d: sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(fn(**given | d, **case.params))))({n: given[n] for n in moving})
+
+    inside = jax.shard_map(gradients, mesh=mesh_of_one(), in_specs=(places,), out_specs={n: places[n] for n in moving})
+    for n, (a, b) in {n: (g, gradients(arrays)[n]) for n, g in jax.jit(inside)(arrays).items()}.items():
+        if not np.allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-2, atol=2e-2, equal_nan=True):
+            return f"inside of a shard_map, the gradient of {n} is another"
+    return ""
+
+
 def main(op: str, cases: int, seed: int) -> int:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     fuzz.KINDS = {kind: (1, change, gradients) for kind, (_, change, gradients) in fuzz.KINDS.items()}
@@ -99,7 +121,7 @@ def main(op: str, cases: int, seed: int) -> int:
         for module, name, value in SMALL_HERE if small else large:
             setattr(module, name, value)
         jax.clear_caches()  # what was traced had other blocks
-        for why in filter(None, [*fuzz.check(kernel, case, fuzz.VALUES_PER_SHAPE * i), mapped(case, i)]):
+        for why in filter(None, [*fuzz.check(kernel, case, fuzz.VALUES_PER_SHAPE * i), mapped(case, i), sharded(case, i)]):
             failures += 1
             print(f"{case}{' in small blocks' if small else ''}, case {i} of seed {seed}\n  {why}")
     print(f"{op}: {len(drawn)} cases, {failures} failures")
