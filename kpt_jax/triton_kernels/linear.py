@@ -110,8 +110,9 @@ def linear_act(
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 
-def _product(activation: str, dtype: str, keep: bool, x, w, b):
+def _product(static: tuple[str, str], keep: bool, x, w, b):
     """(result, sums or None)."""
+    activation, dtype = static
     (rows, inner), columns = x.shape, w.shape[1]
     y, z = Out((rows, columns), dtype), Out((rows, columns), x.dtype) if keep else None
     if not rows * columns:
@@ -128,11 +129,11 @@ def _product(activation: str, dtype: str, keep: bool, x, w, b):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(static, x, w, b):
-    return over_rows(functools.partial(_product, *static, False), shared=2)(x, w, b)[0]
+    return over_rows(functools.partial(_product, static, False), shared=2)(x, w, b)[0]
 
 
 def _linear_fwd(static, x, w, b):
-    y, z = over_rows(functools.partial(_product, *static, static[0] != "identity"), shared=2)(x, w, b)
+    y, z = over_rows(functools.partial(_product, static, static[0] != "identity"), shared=2)(x, w, b)
     return y, (x, w, b, z)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import triton
-
 from kpt.ops.base import Specs
 
 MOST = 2**31 - 1
@@ -20,10 +18,10 @@ def family(major: int, amd: bool = False) -> str:
 
 def block(length: int, most: int) -> int:
     """The power of two that covers `length`, or the largest that is at most `most`."""
-    return min(triton.next_power_of_2(max(length, 1)), 1 << (most.bit_length() - 1))
+    return min(1 << (max(length, 1) - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
-    return min(triton.next_power_of_2(max(length, 1)), 1 << (most.bit_length() - 1))
+    return min(1 << (max(length, 1) - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
 def wide_floats(specs: Specs, params: Mapping[str, Any]) -> str | None:
