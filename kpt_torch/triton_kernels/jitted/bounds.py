@@ -21,9 +21,6 @@ def block(length: int, most: int) -> int:
     return min(1 << (max(length, 1) - 1).bit_length(), 1 << (most.bit_length() - 1))
 
 
-    return min(1 << (max(length, 1) - 1).bit_length(), 1 << (most.bit_length() - 1))
-
-
 def wide_floats(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why a kernel that computes in float32 cannot take a call, in one clause: an array or a result is float64, or none of the usual."""
     known = ("float32", "bfloat16", "float16")
