@@ -130,6 +130,36 @@ def _triton(op: str, efficiency: float, version: int = 1, turing: bool = True, *
     )
 
 
+# The same kernels in JAX. None was timed there.
+JAX_TRITON = (
+    ("jax_triton", tuple(a for _, architectures, _ in TRITON[:2] for a in architectures), NARROW_FLOATS),
+    ("jax_triton_turing", TRITON[2][1], TRITON[2][2]),
+)
+
+
+def _jax_triton(op: str, module: str, turing: bool = True, accepts: str = "refusal", **honours: Any) -> tuple[KernelSpec, ...]:
+    """A Triton kernel called from JAX through jax-triton, for GPUs that Mosaic does not reach; no estimate chooses it."""
+    return tuple(
+        KernelSpec(
+            name=f"{op}.{name}",
+            op=op,
+            version=1,
+            provider="jax_triton",
+            framework="jax",
+            platforms=tuple(sorted({"rocm" if a.startswith("gfx") else "cuda" for a in architectures})),
+            architectures=architectures,
+            dtypes=dtypes,
+            requires=("jax-triton>=0.4.1", "triton>=3.7", "jax>=0.11"),
+            loader=f"kpt_jax.triton_kernels.{module}:{op}",
+            accepts=f"kpt_jax.triton_kernels.{module}:{accepts}",
+            efficiency=0.05,
+            **honours,
+        )
+        for name, architectures, dtypes in JAX_TRITON
+        if turing or name != "jax_triton_turing"
+    )
+
+
 def _cudnn(name: str, architectures: tuple[str, ...], accepts: str) -> KernelSpec:
     """cuDNN's attention. Head dims above 128 need Hopper, so that there are two."""
     return KernelSpec(
@@ -246,6 +276,21 @@ KERNELS: tuple[KernelSpec, ...] = (
     # Neither has run on a GPU yet: no estimate chooses them over cuBLAS, and where they are measured that counts.
     *_triton("linear_act", 0.05, turing=False, level="balanced", params={"activation": ACTIVATIONS}),
     *_triton("matmul", 0.05, turing=False, level="balanced"),
+    *_jax_triton("rms_norm", "norms"),
+    *_jax_triton("layer_norm", "norms"),
+    *_jax_triton("rope", "rope", params={"interleaved": (False, True)}),
+    *_jax_triton("cross_entropy", "cross_entropy", params={"invalid": INVALID_LABELS}),
+    *_jax_triton(
+        "attention",
+        "attention",
+        turing=False,
+        masks=frozenset({"causal", "window", "segments", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
+    ),
+    *_jax_triton("glu", "linear", accepts="refuse_glu", level="balanced", params={"activation": ACTIVATIONS}),
+    *_jax_triton(
+        "linear_act", "linear", turing=False, accepts="refuse_linear_act", level="balanced", params={"activation": ACTIVATIONS}
+    ),
     # The kernel for Hopper above, through `plgpu.as_torch_kernel`. cuDNN is faster in both passes: no estimate chooses it.
     KernelSpec(
         name="attention.mosaic",

@@ -134,11 +134,15 @@ def unmet(requirement: str) -> str | None:
     package, bounds = _parse_requirement(requirement)
     found = _installed(package)
     if found is None:
-        return f"needs {requirement}, and {package} is not installed"
+        return f"needs {requirement}, and {package} is not installed{_INSTALL.get(package, '')}"
     for operator, bound in bounds:
         if not _COMPARE[operator](*_pad(_release(found), _release(bound))):
             return f"needs {requirement}, and {package} {found} is installed"
     return None
+
+
+_INSTALL = {"jax-triton": ": pip install 'kpt-kernels[jax-triton]'"}
+"""What no front end brings by itself, and how to have it."""
 
 
 @functools.cache  # a look-up reads the disk, and a model asks once for each of its sites

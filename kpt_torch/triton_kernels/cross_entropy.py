@@ -1,4 +1,4 @@
-"""cross_entropy in Triton: one pass over the logits forward, by an online softmax (arXiv:1805.02867), and one backward."""
+"""cross_entropy by the Triton kernels of `jitted/cross_entropy.py`."""
 
 from __future__ import annotations
 
@@ -8,107 +8,14 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from kpt.ops.base import Spec, Specs
+from kpt.ops.base import Spec
 from kpt_torch import library
 from kpt_torch.library import Tensors
 from kpt_torch.triton_kernels import launch
-from kpt_torch.triton_kernels.activations import tanh
-
-FORWARD_BLOCK, FORWARD_WARPS = 8192, 8
-BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
-
-
-@triton.jit
-def _label(labels, row, vocab):
-    """(label inside the vocabulary, whether it was outside)."""
-    y = tl.load(labels + row).to(tl.int64)
-    outside = (y < 0) | (y >= vocab)
-    return tl.minimum(tl.maximum(y, 0), vocab - 1), outside
-
-
-@triton.jit
-def forward_rows(
-    logits, labels, loss, lse, vocab, smoothing, cap,
-    CAP: tl.constexpr, SMOOTH: tl.constexpr, INVALID: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    top = float("-inf")
-    total = 0.0
-    everything = 0.0
-    for start in range(0, vocab, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        inside = col < vocab
-        z = tl.load(logits + row * vocab + col, mask=inside, other=float("-inf")).to(tl.float32)
-        if CAP:
-            z = tl.where(inside, cap * tanh(z / cap), float("-inf"))
-        if SMOOTH:
-            everything += tl.sum(tl.where(inside, z, 0.0), 0)
-        # An infinite maximum is not subtracted: inf - inf would be NaN where the sum is 0 or infinite.
-        seen = top
-        top = tl.maximum(top, tl.max(z, 0))
-        old = tl.where(tl.abs(seen) == float("inf"), 0.0, seen)
-        new = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-        # Nothing was added up before the first finite logit: 0, or NaN, which stay what they are at any scale.
-        total = tl.where(seen == float("-inf"), total, total * tl.exp(old - new)) + tl.sum(tl.exp(z - new), 0)
-    shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-    norm = tl.log(total) + shift
-    tl.store(lse + row, norm)
-    y, outside = _label(labels, row, vocab)
-    picked = tl.load(logits + row * vocab + y).to(tl.float32)
-    if CAP:
-        picked = cap * tanh(picked / cap)
-    picked = tl.where(smoothing == 1.0, 0.0, (1.0 - smoothing) * picked)
-    if INVALID == "zero":
-        picked = tl.where(outside, 0.0, picked)
-    if INVALID == "drop":
-        picked = tl.where(outside, 0.0, picked)
-        norm = tl.where(outside, tl.where(smoothing == 0.0, 0.0, smoothing * norm), norm)
-    found = norm - picked
-    if SMOOTH:
-        found -= smoothing / vocab * everything
-    if INVALID == "nan":
-        found = tl.where(outside, float("nan"), found)
-    tl.store(loss + row, found)
-
-
-@triton.jit
-def backward_blocks(
-    logits, labels, lse, dloss, dlogits, vocab, smoothing, cap,
-    CAP: tl.constexpr, SMOOTH: tl.constexpr, INVALID: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    across = tl.cdiv(vocab, BLOCK)
-    row = (tl.program_id(0) // across).to(tl.int64)
-    col = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
-    at = row * vocab + col
-    z = tl.load(logits + at, mask=col < vocab, other=0.0).to(tl.float32)
-    g = tl.load(dloss + row)
-    slope = g
-    if CAP:
-        t = tanh(z / cap)
-        z = cap * t
-        slope = g * (1.0 - t * t)
-    y, outside = _label(labels, row, vocab)
-    d = tl.exp(z - tl.load(lse + row))
-    if INVALID == "drop":
-        d *= tl.where(outside, smoothing, 1.0)
-    if SMOOTH:
-        d -= smoothing / vocab
-    # The label term of a loss that is NaN comes from outside the logits: no gradient passes through it.
-    share = 1.0 - smoothing
-    if INVALID != "clip":
-        share = tl.where(outside, 0.0, share)
-    d -= tl.where(col == y, share, 0.0)
-    tl.store(dlogits + at, (d * slope).to(dlogits.dtype.element_ty), mask=col < vocab)
-
-
-def _static(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"CAP": params["logits_soft_cap"] is not None, "SMOOTH": params["label_smoothing"] != 0, "INVALID": params["invalid"]}
-
-
-def _scalars(params: Mapping[str, Any]) -> tuple[float, float]:
-    return float(params["label_smoothing"]), float(params["logits_soft_cap"] or 1.0)
+from kpt_torch.triton_kernels.jitted import bounds
+from kpt_torch.triton_kernels.jitted import cross_entropy as jitted
+from kpt_torch.triton_kernels.jitted.cross_entropy import refusal as refusal
 
 
 def put_losses(logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, lse: torch.Tensor, params: Mapping[str, Any]) -> None:
@@ -116,9 +23,9 @@ def put_losses(logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, l
     vocab = logits.shape[-1]
     if logits.numel():
         with launch.on(logits):
-            forward_rows[(labels.numel(),)](
-                logits, labels, loss, lse, vocab, *_scalars(params),
-                **_static(params), BLOCK=launch.block(vocab, FORWARD_BLOCK), num_warps=FORWARD_WARPS,
+            jitted.forward_rows[(labels.numel(),)](
+                logits, labels, loss, lse, vocab, *jitted.scalars(params),
+                **jitted.static(params), BLOCK=bounds.block(vocab, jitted.FORWARD_BLOCK), num_warps=jitted.FORWARD_WARPS,
             )  # fmt: skip
 
 
@@ -128,11 +35,11 @@ def put_gradients(
     """Writes the gradient of each logit, which may be where the logits are; all arrays are contiguous."""
     vocab = logits.shape[-1]
     if logits.numel():
-        size = launch.block(vocab, BACKWARD_BLOCK)
+        size = bounds.block(vocab, jitted.BACKWARD_BLOCK)
         with launch.on(logits):
-            backward_blocks[(labels.numel() * triton.cdiv(vocab, size),)](
-                logits, labels, lse, dloss, dlogits, vocab, *_scalars(params),
-                **_static(params), BLOCK=size, num_warps=BACKWARD_WARPS,
+            jitted.backward_blocks[(labels.numel() * triton.cdiv(vocab, size),)](
+                logits, labels, lse, dloss, dlogits, vocab, *jitted.scalars(params),
+                **jitted.static(params), BLOCK=size, num_warps=jitted.BACKWARD_WARPS,
             )  # fmt: skip
 
 
@@ -154,11 +61,3 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
 cross_entropy = library.kernel(
     "cross_entropy", "triton", _forward, _backward, kept=lambda specs, params: (Spec(specs["labels"].shape, "float32"),)
 )
-
-
-def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why the kernels cannot take a call, in one clause, or None."""
-    *rows, vocab = specs["logits"].shape
-    if math.prod(rows) * -(-vocab // BACKWARD_BLOCK) > launch.MOST or vocab > launch.MOST - FORWARD_BLOCK:
-        return f"takes up to 2^31 blocks of logits, and they are {[*rows, vocab]}"
-    return launch.wide_floats(specs, params)

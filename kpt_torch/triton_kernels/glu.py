@@ -12,34 +12,13 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from kpt.ops.base import Spec, Specs
+from kpt.ops.base import Spec
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch
-from kpt_torch.triton_kernels.activations import activated, slope
-
-BLOCK, WARPS = 2048, 4
-
-
-@triton.jit
-def forward_blocks(gate, up, y, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(y + at, (activated(g, ACTIVATION) * u).to(y.dtype.element_ty), mask=at < count)
-
-
-@triton.jit
-def backward_blocks(gate, up, dy, dgate, dup, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """`dgate` may be `gate`, and `dup` may be `up`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
-    d = tl.load(dy + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(dgate + at, (d * u * slope(g, ACTIVATION)).to(dgate.dtype.element_ty), mask=at < count)
-    tl.store(dup + at, (d * activated(g, ACTIVATION)).to(dup.dtype.element_ty), mask=at < count)
+from kpt_torch.triton_kernels.jitted import glu as jitted
+from kpt_torch.triton_kernels.jitted.glu import refusal as refusal
 
 
 def _project(arrays: Tensors, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -56,8 +35,8 @@ def put_product(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, activatio
     """Writes `act(gate) up`; all arrays are contiguous."""
     if y.numel():
         with launch.on(y):
-            forward_blocks[(triton.cdiv(y.numel(), BLOCK),)](
-                gate, up, y, y.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
+            jitted.forward_blocks[(triton.cdiv(y.numel(), jitted.BLOCK),)](
+                gate, up, y, y.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
             )  # fmt: skip
 
 
@@ -67,8 +46,8 @@ def put_gradients(
     """Writes the gradients of both factors, which may be where the factors are; all arrays are contiguous."""
     if dy.numel():
         with launch.on(dy):
-            backward_blocks[(triton.cdiv(dy.numel(), BLOCK),)](
-                gate, up, dy, dgate, dup, dy.numel(), ACTIVATION=activation, BLOCK=BLOCK, num_warps=WARPS
+            jitted.backward_blocks[(triton.cdiv(dy.numel(), jitted.BLOCK),)](
+                gate, up, dy, dgate, dup, dy.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
             )  # fmt: skip
 
 
@@ -108,14 +87,3 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
 
 
 glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early)
-
-
-def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why the kernels cannot take a call, in one clause, or None."""
-    x = specs["x"]
-    for name in ("w_gate", "w_up"):
-        if specs[name].dtype != x.dtype:
-            return f"multiplies arrays of one dtype, and x is {x.dtype} and {name} is {specs[name].dtype}"
-    if math.prod(x.shape[:-1]) * specs["w_gate"].shape[1] > BLOCK * launch.MOST:
-        return f"takes up to 2^31 blocks, and x is {list(x.shape)}"
-    return launch.wide_floats(specs, params)

@@ -1,25 +1,25 @@
-"""What every launch needs: the device of its arrays, how many processors that has, and a block that covers a length."""
+"""What every launch needs: the device of its arrays, its family, and how many processors and bytes of shared memory it has."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 
-from kpt.ops.base import Specs
-
-MOST = 2**31 - 1
-"""Offsets inside of a row, and numbers of programs, are 32-bit integers."""
+from kpt_torch.triton_kernels.jitted import bounds
 
 
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's device the one that kernels are launched on: Triton launches on the current one, whatever it is given."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def family(tensor: torch.Tensor) -> str:
+    """That of the tensor's device, by which tiles go; for Triton's interpreter, Ampere's."""
+    return bounds.family(torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 8, amd=bool(torch.version.hip))
 
 
 def processors(tensor: torch.Tensor) -> int:
@@ -45,19 +45,3 @@ def _shared_bytes(device: torch.device) -> int:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """The array as a matrix, `[rows, last dim]`."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def block(length: int, most: int) -> int:
-    """The power of two that covers `length`, or the largest that is at most `most`."""
-    return min(triton.next_power_of_2(max(length, 1)), 1 << (most.bit_length() - 1))
-
-
-def wide_floats(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why a kernel that computes in float32 cannot take a call, in one clause: an array or a result is float64, or none of the usual."""
-    known = ("float32", "bfloat16", "float16")
-    for name, spec in specs.items():
-        if spec.dtype not in known and name != "labels":
-            return f"computes in float32, and {name} is {spec.dtype}"
-    if params.get("out_dtype") not in (None, *known):
-        return f"computes in float32, and out_dtype is {params['out_dtype']}"
-    return None

@@ -16,6 +16,7 @@ from kpt.ops.base import Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch, product
+from kpt_torch.triton_kernels.jitted import product as jitted
 
 
 def _empty(arrays: Tensors, dtype: torch.dtype) -> torch.Tensor:
@@ -68,4 +69,4 @@ linear_act = library.kernel("linear_act", "triton", _forward, _backward, kept=_k
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot take a call, in one clause, or None."""
-    return product.refusal(specs, params, "x", "w")
+    return jitted.refusal(specs, params, "x", "w")

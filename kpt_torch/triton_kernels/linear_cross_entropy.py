@@ -23,6 +23,7 @@ from kpt.ops.base import Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors
 from kpt_torch.triton_kernels import cross_entropy, launch
+from kpt_torch.triton_kernels.jitted import bounds
 
 CHUNK_BYTES = 1 << 30
 """Of logits. One such array is alive at a time. The fewer chunks, the fewer passes over dw (docs/benchmarks/triton-notes.md)."""
@@ -200,6 +201,6 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     if x.dtype != w.dtype:
         return f"multiplies arrays of one dtype, and these are {x.dtype} and {w.dtype}"
     logits = Spec((math.prod(x.shape[:-1]), w.shape[1]), x.dtype)
-    if math.prod(w.shape) > launch.MOST - BLOCK:
+    if math.prod(w.shape) > bounds.MOST - BLOCK:
         return f"takes up to 2^31 weights, and w is {list(w.shape)}"
-    return cross_entropy.refusal({"logits": logits}, params) or launch.wide_floats(specs, params)
+    return cross_entropy.refusal({"logits": logits}, params) or bounds.wide_floats(specs, params)

@@ -11,6 +11,7 @@ from kpt.ops.base import Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import product
+from kpt_torch.triton_kernels.jitted import product as jitted
 
 
 def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -32,4 +33,4 @@ matmul = library.kernel("matmul", "triton", _forward, _backward)
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why the kernel cannot take a call, in one clause, or None."""
-    return product.refusal(specs, params, "a", "b")
+    return jitted.refusal(specs, params, "a", "b")

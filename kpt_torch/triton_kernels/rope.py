@@ -1,114 +1,21 @@
-"""rope in Triton: `x cos + rotate(x) sin` on the first R of the head dim (arXiv:2104.09864).
-
-A position's angles are read once for a tile of its heads.
-"""
+"""rope by the Triton kernels of `jitted/rope.py`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from kpt import ops
 from kpt.ops.base import Cost, Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch
-
-TILE, WARPS = 4096, 4
-
-
-@triton.jit
-def _turned(a, b, ca, cb, sa, sb, BACKWARD: tl.constexpr):
-    """Pairs (a, b) turned by their angles; backward, by the transposed matrix."""
-    if BACKWARD:
-        return a * ca + b * sb, b * cb - a * sa
-    return a * ca - b * sa, b * cb + a * sb
-
-
-@triton.jit
-def _turn(
-    x, cos, sin, y, place, head, x_batch, x_time, x_head, x_dim, table_batch, times, heads, size, width,
-    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """A tile of heads at one position. `x` is strided, `y` contiguous; `BLOCK` covers R / 2, `TAIL` what is past R, or is 0."""
-    batch, time = place // times, place % times
-    read = x + batch * x_batch + time * x_time + head[:, None] * x_head
-    write = y + (place * heads + head[:, None]) * width
-    table = batch * table_batch + time * size
-    if INTERLEAVED:  # neighbours come in one piece and are parted in registers, so that loads stay wide
-        i = tl.arange(0, 2 * BLOCK)
-        there = (head < heads)[:, None] & (i < size)[None, :]
-        z = tl.load(read + i[None, :] * x_dim, mask=there, other=0.0).to(tl.float32)
-        c = tl.load(cos + table + i, mask=i < size, other=0.0).to(tl.float32)
-        s = tl.load(sin + table + i, mask=i < size, other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(z, [HEADS, BLOCK, 2]))
-        ca, cb = tl.split(tl.reshape(c, [1, BLOCK, 2]))
-        sa, sb = tl.split(tl.reshape(s, [1, BLOCK, 2]))
-        a, b = _turned(a, b, ca, cb, sa, sb, BACKWARD)
-        tl.store(write + i[None, :], tl.reshape(tl.join(a, b), [HEADS, 2 * BLOCK]).to(y.dtype.element_ty), mask=there)
-    else:
-        half = size // 2
-        i = tl.arange(0, BLOCK)
-        there = (head < heads)[:, None] & (i < half)[None, :]
-        a = tl.load(read + i[None, :] * x_dim, mask=there, other=0.0).to(tl.float32)
-        b = tl.load(read + (half + i)[None, :] * x_dim, mask=there, other=0.0).to(tl.float32)
-        ca = tl.load(cos + table + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
-        cb = tl.load(cos + table + half + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
-        sa = tl.load(sin + table + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
-        sb = tl.load(sin + table + half + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
-        a, b = _turned(a, b, ca, cb, sa, sb, BACKWARD)
-        tl.store(write + i[None, :], a.to(y.dtype.element_ty), mask=there)
-        tl.store(write + (half + i)[None, :], b.to(y.dtype.element_ty), mask=there)
-    if TAIL:
-        i = size + tl.arange(0, TAIL)
-        there = (head < heads)[:, None] & (i < width)[None, :]
-        z = tl.load(read + i[None, :] * x_dim, mask=there, other=0.0).to(tl.float32)
-        tl.store(write + i[None, :], z.to(y.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def turn(
-    x, cos, sin, y, x_batch, x_time, x_head, x_dim, table_batch, times, heads, size, width,
-    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    across = tl.cdiv(heads, HEADS)
-    place = (tl.program_id(0) // across).to(tl.int64)
-    head = (tl.program_id(0) % across) * HEADS + tl.arange(0, HEADS)
-    _turn(x, cos, sin, y, place, head, x_batch, x_time, x_head, x_dim, table_batch, times, heads, size, width,
-          INTERLEAVED, BACKWARD, HEADS, BLOCK, TAIL)  # fmt: skip
-
-
-@triton.jit
-def turn_both(
-    x, other, cos, sin, y, z, x_batch, x_time, x_head, x_dim, other_batch, other_time, other_head, other_dim, table_batch, times,
-    heads, other_heads, size, width,
-    INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, HEADS: tl.constexpr, OTHER_HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-):  # fmt: skip
-    """Two arrays by the same tables: a position's tiles of the one, then those of the other, while its angles are in the cache."""
-    across, behind = tl.cdiv(heads, HEADS), tl.cdiv(other_heads, OTHER_HEADS)
-    place = (tl.program_id(0) // (across + behind)).to(tl.int64)
-    tile = tl.program_id(0) % (across + behind)
-    if tile < across:
-        _turn(x, cos, sin, y, place, tile * HEADS + tl.arange(0, HEADS), x_batch, x_time, x_head, x_dim, table_batch, times, heads, size,
-              width, INTERLEAVED, BACKWARD, HEADS, BLOCK, TAIL)  # fmt: skip
-    else:
-        head = (tile - across) * OTHER_HEADS + tl.arange(0, OTHER_HEADS)
-        _turn(other, cos, sin, z, place, head, other_batch, other_time, other_head, other_dim, table_batch, times, other_heads, size,
-              width, INTERLEAVED, BACKWARD, OTHER_HEADS, BLOCK, TAIL)  # fmt: skip
-
-
-def _tile(size: int, width: int, heads: int) -> tuple[int, int, int]:
-    """(heads, half of what turns, tail) of a program: powers of two; a tail of 0 is none."""
-    half = launch.block(size // 2, launch.MOST)
-    tail = triton.next_power_of_2(width - size) if width > size else 0
-    return launch.block(heads, max(1, TILE // (2 * half + tail))), half, tail
+from kpt_torch.triton_kernels.jitted import rope as jitted
+from kpt_torch.triton_kernels.jitted.rope import refusal as refusal
 
 
 def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, interleaved: bool, backward: bool) -> torch.Tensor:
@@ -116,11 +23,11 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dty
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     size = cos.shape[-1]
     if y.numel():
-        tile, half, tail = _tile(size, width, heads)
+        tile, half, tail = jitted.tile(size, width, heads)
         with launch.on(x):
-            turn[(batch * times * triton.cdiv(heads, tile),)](
+            jitted.turn[(batch * times * triton.cdiv(heads, tile),)](
                 x, cos.contiguous(), sin.contiguous(), y, *x.stride(), times * size if cos.shape[0] > 1 else 0, times, heads, size, width,
-                INTERLEAVED=interleaved, BACKWARD=backward, HEADS=tile, BLOCK=half, TAIL=tail, num_warps=WARPS,
+                INTERLEAVED=interleaved, BACKWARD=backward, HEADS=tile, BLOCK=half, TAIL=tail, num_warps=jitted.WARPS,
             )  # fmt: skip
     return y
 
@@ -133,12 +40,12 @@ def _run_both(
     size, more = cos.shape[-1], other.shape[2]
     if not y.numel() or not z.numel():
         return tuple(_run(t, cos, sin, dtype, interleaved, backward) for t in (x, other))  # type: ignore[return-value]
-    (tile, half, tail), (other_tile, _, _) = _tile(size, width, heads), _tile(size, width, more)
+    (tile, half, tail), (other_tile, _, _) = jitted.tile(size, width, heads), jitted.tile(size, width, more)
     with launch.on(x):
-        turn_both[(batch * times * (triton.cdiv(heads, tile) + triton.cdiv(more, other_tile)),)](
+        jitted.turn_both[(batch * times * (triton.cdiv(heads, tile) + triton.cdiv(more, other_tile)),)](
             x, other, cos.contiguous(), sin.contiguous(), y, z, *x.stride(), *other.stride(),
             times * size if cos.shape[0] > 1 else 0, times, heads, more, size, width,
-            INTERLEAVED=interleaved, BACKWARD=backward, HEADS=tile, OTHER_HEADS=other_tile, BLOCK=half, TAIL=tail, num_warps=WARPS,
+            INTERLEAVED=interleaved, BACKWARD=backward, HEADS=tile, OTHER_HEADS=other_tile, BLOCK=half, TAIL=tail, num_warps=jitted.WARPS,
         )  # fmt: skip
     return y, z
 
@@ -229,11 +136,3 @@ BOTH = dataclasses.replace(
 """Two calls of the op by one pair of tables: no op that programs are searched for, but how two sites of one are run."""
 rope_pair = library.kernel(BOTH, "triton", _both_forward, _both_backward)
 rope.pair = rope_pair  # type: ignore[attr-defined]  # see kpt_torch/pairs.py
-
-
-def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why the kernel cannot take a call, in one clause, or None."""
-    shape = specs["x"].shape
-    if shape[-1] > TILE or math.prod(shape[:-1]) > launch.MOST:
-        return f"takes head dims up to {TILE}, and x is {list(shape)}"
-    return launch.wide_floats(specs, params)

@@ -34,7 +34,7 @@ def measured(name, shape, backward=False):
 
 def test_every_contender_is_a_row_with_figures_or_a_reason():
     rows = {r.contender: r for r in measured("rms_norm", (32, 1024), backward=True)}
-    assert {"plain", *(f"rms_norm.{k}" for k in ("xla", "pallas_gpu", "pallas_gpu_wide", "pallas_tpu"))} == set(rows)
+    assert {"plain", *(f"rms_norm.{k}" for k in ("xla", "pallas_gpu", "pallas_gpu_wide", "pallas_tpu", "jax_triton", "jax_triton_turing"))} == set(rows)
     assert rows["rms_norm.pallas_gpu"].problem.startswith("refused: runs on cuda")
     assert rows["rms_norm.pallas_tpu"].problem.startswith("refused: runs on tpu")
     for r in (rows["plain"], rows["rms_norm.xla"]):

@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kpt.ops.activations import ACTIVATIONS
-from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, product, rope
+from kpt_torch.triton_kernels import linear_cross_entropy
+from kpt_torch.triton_kernels.jitted import attention, cross_entropy, glu, norms, product, rope
 
 F32, I32 = "*fp32", "i32"
 NORM = {"rows": I32, "width": I32, "eps": "fp32", "offset": "fp32"}
@@ -62,10 +63,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             found[f"cross_entropy {name}{' capped, smoothed' if cap else ''}"] = fn, LOSS, constants, warps
     for interleaved in (False, True):
         for backward in (False, True):
-            heads, half, tail = rope._tile(64, 192, 33)
+            heads, half, tail = rope.tile(64, 192, 33)
             constants = {"INTERLEAVED": interleaved, "BACKWARD": backward, "HEADS": heads, "BLOCK": half, "TAIL": tail, "x_dim": 1}
             found[f"rope{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn, ROPE, constants, rope.WARPS
-            both = constants | {"OTHER_HEADS": rope._tile(64, 192, 8)[0], "other_dim": 1}
+            both = constants | {"OTHER_HEADS": rope.tile(64, 192, 8)[0], "other_dim": 1}
             found[f"rope pair{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn_both, ROPE, both, rope.WARPS
     scaled = {"BLOCK": linear_cross_entropy.BLOCK}
     found["linear_cross_entropy scale"] = linear_cross_entropy.scale_rows, SCALE, scaled, linear_cross_entropy.WARPS

@@ -26,7 +26,9 @@ from kpt.kernels.validate import validate
 from kpt.ops import Causal, Mask, Spec, Window
 from kpt_torch.library import _encoded
 from kpt_torch.planner import calls, from_numpy, to_numpy
-from kpt_torch.triton_kernels import attention, cross_entropy, glu, linear_cross_entropy, norms, product, rope
+from kpt_torch.triton_kernels import linear_cross_entropy, rope
+from kpt_torch.triton_kernels.jitted import attention, cross_entropy, glu, norms, product
+from kpt_torch.triton_kernels.jitted import rope as rotation
 from tests import fuzz
 from tests.cases import CASES, Case
 
@@ -34,7 +36,7 @@ SIXTEEN = dict.fromkeys((64, 128, 256), attention.Tiles(*[attention.Tile(16, 16,
 SMALL = (
     (norms, "WHOLE_FORWARD", 16), (norms, "WHOLE_BACKWARD", 16), (norms, "WIDE", norms.Tile(1, 16, 1)),
     (norms, "COLUMNS", norms.Tile(2, 8, 1)), (norms, "SUMS", norms.Tile(2, 8, 1)),
-    (cross_entropy, "FORWARD_BLOCK", 16), (cross_entropy, "BACKWARD_BLOCK", 16), (rope, "TILE", 16),
+    (cross_entropy, "FORWARD_BLOCK", 16), (cross_entropy, "BACKWARD_BLOCK", 16), (rotation, "TILE", 16),
     (linear_cross_entropy, "CHUNK_BYTES", 2048), (linear_cross_entropy, "TOKENS", 4), (linear_cross_entropy, "BLOCK", 16),
     (glu, "BLOCK", 16), (attention, "TILES", dict.fromkeys(("ampere", "hopper", "blackwell"), SIXTEEN)),
     (product, "TILES", dict.fromkeys(("ampere", "hopper", "cdna"), product.Tile(16, 16, 16, 1, 1))), (product, "WIDE", product.Tile(16, 32, 16, 1, 1)),
