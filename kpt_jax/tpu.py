@@ -401,9 +401,18 @@ def _lines(heard: int) -> queue.Queue[dict[str, Any] | None]:
 
 
 def _named(function: str, args_from: str | None) -> tuple[Any, tuple[Any, ...]]:
-    from kpt.commands.named import call
+    from kpt.commands.named import attribute, call
 
-    return call(function, args_from, "A schedule")
+    try:
+        return call(function, args_from, "A schedule")
+    except KptError:
+        raise
+    except Exception:
+        # A function without parameters is called, for it may be a factory. A program with a kernel for TPUs cannot run here, and is
+        # traced; what a factory raises, it raises again then.
+        if args_from is not None:
+            raise
+        return attribute(function), ()
 
 
 def _import(text: str) -> Callable[..., Any]:

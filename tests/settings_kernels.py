@@ -9,7 +9,7 @@ from typing import Any
 def of_jax(x: Any, weight: Any = None, **_: Any) -> Any:
     import jax
 
-    on = str(jax.config.jax_default_device)
+    on = f"{(device := jax.config.jax_default_device).platform}:{device.id}"  # a device's own text is another in older versions
     raise ValueError(json.dumps([jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64, on, jax.local_device_count()]))
 
 

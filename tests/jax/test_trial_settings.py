@@ -16,7 +16,7 @@ from kpt.strategy import planner
 from kpt.tuning import settings, trials
 from kpt.tuning.measurements import FORWARD
 from kpt.tuning.trials import Trial
-from kpt_jax import devices
+from kpt_jax import _compat, devices
 from kpt_jax.auto import runner
 from kpt_jax.settings import SETTINGS
 
@@ -30,7 +30,7 @@ def seen_in_the_trial(made) -> list:
 
 
 def test_the_trial_sees_what_is_set():
-    with jax.default_matmul_precision("tensorfloat32"), jax.enable_x64(True):
+    with jax.default_matmul_precision("tensorfloat32"), _compat.with_64_bits():
         made = runner()
     assert {n: made.settings[n] for n in ("jax_default_matmul_precision", "jax_enable_x64")} == {
         "jax_default_matmul_precision": "tensorfloat32", "jax_enable_x64": True}  # fmt: skip
@@ -57,7 +57,7 @@ def test_setting_what_is_set_changes_nothing():
 
 TWO_DEVICES = """
 import json, jax, jax.numpy as jnp
-from kpt_jax import devices
+from kpt_jax import _compat, devices
 from kpt_jax.auto import Session, runner
 from tests.jax.test_trial_settings import seen_in_the_trial
 
