@@ -89,7 +89,7 @@ def _sides(program: Program, match: Match, kernel: Callable[..., Any]) -> Sides:
 
         return on_arrays
 
-    def arrays(leaves: Leaves) -> dict[str, np.ndarray]:
+    def of_op(leaves: Leaves) -> dict[str, np.ndarray]:
         memo: dict[int, Any] = {}
 
         def known(e: Any) -> Any:
@@ -97,7 +97,7 @@ def _sides(program: Program, match: Match, kernel: Callable[..., Any]) -> Sides:
 
         return {name: np.asarray(emit(e, program.exprs, known, memo)) for name, e in match.arrays.items()}
 
-    return Sides(side(Rewrite(g)), side(Rewrite(g, program, [(match, kernel)])), arrays)
+    return Sides(side(Rewrite(g)), side(Rewrite(g, program, [(match, kernel)])), of_op)
 
 
 def certify_site(

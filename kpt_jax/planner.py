@@ -18,6 +18,7 @@ from kpt.graph.graph import Graph
 from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
+from kpt.strategy.arrays import NUMPY, Arrays
 from kpt.strategy.planner import FrontEnd, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -33,6 +34,7 @@ class _Jax:
     packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
     compilers: tuple[str, ...] = ("jax", "jaxlib")
     settings: tuple[Setting, ...] = SETTINGS
+    arrays: Arrays = NUMPY
 
     def backend(self) -> str:
         return jax.default_backend()

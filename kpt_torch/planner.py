@@ -25,6 +25,7 @@ from kpt.validation import Certificate
 from kpt_torch.apply import Eager, Rewrite, Unavailable, misplaced, positions, rebuilt
 from kpt_torch.capture import from_numpy, to_numpy
 from kpt_torch.lower import aten
+from kpt_torch.on_device import OnDevice
 from kpt_torch.pairs import found as kept_together
 from kpt_torch.settings import SETTINGS
 
@@ -46,6 +47,10 @@ class Front:
     packages: tuple[str, ...] = ("torch", "triton", "transformers", "numpy")
     compilers: tuple[str, ...] = ("torch", "triton")
     settings: tuple[Setting, ...] = SETTINGS
+
+    @property
+    def arrays(self) -> OnDevice:
+        return OnDevice(self.device)
 
     def backend(self) -> str:
         return str(self.device.type)
@@ -76,7 +81,7 @@ class Front:
         made = {v for n in program.consumed(match) for v in n.outputs}
 
         def emission(leaves: Leaves, sites: Sequence[Any]) -> tuple[Eager, dict[int, torch.Tensor]]:
-            given = {v: from_numpy(a, self.device) for v, a in leaves.items()}
+            given = {v: a.detach().clone() for v, a in leaves.items()}  # code may write into what it is given
             for v in wrt:
                 given[v].requires_grad_()
             # A leaf may go by several names (a copy, a view of its own shape); the code may read it under any of them.
@@ -86,24 +91,24 @@ class Front:
             return e, given
 
         def side(sites: Sequence[Any]) -> Callable[..., Any]:
-            def run(leaves: Leaves, cotangents: Sequence[np.ndarray]) -> Any:
+            def run(leaves: Leaves, cotangents: Sequence[torch.Tensor]) -> Any:
                 e, given = emission(leaves, sites)
                 outs = [e.value(v) for v in match.results]
                 moving = [i for i, o in enumerate(outs) if o.requires_grad]
                 grads: Sequence[Any] = [None] * len(wrt)
                 if moving and wrt:
                     grads = torch.autograd.grad([outs[i] for i in moving], [given[v] for v in wrt],
-                                                [from_numpy(cotangents[i], self.device) for i in moving], allow_unused=True)  # fmt: skip
+                                                [cotangents[i].clone() for i in moving], allow_unused=True)
                 shown = [torch.zeros_like(given[v]) if g is None else g for v, g in zip(wrt, grads, strict=True)]
-                return [to_numpy(o) for o in outs], [to_numpy(g) for g in shown]
+                return [o.detach() for o in outs], shown
 
             return run
 
-        def arrays(leaves: Leaves) -> dict[str, np.ndarray]:
+        def of_op(leaves: Leaves) -> dict[str, torch.Tensor]:
             e, _ = emission(leaves, ())
-            return {name: to_numpy(e.expr(x)) for name, x in match.arrays.items()}
+            return {name: e.expr(x).detach() for name, x in match.arrays.items()}
 
-        return Sides(side(()), side([(match, _bound(kernel, match))]), arrays)
+        return Sides(side(()), side([(match, _bound(kernel, match))]), of_op, self.arrays)
 
 
 def calls(differentiable: Sequence[str], device: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -202,6 +207,6 @@ class _Example:
         e = Eager(captured, program, (), given, self.front.device, module=self.front.module, pure=True)
         try:
             with torch.no_grad():
-                return {v: to_numpy(e.value(v)) for v in leaf_values(program, match)}
+                return {v: e.value(v) for v in leaf_values(program, match)}
         except Unavailable:
             return None

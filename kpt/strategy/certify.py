@@ -6,8 +6,6 @@ A front end runs the two sides (`Sides`); what they are run on, what is compared
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,28 +19,30 @@ from kpt.graph.expr import numpy_dtype
 from kpt.kernels.validate import cancelling_terms
 from kpt.ops.base import Spec
 from kpt.ops.mask import Mask
-from kpt.validation import Certificate, compare
+from kpt.strategy.arrays import NUMPY, Arrays
+from kpt.validation import Certificate, compare, metrics
 from kpt.validation.conditioning import COARSE, sensitivity
-from kpt.validation.metrics import in_blocks
 
 _FEW = 4096  # elements of a site below which it is looked at more than once
 
-Leaves = Mapping[int, np.ndarray]
-Side = Callable[[Leaves, Sequence[np.ndarray]], tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]
+Leaves = Mapping[int, Any]
+Side = Callable[[Leaves, Sequence[Any]], tuple[Sequence[Any], Sequence[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """One site, run by a front end on NumPy arrays.
+    """One site, run by a front end.
 
     Attributes:
       original, kernel: (values of the site's leaves, one cotangent per result) -> (results, gradients of `wrt`).
-      arrays: values of the leaves -> the op's arrays, by name, as the kernel is given them.
+      of_op: values of the leaves -> the op's arrays, by name, as the kernel is given them.
+      arrays: what these values are.
     """
 
     original: Side
     kernel: Side
-    arrays: Callable[[Leaves], Mapping[str, np.ndarray]]
+    of_op: Callable[[Leaves], Mapping[str, Any]]
+    arrays: Arrays = NUMPY
 
 
 def moving_leaves(program: Program, match: Match) -> list[int]:
@@ -68,46 +68,51 @@ def certify_site(
     Raises:
       Whatever the kernel raises; the caller drops the site and says so.
     """
-    floats = moving_leaves(program, match)
+    floats, room = moving_leaves(program, match), sides.arrays
     names = {v: _name(program, match, v) for v in floats}
     elements = sum(math.prod(program.graph.specs[v].shape) for v in (*floats, *match.results))
     few = max(1, _FEW // max(elements, 1))  # what one draw shows of few numbers is little
-    draws = [(f"seed {s}", sample(program, match, s)) for s in (range(min(4, few)) if seeds is None else seeds)]
+    draws = [(f"seed {s}", sample(program, match, s, room)) for s in (range(min(4, few)) if seeds is None else seeds)]
     if example is not None:
-        draws.append(("the example inputs", {v: np.asarray(a) for v, a in example.items()}))
+        draws.append(("the example inputs", dict(example)))
     dtype = narrowest([e.dtype for e in match.arrays.values()] + [program.graph.specs[v].dtype for v in (*floats, *match.results)])
     certificate: Certificate | None = None
 
-    def hold(actual: Any, original: Any, lengths: Any, moved: Any, where: str, terms: Any = None) -> Certificate:
+    def hold(actual: Any, original: Any, where: str, measure: Any, moved: Any = None, terms: Any = None) -> Certificate:
         gradients = [n for n in original if n.startswith("d")]
-        return compare(actual, original, dtype, lengths, gradients=gradients, sensitivity=moved, terms=terms, where=where)
+        lengths = {n: _reduction_length(match, math.prod(a.shape)) for n, a in original.items()}
+        return compare(actual, original, dtype, lengths, gradients=gradients, sensitivity=moved, terms=terms, where=where, measure=measure)
+
+    def on_host(arrays: Mapping[Any, Any]) -> dict[Any, np.ndarray]:
+        return {n: room.get(a) for n, a in arrays.items()}
 
     for where, leaves in draws:
         rng = np.random.default_rng(len(where))
-        specs = [program.graph.specs[v] for v in match.results]
-        cts = [_normal(rng, s) for s in specs]
+        cts = [_normal(rng, program.graph.specs[v], room) for v in match.results]
 
-        def named(side: Side, leaves: Leaves, cts: list[Any] = cts) -> dict[str, np.ndarray]:
+        def named(side: Side, leaves: Leaves, cts: list[Any] = cts) -> dict[str, Any]:
             outs, grads = side(leaves, cts)
-            return {f"result{i}": np.asarray(o) for i, o in enumerate(outs)} | {
-                f"d{names[v]}": np.asarray(x) for v, x in zip(floats, grads, strict=True)
-            }
+            return {f"result{i}": o for i, o in enumerate(outs)} | {f"d{names[v]}": x for v, x in zip(floats, grads, strict=True)}
 
         actual, original = named(sides.kernel, leaves), named(sides.original, leaves)
-        lengths = {n: _reduction_length(match, a.size) for n, a in original.items()}
-        made = hold(actual, original, lengths, None, where)
+        made = hold(actual, original, where, room.metrics)
         if not made.passed:  # for most sites nothing cancels, and the bounds need no more than that
-            moved = sensitivity(functools.partial(named, sides.original), leaves, rng, original, COARSE)
-            made = hold(actual, original, lengths, moved, where)
-        if not made.passed:
-            terms = _cancelling(program, match, sides.arrays(leaves), original, cts, names)
-            made = hold(actual, original, lengths, moved, where, terms)
+            actual, original = on_host(actual), on_host(original)
+
+            def nearby(leaves: Leaves, named: Any = named) -> dict[str, np.ndarray]:
+                return on_host(named(sides.original, {v: room.put(a) for v, a in leaves.items()}))
+
+            moved = sensitivity(nearby, on_host(leaves), rng, original, COARSE)
+            made = hold(actual, original, where, metrics, moved)
+            if not made.passed:
+                terms = _cancelling(program, match, on_host(sides.of_op(leaves)), original, [room.get(c) for c in cts], names)
+                made = hold(actual, original, where, metrics, moved, terms)
         certificate = made if certificate is None else certificate.merge(made)
     assert certificate is not None
     return certificate
 
 
-def sample(program: Program, match: Match, seed: int) -> dict[int, np.ndarray]:
+def sample(program: Program, match: Match, seed: int, room: Arrays = NUMPY) -> dict[int, Any]:
     """Random values for the leaves of a site, each in the domain of the array that it is part of."""
     rng = np.random.default_rng(seed)
     specs = {name: e.spec for name, e in match.arrays.items()}
@@ -120,43 +125,37 @@ def sample(program: Program, match: Match, seed: int) -> dict[int, np.ndarray]:
     out = {}
     for v, name in sorted(role.items()):
         spec = program.graph.specs[v]
-        out[v] = draw(rng, spec, name, specs)
+        out[v] = draw(rng, spec, name, specs, room)
     return out
 
 
-def draw(rng: np.random.Generator, spec: Spec, name: str, specs: Mapping[str, Spec]) -> np.ndarray:
+def draw(rng: np.random.Generator, spec: Spec, name: str, specs: Mapping[str, Spec], room: Arrays = NUMPY) -> Any:
     """Random values of the array `name` of an op whose arrays are `specs`, in its domain."""
+    if spec.dtype == "bool" or numpy_dtype(spec.dtype).kind in "iu":
+        return room.put(_whole_numbers(rng, spec, name, specs))
+    if name in ("w", "w_gate", "w_up", "b"):
+        return _normal(rng, spec, room, 0.0, 1 / math.sqrt(max(specs["x"].shape[-1], 1)))
+    return _normal(rng, spec, room, 1.0, 0.1) if name == "weight" else _normal(rng, spec, room)
+
+
+def _whole_numbers(rng: np.random.Generator, spec: Spec, name: str, specs: Mapping[str, Spec]) -> np.ndarray:
     dtype = numpy_dtype(spec.dtype)
     if spec.dtype == "bool":
         return rng.random(spec.shape) < 0.85
-    if dtype.kind in "iu":
-        if name == "labels":
-            high = specs["logits"].shape[-1] if "logits" in specs else specs["w"].shape[-1]
-        elif name == "group_sizes":
-            return np.full(spec.shape, specs["x"].shape[0] // max(1, spec.shape[0]), dtype)
-        elif name == "kv_lengths":
-            return rng.integers(1, specs["k"].shape[1] + 1, spec.shape).astype(dtype)
-        elif name.endswith("segment_ids"):
-            return np.sort(rng.integers(0, 3, spec.shape), axis=-1).astype(dtype)
-        else:  # a 0/1 mask kept as numbers
-            return (rng.random(spec.shape) < 0.85).astype(dtype)
+    if name == "labels":
+        high = specs["logits"].shape[-1] if "logits" in specs else specs["w"].shape[-1]
         return rng.integers(0, max(high, 1), spec.shape).astype(dtype)
-    if name in ("w", "w_gate", "w_up", "b"):
-        return _normal(rng, spec, 0.0, 1 / math.sqrt(max(specs["x"].shape[-1], 1)))
-    return _normal(rng, spec, 1.0, 0.1) if name == "weight" else _normal(rng, spec)
+    if name == "group_sizes":
+        return np.full(spec.shape, specs["x"].shape[0] // max(1, spec.shape[0]), dtype)
+    if name == "kv_lengths":
+        return rng.integers(1, specs["k"].shape[1] + 1, spec.shape).astype(dtype)
+    if name.endswith("segment_ids"):
+        return np.sort(rng.integers(0, 3, spec.shape), axis=-1).astype(dtype)
+    return (rng.random(spec.shape) < 0.85).astype(dtype)  # a 0/1 mask kept as numbers
 
 
-def _normal(rng: np.random.Generator, spec: Spec, mean: float = 0.0, deviation: float = 1.0) -> np.ndarray:
-    """Normal random numbers; those of a large array are drawn in blocks, each from a generator of its own, on all cores."""
-    out = np.empty(math.prod(spec.shape), numpy_dtype(spec.dtype))
-    seed = int(rng.integers(2**32))
-
-    def fill(block: slice) -> None:
-        own = np.random.default_rng((seed, block.start))
-        out[block] = (mean + deviation * own.standard_normal(block.stop - block.start)).astype(out.dtype)
-
-    in_blocks(fill, out.size)
-    return out.reshape(spec.shape)
+def _normal(rng: np.random.Generator, spec: Spec, room: Arrays, mean: float = 0.0, deviation: float = 1.0) -> Any:
+    return room.normal(int(rng.integers(2**32)), spec, mean, deviation)
 
 
 def _cancelling(
@@ -234,9 +233,6 @@ def rounds_on_the_way(program: Program, match: Match) -> str | None:
     return None
 
 
-def digest(example: Mapping[int, Any]) -> str:
+def digest(example: Mapping[int, Any], room: Arrays) -> str:
     """The user's own data is part of a proof that was made on it."""
-    found = hashlib.sha256()
-    for v, a in example.items():
-        found.update(f"{v}{np.shape(a)}".encode() + np.ascontiguousarray(a).tobytes())
-    return found.hexdigest()
+    return " ".join(f"{v}{tuple(a.shape)}{room.digest(a)}" for v, a in example.items())

@@ -23,6 +23,7 @@ from kpt.hardware import HardwareProfile
 from kpt.kernels import KernelSpec
 from kpt.kernels.spec import ORIGINAL, refusal
 from kpt.ops.base import Spec
+from kpt.strategy.arrays import Arrays
 from kpt.strategy.certify import digest
 from kpt.strategy.levels import choose
 from kpt.strategy.plan import Plan, Site
@@ -47,12 +48,17 @@ class FrontEnd(Protocol):
       packages: whose versions a plan records.
       compilers: those of them on whose versions the time of a kernel depends.
       settings: what a program can set that changes times or numbers of kernels.
+      arrays: what its proofs do with arrays.
     """
 
     framework: str
     packages: tuple[str, ...]
     compilers: tuple[str, ...]
     settings: tuple[Setting, ...]
+
+    @property
+    def arrays(self) -> Arrays:
+        ...
 
     def backend(self) -> str:
         """What proofs are made on: a proof made on a CPU is none for a GPU."""
@@ -296,7 +302,7 @@ class Planner:
             key: tuple = (kernel.name, kernel.version, site.fingerprint, rules, compared, *under)
             example = leaves(program, match) if self.certify == "full" else None
             if example is not None:
-                key = (*key, digest(example))
+                key = (*key, digest(example, self.front.arrays))
             certificate = _CERTIFICATES.get(key)
             if certificate is None:
                 certificate = (

@@ -170,20 +170,22 @@ def compare(
     sensitivity: Mapping[str, np.ndarray] | None = None,
     terms: Mapping[str, np.ndarray | float] | None = None,
     where: str = "",
+    measure: Callable[[Any, Any], ErrorMetrics] = metrics,
 ) -> Certificate:
     """Holds a kernel's arrays to those of the user's own code, both in `dtype`.
 
     Neither side is exact. If each is within `t` of the exact result, they are within `2 t` of each other by the
     triangle inequality, so the tolerance is that of `certify`, doubled. User code also rounds inner results to `dtype`
     that a kernel keeps in float32, so the terms that cancel count with rtol_l2 in place of rtol_sum. Arguments and
-    result are as there.
+    result are as there, and `measure` is what compares two arrays: of a front end's own, which NumPy need not know
+    where neither sensitivity nor terms are given.
     """
 
     def tolerances(name: str) -> Tolerance:
         one = tolerance(dtype, _length(reduction_length, name), gradient=name in gradients)
         return Tolerance(2 * one.rtol_l2, 2 * one.atol_max, 2 * one.rtol_l2, 2 * one.atol)
 
-    return _hold(actual, original, dtype, tolerances, gradients, sensitivity, terms, where, "the original")
+    return _hold(actual, original, dtype, tolerances, gradients, sensitivity, terms, where, "the original", measure)
 
 
 def _length(reduction_length: int | Mapping[str, int], name: str) -> int:
@@ -200,12 +202,13 @@ def _hold(
     terms: Mapping[str, np.ndarray | float] | None,
     where: str,
     against: str,
+    measure: Callable[[Any, Any], ErrorMetrics] = metrics,
 ) -> Certificate:
     checks = []
     for name in dict.fromkeys((*reference, *actual)):
         pair = actual.get(name), reference.get(name)
         moved, cancelling = (sensitivity or {}).get(name), (terms or {}).get(name, 0.0)
-        checks.append(_check(name, name in gradients, where, *pair, moved, cancelling, tolerances(name)))
+        checks.append(_check(name, name in gradients, where, *pair, moved, cancelling, tolerances(name), measure))
     return Certificate(dtype, against, tuple(checks))
 
 
@@ -218,16 +221,17 @@ def _check(
     sensitivity: np.ndarray | None,
     terms: np.ndarray | float,
     bound: Tolerance,
+    measure: Callable[[Any, Any], ErrorMetrics],
 ) -> Check:
     if actual is None or reference is None:
         problem = "it was not computed" if actual is None else "there is no such array"
         return Check(name, gradient, where, None, 0.0, 0.0, problem)
     try:
-        found = metrics(actual, reference)
+        found = measure(actual, reference)
     except ValidationError as e:
         return Check(name, gradient, where, None, 0.0, 0.0, str(e))
-    s_norm, s_max = _size(sensitivity, reference) if sensitivity is not None else (0.0, 0.0)
-    t_norm, _ = _size(terms, reference)
+    s_norm, s_max = _size(sensitivity, np.shape(reference)) if sensitivity is not None else (0.0, 0.0)
+    t_norm, _ = _size(terms, np.shape(reference))
     allowed_l2 = bound.allowed_l2(max(found.reference_l2, s_norm), found.size, t_norm)
     error, t = _nearest(actual, reference, terms, bound) if np.ndim(terms) else (found.max_abs, _finite(float(terms)))
     allowed_max = bound.allowed_max(max(found.reference_max, s_max), t)
@@ -258,12 +262,12 @@ def _nearest(
     return float(error[i]), float(t[i])
 
 
-def _size(values: np.ndarray | float, like: np.ndarray) -> tuple[float, float]:
-    """Euclidean norm and largest magnitude of the finite values, spread over the shape of `like`."""
+def _size(values: np.ndarray | float, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Euclidean norm and largest magnitude of the finite values, spread over a shape."""
     if not np.ndim(values):
         one = _finite(float(values))
-        return one * math.sqrt(np.size(like)), one if np.size(like) else 0.0
-    spread = np.abs(np.broadcast_to(np.asarray(values, np.float64), np.shape(like)))
+        return one * math.sqrt(math.prod(shape)), one if math.prod(shape) else 0.0
+    spread = np.abs(np.broadcast_to(np.asarray(values, np.float64), shape))
     finite = spread[np.isfinite(spread)]
     return float(np.linalg.norm(finite)), float(finite.max(initial=0.0))
 

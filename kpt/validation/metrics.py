@@ -14,9 +14,9 @@ import numpy as np
 
 from kpt.errors import ValidationError
 
-_PERCENTILES = ("50", "90", "99", "99.9")
+PERCENTILES = ("50", "90", "99", "99.9")
 _BLOCK = 1 << 17  # elements: 1 MiB of float64
-_KEPT = 1 << 18  # errors that percentiles are taken of
+KEPT = 1 << 18  # errors that percentiles are taken of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +89,17 @@ def metrics(actual: np.ndarray, reference: np.ndarray) -> ErrorMetrics:
     mismatch = sum(b.mismatch for b in blocks)
     errors = np.concatenate([b.errors for b in blocks]) if blocks else np.empty(0)
     if not errors.size:
-        nothing = dict.fromkeys(_PERCENTILES, 0.0)
+        nothing = dict.fromkeys(PERCENTILES, 0.0)
         return ErrorMetrics(actual.size, 0.0, 0.0, 0.0, 0.0, nothing, 0.0, 0.0, 0.0, mismatch)
     abs_l2, reference_l2 = math.hypot(*(b.abs_l2 for b in blocks)), math.hypot(*(b.reference_l2 for b in blocks))
-    percentiles = np.percentile(errors, [float(p) for p in _PERCENTILES])
+    percentiles = np.percentile(errors, [float(p) for p in PERCENTILES])
     return ErrorMetrics(
         size=actual.size,
         max_abs=max(b.max_abs for b in blocks),
         max_rel=max(b.max_rel for b in blocks),
         rel_l2=abs_l2 / reference_l2 if reference_l2 else (math.inf if abs_l2 else 0.0),
         max_ulp=max(b.max_ulp for b in blocks),
-        percentiles=dict(zip(_PERCENTILES, map(float, percentiles), strict=True)),
+        percentiles=dict(zip(PERCENTILES, map(float, percentiles), strict=True)),
         abs_l2=abs_l2,
         reference_l2=reference_l2,
         reference_max=max(b.reference_max for b in blocks),
@@ -131,7 +131,7 @@ class _Part:
 
 
 def _part(actual: np.ndarray, reference: np.ndarray, block: slice) -> _Part:
-    every = math.ceil(actual.size / _KEPT)
+    every = math.ceil(actual.size / KEPT)
     dtype = actual.dtype
     with np.errstate(all="ignore"):
         a, r = actual[block].astype(np.float64), reference[block].astype(np.float64)
