@@ -192,17 +192,13 @@ def run(fn: Callable[..., Any], static: Any, *tensors: torch.Tensor | None) -> l
 
 
 def unavailable() -> str | None:
-    """Why no Mosaic kernel runs on tensors in this process, in one clause, or None. Imports jax where that alone would tell."""
+    """Why no Mosaic kernel runs on tensors in this process, in one clause, or None: by what is installed, without importing jax."""
     if not any(_is_there(f"jax_plugins.xla_cuda{major}") for major in (13, 12)):
         return "is compiled by jax's CUDA plugin, which is not installed: pip install 'jax[cuda13]', or cuda12 as your PyTorch has it"
     if "jax" not in sys.modules:
         # jax takes three quarters of the memory when it first looks at a GPU, and here it is to compile only.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        import jax.experimental.pallas.mosaic_gpu as plgpu
-    except ImportError as error:
-        return f"needs jax.experimental.pallas.mosaic_gpu, and importing it failed: {error}"
-    return None if hasattr(plgpu, "as_torch_kernel") else "needs plgpu.as_torch_kernel, which this jax does not have"
+    return None
 
 
 def _is_there(module: str) -> bool:
@@ -214,7 +210,7 @@ def _is_there(module: str) -> bool:
 
 def _scores(q: torch.Tensor | Spec, k: torch.Tensor | Spec, params: Mapping[str, Any]) -> Any:
     """What the kernels of attention know before tracing."""
-    from pallas_kernels.attention.hopper import Static
+    from pallas_kernels.attention.calls import Static
 
     scale = q.shape[3] ** -0.5 if params.get("scale") is None else float(params["scale"])
     return Static(params.get("mask") or Mask(), scale, params.get("logits_soft_cap"), q.shape[1], k.shape[1])
@@ -259,9 +255,9 @@ def refuse_attention(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why the kernels of attention cannot take a call, in one clause, or None: JAX pads and gathers what is refused here."""
     if (why := unavailable()) is not None:
         return why
-    from pallas_kernels.attention.gpu import HEADS, LONGEST_TILE, refusal_on_one_device
+    from pallas_kernels.attention.calls import HEADS, LONGEST_TILE, refused_on_one_hopper
 
-    if (why := refusal_on_one_device(specs, params)) is not None:
+    if (why := refused_on_one_hopper(specs, params)) is not None:
         return why
     q, k, v = (specs[n] for n in "qkv")
     if v.shape[3] != q.shape[3] or q.shape[3] not in HEADS:

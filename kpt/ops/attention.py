@@ -62,7 +62,7 @@ def _forward(arrays: dict[str, Any], mask: Mask, scale: float | None, cap: float
     kr, vr = np.repeat(k, group, 2), np.repeat(v, group, 2)
     scale = 1 / math.sqrt(max(h, 1)) if scale is None else scale
     with np.errstate(all="ignore"):
-        raw = np.einsum("btnh,bsnh->bnts", q, kr) * scale
+        raw = _scores(q, kr) * scale
         tanh = np.zeros_like(raw) if cap is None else np.tanh(raw / cap)
         score = raw if cap is None else cap * tanh
         if "bias" in mask.operands:
@@ -74,8 +74,18 @@ def _forward(arrays: dict[str, Any], mask: Mask, scale: float | None, cap: float
         else:
             e = np.exp(score - score.max(-1, keepdims=True))
             p = e / e.sum(-1, keepdims=True)
-        out = np.einsum("bnts,bsnh->btnh", p, vr)
+        out = _weighted(p, vr)
     return {"q": q, "k": kr, "v": vr, "p": p, "out": out, "tanh": tanh, "see": see, "scale": scale, "kv": kv, "group": group}
+
+
+def _scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """`[B, N, T, S]` of `[B, T, N, H]` and `[B, S, N, H]`."""
+    return np.matmul(q.transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1))
+
+
+def _weighted(p: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """`[B, T, N, H]` of `[B, N, T, S]` and `[B, S, N, H]`."""
+    return np.matmul(p, v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
 
 
 def reference(*, mask: Mask = Mask(), scale: float | None = None, logits_soft_cap: float | None = None,  # noqa: B008
@@ -88,7 +98,7 @@ def reference_vjp(cotangents: tuple, *, mask: Mask = Mask(), scale: float | None
     f = _forward(arrays, mask, scale, logits_soft_cap)
     g, p = sh.wide(cotangents[0]), f["p"]
     with np.errstate(all="ignore"):
-        dp = np.einsum("btnh,bsnh->bnts", g, f["v"])
+        dp = _scores(g, f["v"])
         ds = p * (dp - (p * dp).sum(-1, keepdims=True))
         if not mask.additive:  # a replaced score has no gradient
             ds = np.where(f["see"], ds, 0.0)
@@ -103,9 +113,9 @@ def reference_vjp(cotangents: tuple, *, mask: Mask = Mask(), scale: float | None
         def grouped(x: np.ndarray) -> np.ndarray:
             return x.reshape(b, s, f["kv"], f["group"], x.shape[-1]).sum(3)
 
-        out["q"] = np.einsum("bnts,bsnh->btnh", ds, f["k"])
-        out["k"] = grouped(np.einsum("bnts,btnh->bsnh", ds, f["q"]))
-        out["v"] = grouped(np.einsum("bnts,btnh->bsnh", p, g))
+        out["q"] = _weighted(ds, f["k"])
+        out["k"] = grouped(_weighted(ds.swapaxes(2, 3), f["q"]))
+        out["v"] = grouped(_weighted(p.swapaxes(2, 3), g))
     return out
 
 

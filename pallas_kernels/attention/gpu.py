@@ -17,48 +17,17 @@ import numpy as np
 
 from kpt.ops.base import Specs
 from kpt.ops.mask import Lengths, Mask, Segments
-from pallas_kernels.attention import cudnn
 from pallas_kernels.attention.blocks import static_terms, visible_range
-from pallas_kernels.attention.hopper import ROWS, Static, numbers_of, padded
+from pallas_kernels.attention.calls import HEADS, LONGEST_TILE, Static, refused_on_one_hopper
+from pallas_kernels.attention.hopper import numbers_of, padded
 from pallas_kernels.attention.hopper_backward import gradient_of_queries, gradients_of_keys
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
-HEADS = (64, 128)
-"""Head dims that there are kernels for; others are padded with zeros."""
-LONGEST_TILE = 192
-"""Queries or keys of one."""
-
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
-    return unpartitioned() or refusal_on_one_device(specs, params)
-
-
-def refusal_on_one_device(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """The same where nothing partitions the program."""
-    q, k, v = (specs[n] for n in "qkv")
-    mask: Mask = params.get("mask") or Mask()
-    if len({a.dtype for a in (q, k, v)}) > 1:
-        return f"takes q, k and v of one dtype, and these are {q.dtype}, {k.dtype} and {v.dtype}"
-    if 0 in (*q.shape, *k.shape, *v.shape):
-        return "takes no empty arrays"
-    head, head_v = q.shape[3], v.shape[3]
-    if max(head, head_v) > HEADS[-1]:
-        return f"keeps sums of head dims up to {HEADS[-1]} in registers, and these are {head} and {head_v}"
-    if (params.get("out_dtype") or q.dtype) not in (q.dtype, "float16", "bfloat16"):
-        return f"rounds its output to {q.dtype}, and {params['out_dtype']} was asked for"
-    if math.isfinite(mask.fill) and mask.fill > -1e9:
-        return f"gives hidden keys no weight, and a score of {mask.fill} may have some"
-    if q.shape[1] < ROWS:
-        return f"multiplies {ROWS} queries at a time, and these are {q.shape[1]}"
-    by_cudnn = mask.kinds <= {"causal", "window", "lengths"} and params.get("logits_soft_cap") is None
-    if by_cudnn and cudnn.refusal(specs, params) is None:
-        if head not in HEADS:
-            return f"pads head dims to {' or '.join(map(str, HEADS))}, and cuDNN takes {head} as it is"
-        if not mask.terms:
-            return "multiplies seven times in both passes, and cuDNN is faster where nothing is hidden"
-    return None
+    return unpartitioned() or refused_on_one_hopper(specs, params)
 
 
 def attention(

@@ -7,7 +7,6 @@ be equal; from the least and the largest number of a tile follows, on the device
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import math
 from collections.abc import Callable
@@ -20,13 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kpt.ops.mask import Mask
-from pallas_kernels.attention.blocks import data_terms, visible_range
+from pallas_kernels.attention.calls import Static
 from pallas_kernels.hopper_gemm import MULTIPROCESSORS, SWIZZLE
 from pallas_kernels.manual_axes import in_shard_map, varying
 
-ROWS = 64
-"""Of a warpgroup's block of scores: those of the tensor cores' instruction."""
 WARP, WARPGROUP = 32, 128
 OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _tiled: Any = plgpu.TilingTransform  # abstract, by its annotations alone
@@ -42,43 +38,6 @@ HIDDEN_KEY = -(2**31)
 
 Numbers = tuple[jax.Array, jax.Array]
 """Of queries `[B, T]` and keys `[B, S]`, int32: a query sees the keys that have its own one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What is known before tracing. Scores are `scale q k^T` or `cap tanh(scale / cap q k^T)`; `scale` is positive."""
-
-    mask: Mask
-    scale: float
-    cap: float | None
-    queries: int
-    keys: int
-
-    @property
-    def unit(self) -> float:
-        """What a product, or its tanh, is multiplied with before an exponential to base 2."""
-        return (self.scale if self.cap is None else self.cap) * math.log2(math.e)
-
-    @functools.cached_property
-    def diagonals(self) -> tuple[int | None, int | None]:
-        """`low, high`: causality and windows let query `i` see no key before `i + low`, and none from `i + high` on."""
-        far = 2**40
-        first, last = visible_range(self.mask, np.array([far]), 2 * far)
-        return (int(first[0]) - far if first[0] else None), (int(last[0]) - far if last[0] != 2 * far else None)
-
-    @property
-    def by_data(self) -> bool:
-        return bool(data_terms(self.mask))
-
-    @functools.cached_property
-    def may_be_blind(self) -> bool:
-        """Whether there may be a query that sees no key."""
-        first, last = visible_range(self.mask, np.arange(self.queries), self.keys)
-        return self.by_data or bool(np.any(first >= last))
-
-    def masks(self, keys: int) -> bool:
-        """Whether something may be hidden in tiles of so many keys."""
-        return self.mask.terms != () or self.keys % keys != 0
 
 
 @dataclasses.dataclass(frozen=True)

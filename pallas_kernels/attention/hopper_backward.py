@@ -23,17 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.attention.calls import ROWS, Static
 from pallas_kernels.attention.hopper import (
     OF_COLUMNS,
     OF_ROWS,
     PARAMS,
-    ROWS,
     TILED,
     WARPGROUP,
     Buffers,
     Numbers,
     Span,
-    Static,
     Work,
     fed_by,
     feeders,

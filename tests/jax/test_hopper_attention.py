@@ -70,7 +70,8 @@ def tiles_of(see, rows, keys):
 @pytest.mark.parametrize("sizes", [(512, 512), (300, 700), (700, 300), (37, 37)])
 @pytest.mark.parametrize("tile", [(128, 128), (192, 128), (64, 128)])
 def test_spans_hold_what_is_visible(name, sizes, tile):
-    from pallas_kernels.attention.hopper import Static, span_of_keys, span_of_queries
+    from pallas_kernels.attention.calls import Static
+    from pallas_kernels.attention.hopper import span_of_keys, span_of_queries
 
     static = Static(POSITIONS[name], 1.0, None, *sizes)
     see = visible(static.mask, 1, 1, *sizes, {})[0, 0]
@@ -95,7 +96,8 @@ def ids(rng, kind, batch, length):
 @pytest.mark.parametrize("kind", ["sorted", "mixed"])
 @pytest.mark.parametrize("length", [512, 300])
 def test_spans_of_data_hold_what_is_visible(mask, kind, length):
-    from pallas_kernels.attention.hopper import Span, Static, numbers_in_tiles, numbers_of, spans_by_data
+    from pallas_kernels.attention.calls import Static
+    from pallas_kernels.attention.hopper import Span, numbers_in_tiles, numbers_of, spans_by_data
 
     rng = np.random.default_rng(0)
     same = ids(rng, kind, 2, length)
@@ -114,7 +116,8 @@ def test_spans_of_data_hold_what_is_visible(mask, kind, length):
 
 
 def test_packed_documents_visit_their_own_tiles_alone():
-    from pallas_kernels.attention.hopper import Static, numbers_in_tiles, numbers_of, spans_by_data
+    from pallas_kernels.attention.calls import Static
+    from pallas_kernels.attention.hopper import numbers_in_tiles, numbers_of, spans_by_data
 
     documents = np.repeat(np.arange(4), 256)[None]
     static = Static(DOCUMENTS, 1.0, None, 1024, 1024)
