@@ -39,35 +39,11 @@ class OnDevice:
         return drawn.mul_(deviation).add_(mean).to(torch_dtype(spec.dtype))
 
     def metrics(self, actual: torch.Tensor, reference: torch.Tensor) -> ErrorMetrics:
-        """The figures of `kpt.validation.metrics`; percentiles of a large tensor are of other elements."""
-        few = actual.shape != reference.shape or actual.dtype == torch.float64 or actual.numel() == 0
-        if few or actual.is_complex() or reference.is_complex():  # what is compared on the host, or cannot be
+        """By NumPy on a CPU, where its blocks stay in the caches, and of what is not compared or rarely."""
+        rare = actual.shape != reference.shape or actual.dtype == torch.float64 or actual.numel() == 0
+        if self.device.type == "cpu" or rare or actual.is_complex() or reference.is_complex():
             return metrics(to_numpy(actual), to_numpy(reference))
-        a, r = actual.detach().reshape(-1), reference.detach().reshape(-1)
-        every = math.ceil(a.numel() / KEPT)
-        parts = [_part(a[i : i + _BLOCK], r[i : i + _BLOCK], -i % every, every) for i in range(0, a.numel(), _BLOCK)]
-        figures = torch.stack([p for p, _ in parts]).tolist()
-        errors = torch.cat([e for _, e in parts]).cpu().numpy()
-        errors = errors[errors >= 0]
-        mismatch = int(sum(f[6] for f in figures))
-        if not errors.size and not any(f[7] for f in figures):
-            nothing = dict.fromkeys(PERCENTILES, 0.0)
-            return ErrorMetrics(a.numel(), 0.0, 0.0, 0.0, 0.0, nothing, 0.0, 0.0, 0.0, mismatch)
-        largest = [max(f[i] for f in figures) for i in range(4)]
-        abs_l2, reference_l2 = (math.hypot(*(f[i] for f in figures)) for i in (4, 5))
-        percentiles = np.percentile(errors, [float(p) for p in PERCENTILES]) if errors.size else [largest[0]] * len(PERCENTILES)
-        return ErrorMetrics(
-            size=a.numel(),
-            max_abs=largest[0],
-            max_rel=largest[1],
-            rel_l2=abs_l2 / reference_l2 if reference_l2 else (math.inf if abs_l2 else 0.0),
-            max_ulp=largest[2],
-            percentiles=dict(zip(PERCENTILES, map(float, percentiles), strict=True)),
-            abs_l2=abs_l2,
-            reference_l2=reference_l2,
-            reference_max=largest[3],
-            nonfinite_mismatch=mismatch,
-        )
+        return figures(actual, reference)
 
     def digest(self, array: torch.Tensor) -> str:
         """A sum of all elements' bits, each times an odd number of its place's own, modulo 2**64, twice."""
@@ -81,6 +57,35 @@ class OnDevice:
                 place = (place ^ (place >> 31)) * _HASHED | 1
                 found[turn] += int((block * place).sum())
         return "".join(f"{n % (1 << 64):016x}" for n in found)
+
+
+def figures(actual: torch.Tensor, reference: torch.Tensor) -> ErrorMetrics:
+    """Those of `kpt.validation.metrics`, computed where the tensors are; percentiles of a large tensor are of other elements."""
+    a, r = actual.detach().reshape(-1), reference.detach().reshape(-1)
+    every = math.ceil(a.numel() / KEPT)
+    parts = [_part(a[i : i + _BLOCK], r[i : i + _BLOCK], -i % every, every) for i in range(0, a.numel(), _BLOCK)]
+    told = torch.stack([p for p, _ in parts]).tolist()
+    errors = torch.cat([e for _, e in parts]).cpu().numpy()
+    errors = errors[errors >= 0]
+    mismatch = int(sum(f[6] for f in told))
+    if not errors.size and not any(f[7] for f in told):
+        nothing = dict.fromkeys(PERCENTILES, 0.0)
+        return ErrorMetrics(a.numel(), 0.0, 0.0, 0.0, 0.0, nothing, 0.0, 0.0, 0.0, mismatch)
+    largest = [max(f[i] for f in told) for i in range(4)]
+    abs_l2, reference_l2 = (math.hypot(*(f[i] for f in told)) for i in (4, 5))
+    percentiles = np.percentile(errors, [float(p) for p in PERCENTILES]) if errors.size else [largest[0]] * len(PERCENTILES)
+    return ErrorMetrics(
+        size=a.numel(),
+        max_abs=largest[0],
+        max_rel=largest[1],
+        rel_l2=abs_l2 / reference_l2 if reference_l2 else (math.inf if abs_l2 else 0.0),
+        max_ulp=largest[2],
+        percentiles=dict(zip(PERCENTILES, map(float, percentiles), strict=True)),
+        abs_l2=abs_l2,
+        reference_l2=reference_l2,
+        reference_max=largest[3],
+        nonfinite_mismatch=mismatch,
+    )
 
 
 def _part(actual: torch.Tensor, reference: torch.Tensor, start: int, every: int) -> tuple[torch.Tensor, torch.Tensor]:

