@@ -349,7 +349,10 @@ def span(captured: Captured, program: Program, match: Match, order: Mapping[fx.N
 def rebuilt(rw: Rewrite, device: Any) -> fx.GraphModule:
     """The graph with the sites' kernels, every other node as it was, in the order that it was in; dead nodes left out."""
     w = _Writing(rw, device)
+    inner = {layer.args[0] for layer in rw.read}  # what the call of its reader makes and keeps to itself
     for n in rw.module.graph.nodes:
+        if n in inner:
+            continue
         w.like = n
         if n.op == "output":
             w.graph.node_copy(n, w.old)

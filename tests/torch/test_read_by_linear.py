@@ -164,3 +164,25 @@ def test_what_raises_runs_apart(monkeypatch, caplog):
 
     monkeypatch.setattr(glu.glu, "then_linear", broken)
     assert not joined(kpt_torch.plan(MLP(), given())) and "out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["optimize", "backend"])
+def test_every_layer_of_a_llama(how):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48,
+                                      vocab_size=64, max_position_embeddings=32, use_cache=False)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).train()
+    tokens, names = torch.randint(64, (2, 16)), list(model.state_dict())
+    want = model(input_ids=tokens, labels=tokens).loss
+    want.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    plan = kpt_torch.plan(model, input_ids=tokens, labels=tokens)
+    assert joined(plan) == ["2 sites run in one call with the linear layer that reads them, and keep no result for it."], plan.notes
+    fast = kpt_torch.optimize(model) if how == "optimize" else torch.compile(model, backend="kpt")
+    loss = fast(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, gradients, rtol=1e-4, atol=1e-6)
+    assert list(model.state_dict()) == names
