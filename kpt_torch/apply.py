@@ -37,6 +37,8 @@ class Rewrite:
     sites: list[tuple[Match, Kernel]]
     pairs: Mapping[int, tuple[int, int, Kernel]] = dataclasses.field(default_factory=dict)
     """By each of the two sites: both, and the kernel that runs them in one launch."""
+    read: Mapping[fx.Node, tuple[int, Kernel]] = dataclasses.field(default_factory=dict)
+    """By a linear layer that alone reads a site's result: the site, and the kernel that computes both."""
 
 
 class Unavailable(Exception):
@@ -283,6 +285,14 @@ class _Writing(Emission):
         return self.sizes[n]
 
     def copied(self, n: fx.Node) -> Any:
+        if n in self.rw.read:
+            i, kernel = self.rw.read[n]
+            weight = self.argument(n, n.args[1])  # type: ignore[arg-type]
+            cast = self.captured.autocast.get(n, {}).get(torch.device(self.device).type)
+            if cast is not None:
+                weight = self.call(aten.to.dtype, weight, cast)
+            arrays = {name: self.expr(e) for name, e in self.sites[i][0].arrays.items()}
+            return self.call(kernel, **arrays, w_down=self.call(aten.t.default, weight))
         if n.op == "call_function":
             for a in n.all_input_nodes:
                 self.argument(n, a)
@@ -339,7 +349,10 @@ def span(captured: Captured, program: Program, match: Match, order: Mapping[fx.N
 def rebuilt(rw: Rewrite, device: Any) -> fx.GraphModule:
     """The graph with the sites' kernels, every other node as it was, in the order that it was in; dead nodes left out."""
     w = _Writing(rw, device)
+    inner = {layer.args[0] for layer in rw.read}  # what the call of its reader makes and keeps to itself
     for n in rw.module.graph.nodes:
+        if n in inner:
+            continue
         w.like = n
         if n.op == "output":
             w.graph.node_copy(n, w.old)

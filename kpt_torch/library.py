@@ -51,7 +51,7 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 
 def kernel(
     op: str | Op, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
-    early: Early | None = None,
+    early: Early | None = None, results: bool = True,
 ) -> Callable[..., Any]:
     """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
 
@@ -66,6 +66,7 @@ def kernel(
         some of them made already, perhaps. It is told by `params["early"]`, "" where there will be no gradients. `backward` may write
         over what was kept where `params["last"]`: autograd is about to free it, and nobody else has it. Gradients are in the layout of
         their arrays.
+      results: whether `backward` reads the results; else they are not saved for it, and it is given none.
 
     `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
     """
@@ -77,8 +78,8 @@ def kernel(
     def run(*given: Any) -> list[torch.Tensor]:
         arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
         with _plain(arrays):
-            results, saved = forward(arrays, params)
-        return _apart([t.contiguous() for t in (*results, *saved)], given[:-1])  # contiguous: what the fake implementation says
+            made, saved = forward(arrays, params)
+        return _apart([t.contiguous() for t in (*made, *saved)], given[:-1])  # contiguous: what the fake implementation says
 
     def fake(*given: Any) -> list[torch.Tensor]:
         arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
@@ -91,7 +92,7 @@ def kernel(
     definition.register_fake(fake)
     straight: Callable[..., Any] = definition
     if backward is not None:
-        keep, pull = _differentiable(definition, meaning, names, tensors, backward, early is not None)
+        keep, pull = _differentiable(definition, meaning, names, tensors, backward, early is not None, results)
         straight = _straight(name, run, keep, pull)
 
     @functools.wraps(forward)
@@ -169,26 +170,26 @@ def _plain_keys(device: str) -> frozenset[int]:
 
 
 def _differentiable(
-    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool
+    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool, results: bool
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
     """Gives the custom op its derivative; returns what keeps for it, `keep(ctx, inputs, output)`, and `pull(ctx, cotangents)`."""
     moving = [n for n in names if n in op.differentiable]
 
     def split(given: Sequence[Any]) -> Any:
         arrays, (made, cotangents, params, wanted) = _arrays(names, given[: len(names)]), given[len(names) :]
-        count = len(cotangents)
+        count = len(cotangents) if results else 0
         return arrays, _params(op, params), made[:count], made[count:], cotangents, tuple(wanted.split())
 
     def run(*given: Any) -> list[torch.Tensor]:
-        arrays, params, results, kept, cotangents, wanted = split(given)
-        found = pulled_back(arrays, params, results, kept, cotangents, wanted)
-        return _apart(found, [*arrays.values(), *results, *kept, *cotangents])
+        arrays, params, outs, kept, cotangents, wanted = split(given)
+        found = pulled_back(arrays, params, outs, kept, cotangents, wanted)
+        return _apart(found, [*arrays.values(), *outs, *kept, *cotangents])
 
     def pulled_back(
-        arrays: Tensors, params: dict[str, Any], results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]
+        arrays: Tensors, params: dict[str, Any], outs: Any, kept: Any, cotangents: Any, wanted: Sequence[str]
     ) -> list[torch.Tensor]:
         with _plain(arrays):
-            found = backward(arrays, params, results, kept, cotangents, wanted)
+            found = backward(arrays, params, outs, kept, cotangents, wanted)
         made = [found[n].to(arrays[n].dtype) for n in wanted]
         return [_laid_out(t, arrays[n]) for n, t in zip(wanted, made, strict=True)] if early else [t.contiguous() for t in made]
 
@@ -213,16 +214,20 @@ def _differentiable(
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
         ctx.count, ctx.spent = _results(ctx.present), False
         ctx.alone = output[ctx.count :] if alone else None
-        ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *(output[: ctx.count] if alone else output))
+        seen = [*(output[: ctx.count] if results else ()), *(() if alone else output[ctx.count :])]
+        ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *seen)
 
     @torch.compiler.disable  # autograd calls it, within a function of the user's, too, that Dynamo runs: this is no code of theirs
     def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         arrays = dict(zip(ctx.present, saved, strict=False))
         made = [*saved[len(ctx.present) :], *(ctx.alone or ())]
-        given = [torch.zeros_like(m) if c is None else c for c, m in zip(cotangents[: ctx.count], made, strict=False)]
+        count = ctx.count if results else 0  # of what is saved, results
+        if not results and cotangents[0] is None:  # nothing depends on the one result
+            return (None,) * (len(names) + 1)
+        given = [torch.zeros_like(made[i]) if c is None else c for i, c in enumerate(cotangents[: ctx.count])]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
-        params, count = _params(op, ctx.params), ctx.count
+        params = _params(op, ctx.params)
         if ctx.spent:
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
                               "written over what it read", "Run the forward pass again")  # fmt: skip

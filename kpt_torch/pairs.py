@@ -1,7 +1,9 @@
-"""Two sites of one op that share arrays as one launch: a layer's queries and keys, turned by the same angles.
+"""Sites that run together with what stands beside them: in one launch, or with less kept for the backward pass.
 
-A kernel that can says so by an attribute `pair`, a kernel of the same arrays and `other`, the second site's x, which returns both results.
-Each site has been planned and proved alone; a pair is made only of two that give the same bits together.
+Two sites of one op that share arrays are one launch: a layer's queries and keys, turned by the same angles. A kernel that can says so by an
+attribute `pair`, a kernel of the same arrays and `other`, the second site's x, which returns both results. A site whose result one
+linear layer alone reads is one call with it, and its result is not kept: a gated MLP. A kernel that can has an attribute `then_linear`, a
+kernel of the same arrays and `w_down`, the layer's weight. Each site is planned and proved alone; what runs together gives the same bits.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from kpt.fusion.program import Match, Program
 from kpt_torch.apply import span
 from kpt_torch.capture import Captured
 from kpt_torch.library import torch_dtype
-from kpt_torch.lower import effectful
+from kpt_torch.lower import aten, effectful
 
 log = logging.getLogger("kpt")
 
@@ -48,6 +51,34 @@ def found(captured: Captured, program: Program, kept: Kept, order: Mapping[fx.No
     return pairs
 
 
+def read_by_linear(
+    captured: Captured, program: Program, kept: Kept, order: Mapping[fx.Node, int], device: torch.device
+) -> dict[fx.Node, int]:  # fmt: skip
+    """Linear layers without bias that alone read a site's result, where nothing is written, drawn or switched in between; the site's place
+    in `kept` by the layer's node."""
+    inside = {n.payload for m, _ in kept for n in program.consumed(m)}
+    layers: dict[fx.Node, int] = {}
+    for i, (match, fn) in enumerate(kept):
+        place = span(captured, program, match, order) if hasattr(fn, "then_linear") else None
+        (v, e), *more = match.results.items()
+        node, index = captured.made.get(v, (None, None))
+        if place is None or more or e.op != "out" or node is None or index is not None or len(node.users) != 1:
+            continue
+        (layer,) = node.users
+        if layer.target is not aten.linear.default or layer in inside or layer.args[0] is not node or len(layer.all_input_nodes) != 2:
+            continue
+        between = [n for n, at in order.items() if place[0] <= at <= order[layer]]
+        if any(place[0] <= m <= order[layer] for m in captured.marks) or any(effectful(n) for n in between):
+            continue
+        weight = layer.args[1].meta["val"]  # type: ignore[union-attr]
+        dtypes = {*captured.autocast.get(layer, {}).values()} or {weight.dtype}
+        if dtypes != {torch_dtype(match.arrays["x"].spec.dtype)} or e.spec.dtype != match.arrays["x"].spec.dtype:
+            continue
+        if _same_bits_with_linear(fn, *_call(match), tuple(map(int, weight.shape)), device):
+            layers[layer] = i
+    return layers
+
+
 def _alike(a: Match, b: Match) -> bool:
     """Whether two sites differ in x alone, and in x by its heads alone: `[B, T, N, H]`."""
     shared = [n for n in a.arrays if n != "x"]
@@ -63,10 +94,20 @@ def _call(match: Match) -> tuple[Any, ...]:
 @functools.cache
 def _same_bits(kernel: Any, specs: Any, params: Any, other: Any, device: torch.device) -> bool:
     """Whether the pair gives what two calls give, results and gradients of both, to the bit."""
+    return _tried(kernel, lambda: _compared(kernel, specs, params, other, device))
+
+
+@functools.cache
+def _same_bits_with_linear(kernel: Any, specs: Any, params: Any, weight: tuple[int, ...], device: torch.device) -> bool:
+    """Whether the kernel and a linear layer give in one call what two give, result and gradients, to the bit."""
+    return _tried(kernel, lambda: _compared_with_linear(kernel, specs, params, weight, device))
+
+
+def _tried(kernel: Any, compared: Callable[[], bool]) -> bool:
     try:
-        return _compared(kernel, specs, params, other, device)
-    except Exception as error:  # a pair that fails costs a launch, never the user's run
-        log.warning("%s was not paired: %s: %s", getattr(kernel, "__name__", kernel), type(error).__name__, error)
+        return compared()
+    except Exception as error:  # what fails costs a launch, never the user's run
+        log.warning("%s runs alone: %s: %s", getattr(kernel, "__name__", kernel), type(error).__name__, error)
         return False
 
 
@@ -84,3 +125,20 @@ def _compared(kernel: Any, specs: Any, params: Any, other: Any, device: torch.de
         weights = [drawn(s).to(y.dtype) for s, y in zip((dict(specs)["x"], other), alone, strict=True)]
         slopes = [torch.autograd.grad(made, (x, second), weights) for made in (both, alone)]
     return all(torch.equal(a, b) for a, b in zip((*both, *slopes[0]), (*alone, *slopes[1]), strict=True))
+
+
+def _compared_with_linear(kernel: Any, specs: Any, params: Any, weight: tuple[int, ...], device: torch.device) -> bool:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(shape: Sequence[int], dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        arrays = {n: drawn(s.shape, torch_dtype(s.dtype), s.shape[0] ** -0.5 if n.startswith("w") else 1.0) for n, s in specs}
+        # The weights of linear layers are turned in memory; the layout decides which product is called.
+        arrays = {n: (t.t().contiguous().t() if n.startswith("w") else t).requires_grad_() for n, t in arrays.items()}
+        w = drawn(weight, arrays["x"].dtype, weight[1] ** -0.5).requires_grad_()
+        made = [kernel.then_linear(**arrays, w_down=w.t(), **dict(params)), F.linear(kernel(**arrays, **dict(params)), w)]
+        g = drawn(made[0].shape, made[0].dtype)
+        slopes = [torch.autograd.grad(y, (*arrays.values(), w), g) for y in made]
+    return all(torch.equal(a, b) for a, b in zip((made[0], *slopes[0]), (made[1], *slopes[1]), strict=True))

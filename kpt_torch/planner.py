@@ -27,6 +27,7 @@ from kpt_torch.capture import from_numpy, to_numpy
 from kpt_torch.lower import aten
 from kpt_torch.on_device import OnDevice
 from kpt_torch.pairs import found as kept_together
+from kpt_torch.pairs import read_by_linear
 from kpt_torch.settings import SETTINGS
 
 # What a provider calls: a site that is this call already gains nothing by it.
@@ -175,7 +176,11 @@ def rewritten(
         pairs[i] = pairs[j] = i, j, _bound(kept[i][1].pair, kept[i][0])  # type: ignore[attr-defined]
     if pairs:
         planner.notes.append(f"{len(pairs) // 2} pairs of sites that share their tables run as one launch each.")
-    return rebuilt(Rewrite(front.module, front.captured, program, sites, pairs), front.device)
+    layers = read_by_linear(front.captured, program, kept, order, front.device)
+    if layers:
+        planner.notes.append(f"{len(layers)} sites run in one call with the linear layer that reads them, and keep no result for it.")
+    read = {n: (i, _bound(kept[i][1].then_linear, kept[i][0])) for n, i in layers.items()}  # type: ignore[attr-defined]
+    return rebuilt(Rewrite(front.module, front.captured, program, sites, pairs, read), front.device)
 
 
 def _masked_by_words(n: fx.Node, match: Match) -> bool:

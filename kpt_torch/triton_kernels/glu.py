@@ -2,10 +2,14 @@
 
 The two products are kept for the backward pass, in x's dtype, and the activation is not: it is made again with its slope. Their gradients
 are written over them where autograd is about to free them.
+
+`glu_linear` is the product with the weight that follows, too, as in every gated MLP: what glu makes is read by that product and by its
+gradient, and the gradient's is made again in the launch that makes the factors' gradients. An array of the MLP's width less is kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +17,8 @@ from typing import Any
 import torch
 import triton
 
-from kpt.ops.base import Spec
+from kpt import ops
+from kpt.ops.base import Cost, Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch
@@ -41,13 +46,19 @@ def put_product(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, activatio
 
 
 def put_gradients(
-    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor, activation: str
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor, activation: str,
+    y: torch.Tensor | None = None,
 ) -> None:
-    """Writes the gradients of both factors, which may be where the factors are; all arrays are contiguous."""
+    """Writes the gradients of both factors, which may be where the factors are; all arrays are contiguous.
+
+    Args:
+      y: takes `act(gate) up` besides; may be where `dy` is.
+    """
     if dy.numel():
+        kernel, more = (jitted.backward_blocks, ()) if y is None else (jitted.backward_and_product_blocks, (y,))
         with launch.on(dy):
-            jitted.backward_blocks[(triton.cdiv(dy.numel(), jitted.BLOCK),)](
-                gate, up, dy, dgate, dup, dy.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
+            kernel[(triton.cdiv(dy.numel(), jitted.BLOCK),)](
+                gate, up, dy, dgate, dup, *more, dy.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
             )  # fmt: skip
 
 
@@ -65,16 +76,25 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
     gate, up = kept or _products(arrays)
     dgate, dup = (gate, up) if over else (torch.empty_like(gate), torch.empty_like(up))
     put_gradients(gate, up, dy, dgate, dup, params["activation"])
+    return _of_products(arrays, x, dgate, dup, wanted)
+
+
+def _of_products(arrays: Tensors, x: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor, wanted: Sequence[str]) -> Tensors:
+    """Gradients of what the two products are of."""
     found: Tensors = {}
     if "x" in wanted:
         found["x"] = torch.addmm(dgate @ arrays["w_gate"].t(), dup, arrays["w_up"].t()).reshape(arrays["x"].shape)
     for name, d in (("gate", dgate), ("up", dup)):
-        if f"w_{name}" in wanted:  # in the layout of the weight, which torch's linear layers turn
-            turned = arrays[f"w_{name}"].stride(0) == 1
-            found[f"w_{name}"] = (d.t() @ x).t() if turned else x.t() @ d
+        if f"w_{name}" in wanted:
+            found[f"w_{name}"] = _of_weight(arrays[f"w_{name}"], x, d)
         if f"b_{name}" in wanted:
             found[f"b_{name}"] = d.sum(0, dtype=torch.float32)
     return found
+
+
+def _of_weight(w: torch.Tensor, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """In the layout of the weight, which torch's linear layers turn."""
+    return (d.t() @ x).t() if w.stride(0) == 1 else x.t() @ d
 
 
 def _kept(specs: dict[str, Spec], params: Mapping[str, Any]) -> Sequence[Spec]:
@@ -87,3 +107,56 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
 
 
 glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early)
+
+
+def _linear_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    x, w, (gate, up) = arrays["x"], arrays["w_down"], _products(arrays)
+    h = torch.empty_like(gate) if params.get("early") else gate
+    put_product(gate, up, h, params["activation"])
+    return [(h @ w).reshape(*x.shape[:-1], w.shape[1])], [gate, up] if params.get("early") else []
+
+
+def _linear_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
+    x, w, dy = launch.rows(arrays["x"]), arrays["w_down"], launch.rows(cotangents[0])
+    over = not kept or params.get("last", False)
+    gate, up = kept or _products(arrays)
+    h = dy @ w.t()  # its gradient so far
+    dgate, dup = (gate, up) if over else (torch.empty_like(gate), torch.empty_like(up))
+    put_gradients(gate, up, h, dgate, dup, params["activation"], y=h)
+    found = _of_products(arrays, x, dgate, dup, wanted)
+    return found | ({"w_down": _of_weight(w, h, dy)} if "w_down" in wanted else {})
+
+
+def _without(specs: Specs) -> dict[str, Spec]:
+    return {n: s for n, s in specs.items() if n != "w_down"}
+
+
+def _infer(specs: Specs, **params: Any) -> tuple[Spec, ...]:
+    (h,) = GLU.infer(_without(specs), **params)
+    return (Spec((*h.shape[:-1], specs["w_down"].shape[1]), h.dtype),)
+
+
+def _cost(specs: Specs, **params: Any) -> Cost:
+    one, (h,) = GLU.cost(_without(specs), **params), GLU.infer(_without(specs), **params)
+    down = ops.op("matmul").cost({"a": Spec((math.prod(h.shape[:-1]), h.shape[-1]), h.dtype), "b": specs["w_down"]})
+    return Cost(one.flops + down.flops, one.bytes + down.bytes)
+
+
+def _reference(*, w_down: Any, **rest: Any) -> tuple[Any, ...]:
+    return (GLU.reference(**rest)[0] @ w_down,)
+
+
+def _reference_vjp(cotangents: tuple, *, w_down: Any, **rest: Any) -> dict[str, Any]:
+    (g,), (h,) = cotangents, GLU.reference(**rest)
+    dw = h.reshape(-1, h.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+    return GLU.reference_vjp((g @ w_down.T,), **rest) | {"w_down": dw}
+
+
+GLU = ops.op("glu")
+LINEAR = dataclasses.replace(
+    GLU, name="glu_linear", arrays=(*GLU.arrays, "w_down"), differentiable=(*GLU.differentiable, "w_down"), infer=_infer,
+    reference=_reference, reference_vjp=_reference_vjp, cost=_cost,
+)  # fmt: skip
+"""`glu(x) w_down`: no op that programs are searched for, but how a site and the linear layer that reads it are run."""
+glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, results=False)
+glu.then_linear = glu_linear  # type: ignore[attr-defined]  # see kpt_torch/pairs.py

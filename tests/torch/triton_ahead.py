@@ -81,6 +81,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         constants = {"ACTIVATION": activation, "BLOCK": glu.BLOCK}
         found[f"glu {activation} forward"] = glu.forward_blocks, GLU, constants, glu.WARPS
         found[f"glu {activation} backward"] = glu.backward_blocks, GLU, constants, glu.WARPS
+        found[f"glu {activation} backward and product"] = glu.backward_and_product_blocks, GLU, constants, glu.WARPS
         found[f"linear_act {activation} backward"] = product.slope_blocks, GLU, {"ACTIVATION": activation, "BLOCK": product.BLOCK}, product.WARPS
         for turned in (False, True):  # as x @ w, and as torch's linear layers turn it
             given = {"ACTIVATION": activation, "BIAS": True, "KEEP": True, "GROUP": product.GROUP, "x_inner": 1}

@@ -26,6 +26,7 @@ from kpt.kernels.validate import validate
 from kpt.ops import Causal, Mask, Spec, Window
 from kpt_torch.library import _encoded
 from kpt_torch.planner import calls, from_numpy, to_numpy
+from kpt_torch.triton_kernels import glu as glus
 from kpt_torch.triton_kernels import linear_cross_entropy, rope
 from kpt_torch.triton_kernels.jitted import attention, cross_entropy, glu, norms, product
 from kpt_torch.triton_kernels.jitted import rope as rotation
@@ -144,6 +145,23 @@ def turned_in_pairs(device: str, case: Case, seed: int) -> str:
     return ""
 
 
+def read_by_a_linear_layer(device: str, case: Case, seed: int) -> str:
+    """What is wrong with a glu and a product of its result with a weight in one call, or ""."""
+    narrow = case.specs["w_gate"]
+    specs = case.specs | {"w_down": Spec((narrow.shape[1], 1 + seed % 7), narrow.dtype)}
+    params = case.params | {"out_dtype": None}
+    run, run_vjp = calls(glus.LINEAR.differentiable, device)
+    found = validate(glus.glu_linear, glus.LINEAR, specs, params, run=run, run_vjp=run_vjp, seeds=[seed])
+    if not found.passed:
+        return found.summary()
+    if seed < 2 and all(0 not in s.shape for s in specs.values()):
+        arrays = {n: from_numpy(a, device).requires_grad_() for n, a in glus.LINEAR.sample(np.random.default_rng(0), specs, **params).items()}
+        given = [arrays.get(n) for n in (*glus.LINEAR.arrays, *glus.LINEAR.optional)]
+        for early in ("", "factors"):
+            torch.library.opcheck(glus.glu_linear.definition, (*given, _encoded(params | {"early": early})))
+    return ""
+
+
 def not_a_number(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Poison for attention: NaN in place of infinities, since a query all of whose visible scores are -inf is NaN in a kernel that visits
     no hidden key, and what the hidden keys have in the formula."""
@@ -194,6 +212,9 @@ def main(op: str, cases: int, seed: int) -> int:
         for why in filter(None, [turned_in_pairs(device, case, i)] if op == "rope" else []):
             failures += 1
             print(f"{case}{' in small blocks' if small else ''}, case {i} of seed {seed}, beside other heads\n  {why}")
+        for why in filter(None, [read_by_a_linear_layer(device, case, i)] if op == "glu" else []):
+            failures += 1
+            print(f"{case}{' in small blocks' if small else ''}, case {i} of seed {seed}, read by a linear layer\n  {why}")
     print(f"{op}: {len(drawn)} cases, {failures} failures")
     return int(failures > 0)
 

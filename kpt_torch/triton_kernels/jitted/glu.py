@@ -35,6 +35,19 @@ def backward_blocks(gate, up, dy, dgate, dup, count, ACTIVATION: tl.constexpr, B
     tl.store(dup + at, (d * activated(g, ACTIVATION)).to(dup.dtype.element_ty), mask=at < count)
 
 
+@triton.jit
+def backward_and_product_blocks(gate, up, dy, dgate, dup, y, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """As `backward_blocks`, and what `forward_blocks` made, once more; `y` may be `dy`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
+    d = tl.load(dy + at, mask=at < count, other=0.0).to(tl.float32)
+    a = activated(g, ACTIVATION)
+    tl.store(dgate + at, (d * u * slope(g, ACTIVATION)).to(dgate.dtype.element_ty), mask=at < count)
+    tl.store(dup + at, (d * a).to(dup.dtype.element_ty), mask=at < count)
+    tl.store(y + at, (a * u).to(y.dtype.element_ty), mask=at < count)
+
+
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot take a call, in one clause, or None."""
     x = specs["x"]
