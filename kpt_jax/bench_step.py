@@ -150,7 +150,11 @@ def contenders(layers: int, budget: str) -> dict[str, Callable[[State, Any], tup
     peers: dict[str, Step] = {"as written": written, "cuDNN by hand": by_hand(layers, cudnn_attention)}
     if importlib.util.find_spec("tokamax"):
         peers["tokamax by hand"] = by_hand(layers, tokamax_attention)
-    return {"through kpt": optimized, "auto_optimize": auto} | {n: lambda state, batch, f=f: (f, {}) for n, f in peers.items()}
+    return {"through kpt": optimized, "auto_optimize": auto} | {n: functools.partial(_given, f) for n, f in peers.items()}
+
+
+def _given(program: Step, state: State, batch: Any) -> tuple[Step, Row]:
+    return program, {}
 
 
 def _told(plan: Plan) -> Row:
@@ -170,42 +174,44 @@ def measure(layers: int, budget: str = "60s", only: str = "", say: Callable[[str
         if only not in name:
             continue
         try:
-            state = fresh(layers)
-            program, row = make(state, batch)
-            start = time.perf_counter()
-            ready = jax.jit(program, donate_argnums=(0, 1)).lower(*state, *batch).compile()
-            row["compile_seconds"] = time.perf_counter() - start
-            memory: Any = ready.memory_analysis()
-            alone, losses, state = _steps({name: ready}, state, batch)
-            row |= {"alone": alone[name], "losses": losses[name], "median": statistics.median(alone[name][1:]),
-                    "temporaries": memory.temp_size_in_bytes}  # fmt: skip
-            rows[name], compiled[name] = row, ready
+            rows[name], compiled[name] = _alone(make, fresh(layers), batch)
         except Exception as problem:  # a contender that fails is a row, not the end
             rows[name] = {"error": f"{type(problem).__name__}: {str(problem)[:500]}"}
-        state = program = None
-        gc.collect()
+        gc.collect()  # its state goes before there is another
         _say(name, rows[name], say)
         yield found
     if len(compiled) > 1:
         say("in turn:")
-        taken, losses, _ = _steps(compiled, fresh(layers), batch)
+        taken, losses = _steps(compiled, fresh(layers), batch)
         for name in compiled:
             rows[name] |= {"seconds": taken[name], "losses_in_turn": losses[name], "median": statistics.median(taken[name][1:])}
             _say(name, rows[name], say)
         yield found
 
 
-def _steps(programs: dict[str, Any], state: State, batch: Any) -> tuple[dict[str, list[float]], dict[str, list[float]], State]:
-    """Seconds and losses of each program, in turn, the first of each to warm up; and the state afterwards."""
+def _alone(make: Callable[[State, Any], tuple[Step, Row]], state: State, batch: Any) -> tuple[Row, Any]:
+    """What there is to say of a contender, its first steps among it, and its compiled step."""
+    program, row = make(state, batch)
+    start = time.perf_counter()
+    ready: Any = jax.jit(program, donate_argnums=(0, 1)).lower(*state, *batch).compile()
+    compiling = time.perf_counter() - start
+    taken, losses = _steps({"": ready}, state, batch)
+    return row | {"alone": taken[""], "losses": losses[""], "median": statistics.median(taken[""][1:]), "compile_seconds": compiling,
+                  "temporaries": ready.memory_analysis().temp_size_in_bytes}, ready  # fmt: skip
+
+
+def _steps(programs: dict[str, Any], state: State, batch: Any) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and losses of each program, in turn, the first of each to warm up. The state is consumed."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     losses: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(1 + ROUNDS):
         for name, program in programs.items():
             start = time.perf_counter()
-            *state, value = jax.block_until_ready(program(*state, *batch))
+            params, optimizer, value = jax.block_until_ready(program(*state, *batch))
+            state = params, optimizer
             seconds[name].append(time.perf_counter() - start)
             losses[name].append(float(value))
-    return seconds, losses, tuple(state)
+    return seconds, losses
 
 
 def _say(name: str, row: Row, say: Callable[[str], None]) -> None:
