@@ -166,6 +166,12 @@ class Session(Protocol):
     def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
         """Takes up what earlier steps found, perhaps in another process: kernels not to be used, and the plan that was validated."""
 
+    def leave_out(self, budget: float) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        """Sites that the program is faster without, by path, and why; and notes for the plan. See `kpt.strategy.leave_out`."""
+
+    def leave(self, sites: Mapping[str, str]) -> None:
+        """From now on, these sites run as they were written, for the reasons given."""
+
     def validate(self) -> tuple[Plan, float | None]:
         """The plan whose sites are proved, each and all together, and the largest relative difference of the whole program."""
 
@@ -222,15 +228,17 @@ def auto_optimize(
 
     First the kernels that could compute each kind of call in the program are timed against each other, in a process of their own: what
     fails, hangs or crashes there is dropped and named. (A TPU has room for one process: there they run in this one, and nothing stops
-    one that hangs.) The times are kept, and later plans choose by them; nothing is timed for other hardware than is here. Then the whole
-    program is proved, and timed against the original.
+    one that hangs.) The times are kept, and later plans choose by them; nothing is timed for other hardware than is here. What is left of
+    the budget goes to timing the program without the kernels of one kind of call after the other: those that it is faster without are left
+    out, and the plan says so. Then the whole program is proved, and timed against the original.
 
     Args:
       fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
       example_inputs, example_keywords: arguments of one typical call. For a linen module, its variables first.
       level: "conservative", "balanced" or "aggressive".
       hardware: "auto", a profile's name, or a `HardwareProfile`.
-      budget: for timing kernels: seconds, or "30s", "10m"; 0 to choose by what is known already. The whole program is measured besides.
+      budget: for timing kernels, and the program without them: seconds, or "30s", "10m"; 0 to choose by what is known already. The whole
+        program is measured besides.
 
     Raises:
       ConfigError: the budget is no duration.
@@ -243,7 +251,9 @@ def auto_optimize(
     seconds = seconds_of(budget)
     steps = session(fn_or_model, example_inputs, example_keywords, level, hardware)
     tuned = steps.tune(seconds)
-    report = steps.measure(*steps.validate(), tuned.notes())
+    left, notes = steps.leave_out(seconds - tuned.seconds)
+    steps.leave(left)
+    report = steps.measure(*steps.validate(), (*tuned.notes(), *notes))
     record_report(report)
     return steps.result(report)
 

@@ -139,8 +139,9 @@ class ProductionPipeline:
         began("plan")
         work.step("plan", lambda: json.loads(plan.to_json()))
         began("tune")
-        tuned = work.step("tune", lambda: _tuned(self.session.tune(self.budget)))
+        tuned = work.step("tune", self._tuned)
         self.session.follow(tuned["dropped"])
+        self.session.leave(tuned["left_out"])
         began("validate")
         proved = work.step("validate", lambda: _proved(*self.session.validate()))
         validated = Plan.from_json(json.dumps(proved["plan"]))
@@ -163,6 +164,11 @@ class ProductionPipeline:
             _whole(folder, lambda part: _write(part, files, report))
         work.end()
         return Artifact(folder, report, judged["verdict"], judged["passed"], checkpoint)
+
+    def _tuned(self) -> dict[str, Any]:
+        found = self.session.tune(self.budget)
+        left_out, notes = self.session.leave_out(self.budget - found.seconds)
+        return dataclasses.asdict(found) | {"left_out": dict(left_out), "notes": [*found.notes(), *notes]}
 
     def _recorded(self, history: History, report: Report, plan: Plan, id: str, at: str | None) -> dict[str, Any]:
         in_force = report.plan
@@ -244,10 +250,6 @@ def _write(folder: Path, files: Mapping[str, Any], report: Report) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     report.plan.save(folder / "plan.json")
     report.to_html(folder / "report.html")
-
-
-def _tuned(found: Any) -> dict[str, Any]:
-    return dataclasses.asdict(found) | {"notes": list(found.notes())}
 
 
 def _proved(plan: Plan, error: float | None) -> dict[str, Any]:

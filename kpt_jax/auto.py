@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,14 @@ import jax
 from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
+from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import gain
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
-from kpt_jax.measure import Timing, loss_and_gradients, measure
+from kpt_jax.measure import Timing, loss_and_gradients, measure, sample
 from kpt_jax.modules import function_of, is_linen, is_nnx
 from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize
 from kpt_jax.planner import FRONT
@@ -67,7 +69,20 @@ class Session:
     def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
         self.fast.drop(dropped)
         if plan is not None:
-            self.fast.ban({s.path for s in plan.skipped})
+            self.fast.ban({s.path: s.reason for s in plan.skipped})
+
+    def leave_out(self, budget: float) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        signature, arrays = self.fast.split(self.args, self.kwargs)
+
+        def ready(left: Mapping[str, str]) -> Callable[[int], float]:
+            program = _flat(signature, self.fast.without(left))
+            compiled = jax.jit(loss_and_gradients(program, arrays) or program).lower(*arrays).compile()
+            return functools.partial(sample, compiled, arrays)
+
+        return leave_out(self.fast.plan(*self.args, **self.kwargs).sites, ready, budget)
+
+    def leave(self, sites: Mapping[str, str]) -> None:
+        self.fast.ban(sites)
 
     def validate(self) -> tuple[Plan, float | None]:
         plan = certify_whole(self.fast, self.args, self.kwargs)
@@ -76,12 +91,11 @@ class Session:
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         fast = self.fast
         signature, arrays = fast.split(self.args, self.kwargs)
-        paths = {s.path for s in plan.sites}
         ops = sorted({s.op for s in plan.sites})
         # All of the sites, and where there are several ops, those of each op alone.
-        left_out: dict[str, set[str]] = {"every site": set()} if plan.sites else {}
+        left_out: dict[str, Mapping[str, str]] = {"every site": {}} if plan.sites else {}
         if len(ops) > 1:
-            left_out |= {f"{op} alone": paths - {s.path for s in plan.sites if s.op == op} for op in ops}
+            left_out |= {f"{op} alone": {s.path: f"The program is faster with {op} alone." for s in plan.sites if s.op != op} for op in ops}
         variants: dict[str, Optimized] = {n: fast.without(out) if out else fast for n, out in left_out.items()}
         programs: dict[str, Any] = {ORIGINAL: _flat(signature, fast.original)} | {n: _flat(signature, v) for n, v in variants.items()}
         measured = FORWARD

@@ -1,20 +1,29 @@
-"""A whole training step of a Llama-class model: as written, with cuDNN's attention put in by hand, and through kpt.
+"""A whole training step of a Llama-class model: as written, with a peer's attention put in by hand, and through kpt.
 
-    python -m kpt_jax.bench_step [--layers 16] [--json out.json]
+    python -m kpt_jax.bench_step [--layers 16] [--only NAME] [--budget 60s] [--json out.json]
 
 Flax NNX, width 2048, 16 heads, gated MLP of 5632, vocabulary 32000, batch 2, context 4096; bfloat16 compute, float32 parameters, AdamW,
-the state donated. The three programs take turns on one state, each making the next step of the same training; wall time, medians;
-memory is XLA's analysis of the compiled step.
+the state donated. Each contender is compiled and makes its first steps from the same state; then all take turns on one state, each making
+the next step of the same training. Wall time, medians; memory is XLA's analysis of the compiled step. The JSON is written anew after each
+contender: what a run that is ended has found so far is in it, with `alone` for the steps that were not in turn.
+
+`auto_optimize` is given the step and its state, which it neither donates nor changes: it holds the state twice, as what goes in and what
+comes out, and three times while it finds how far rounding moves the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
+import gc
+import importlib
+import importlib.util
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +32,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import kpt
 import kpt_jax
+from kpt.strategy import Plan
 
 WIDTH, HEADS, HIDDEN, VOCABULARY, BATCH, CONTEXT = 2048, 16, 5632, 32000, 2, 4096
 ROUNDS = 12
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.bfloat16)
-norm = functools.partial(nnx.RMSNorm, WIDTH, dtype=jnp.bfloat16)
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -41,6 +51,15 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def tokamax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    made: jax.Array = importlib.import_module("tokamax").dot_product_attention(q, k, v, is_causal=True)
+    return made
+
+
+def norm(rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(WIDTH, dtype=jnp.bfloat16, rngs=rngs)
 
 
 def turned(x: jax.Array) -> jax.Array:
@@ -93,40 +112,141 @@ def step(model: Any, params: Any, state: Any, ids: jax.Array, labels: jax.Array)
     return optax.apply_updates(params, updates), state, value
 
 
-def measure(layers: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Compiles and times the three programs; returns what `--json` writes."""
-    model, params = nnx.split(Llama(layers, plain_attention, nnx.Rngs(0)))
-    by_hand = nnx.graphdef(nnx.eval_shape(lambda: Llama(layers, cudnn_attention, nnx.Rngs(0))))
+Row = dict[str, Any]
+Step = Callable[..., Any]
+State = tuple[Any, Any]
+
+
+def fresh(layers: int) -> State:
+    """The parameters and the state of the optimizer before the first step."""
+    params = nnx.state(Llama(layers, plain_attention, nnx.Rngs(0)))
+    return params, optax.adamw(1e-4).init(params)
+
+
+def by_hand(layers: int, attention: Attention) -> Step:
+    return functools.partial(step, nnx.graphdef(nnx.eval_shape(lambda: Llama(layers, attention, nnx.Rngs(0)))))
+
+
+def contenders(layers: int, budget: str) -> dict[str, Callable[[State, Any], tuple[Step, Row]]]:
+    """By name: the step, given a state and a batch as examples, and what there is to say of it.
+
+    kpt's come first: what it times runs in another process, for which there has to be memory on the device, and a process does not give
+    back what it took for the step as written. `optimize` is the first of them, for after `auto_optimize` it chooses by what was measured.
+    """
+    written = by_hand(layers, plain_attention)
+
+    def optimized(state: State, batch: Any) -> tuple[Step, Row]:
+        fast = kpt_jax.optimize(written)
+        plan = fast.plan(*state, *batch)
+        return fast, _told(plan) | {"plan": json.loads(plan.to_json())}
+
+    def auto(state: State, batch: Any) -> tuple[Step, Row]:
+        start = time.perf_counter()
+        result = kpt.auto_optimize(written, *state, *batch, budget=budget)
+        report = result.report
+        return result.fn, _told(result.plan) | {"kept": report.kept, "measured_speedup": report.measured_speedup, "noise": report.noise,
+                                                "tuning_seconds": time.perf_counter() - start}  # fmt: skip
+
+    peers: dict[str, Step] = {"as written": written, "cuDNN by hand": by_hand(layers, cudnn_attention)}
+    if importlib.util.find_spec("tokamax"):
+        peers["tokamax by hand"] = by_hand(layers, tokamax_attention)
+    return {"through kpt": optimized, "auto_optimize": auto} | {n: functools.partial(_given, f) for n, f in peers.items()}
+
+
+def _given(program: Step, state: State, batch: Any) -> tuple[Step, Row]:
+    return program, {}
+
+
+def _told(plan: Plan) -> Row:
+    kernels = collections.Counter(f"{s.op}: {s.kernel}" for s in plan.sites)
+    left = collections.Counter(f"{s.op} left: {s.reason[:300]}" for s in plan.skipped)
+    return {"kernels": kernels, "left": left, "notes": list(plan.notes)}
+
+
+def measure(layers: int, budget: str = "60s", only: str = "", say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
+    """Compiles and times the contenders whose name holds `only`; yields what `--json` writes, after each of them and at the end."""
     ids = jax.random.randint(jax.random.key(1), (BATCH, CONTEXT), 0, VOCABULARY)
-    labels, state = jnp.roll(ids, -1, 1), optax.adamw(1e-4).init(params)
-    fast = kpt_jax.optimize(functools.partial(step, model))
-    plan = fast.plan(params, state, ids, labels)
-    say(plan.explain())
-    programs = {"as written": functools.partial(step, model), "cuDNN by hand": functools.partial(step, by_hand), "through kpt": fast}
-    compiled = {n: jax.jit(f, donate_argnums=(0, 1)).lower(params, state, ids, labels).compile() for n, f in programs.items()}
-    rows: dict[str, dict[str, Any]] = {name: {"seconds": [], "losses": []} for name in compiled}
+    batch = ids, jnp.roll(ids, -1, 1)
+    rows: dict[str, Row] = {}
+    compiled: dict[str, Any] = {}
+    found = {"kind": "kpt.step", "jax": jax.__version__, "device": jax.devices()[0].device_kind, "layers": layers, "rows": rows}
+    for name, make in contenders(layers, budget).items():
+        if only not in name:
+            continue
+        try:
+            rows[name], compiled[name] = _alone(make, fresh(layers), batch)
+        except Exception as problem:  # a contender that fails is a row, not the end
+            rows[name] = {"error": f"{type(problem).__name__}: {str(problem)[:500]}"}
+        gc.collect()  # its state goes before there is another
+        _say(name, rows[name], say)
+        yield found
+    if len(compiled) > 1:
+        say("in turn:")
+        taken, losses = _steps(compiled, fresh(layers), batch)
+        for name in compiled:
+            rows[name] |= {"seconds": taken[name], "losses_in_turn": losses[name], "median": statistics.median(taken[name][1:])}
+            _say(name, rows[name], say)
+        yield found
+
+
+def _alone(make: Callable[[State, Any], tuple[Step, Row]], state: State, batch: Any) -> tuple[Row, Any]:
+    """What there is to say of a contender, its first steps among it, and its compiled step."""
+    program, row = make(state, batch)
+    start = time.perf_counter()
+    ready: Any = jax.jit(program, donate_argnums=(0, 1)).lower(*state, *batch).compile()
+    compiling = time.perf_counter() - start
+    taken, losses = _steps({"": ready}, state, batch)
+    return row | {"alone": taken[""], "losses": losses[""], "median": statistics.median(taken[""][1:]), "compile_seconds": compiling,
+                  "temporaries": ready.memory_analysis().temp_size_in_bytes}, ready  # fmt: skip
+
+
+def _steps(programs: dict[str, Any], state: State, batch: Any) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and losses of each program, in turn, the first of each to warm up. The state is consumed."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    losses: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(1 + ROUNDS):
-        for name, program in compiled.items():
+        for name, program in programs.items():
             start = time.perf_counter()
-            params, state, value = jax.block_until_ready(program(params, state, ids, labels))
-            rows[name]["seconds"].append(time.perf_counter() - start)
-            rows[name]["losses"].append(float(value))
-    for name, row in rows.items():
-        memory: Any = compiled[name].memory_analysis()
-        row["median"], row["temporaries"] = statistics.median(row["seconds"][1:]), memory.temp_size_in_bytes
-        say(f"{name:14} {row['median'] * 1e3:8.2f} ms  {row['temporaries'] / 2**30:6.2f} GiB of temporaries")
-    return {"kind": "kpt.step", "jax": jax.__version__, "device": jax.devices()[0].device_kind, "layers": layers, "rows": rows,
-            "plan": json.loads(plan.to_json())}  # fmt: skip
+            params, optimizer, value = jax.block_until_ready(program(*state, *batch))
+            state = params, optimizer
+            seconds[name].append(time.perf_counter() - start)
+            losses[name].append(float(value))
+    return seconds, losses
+
+
+def _say(name: str, row: Row, say: Callable[[str], None]) -> None:
+    if "error" in row:
+        say(f"{name:16}{row['error'][:300]}")
+        return
+    say(f"{name:16}{row['median'] * 1e3:8.2f} ms  {row['temporaries'] / 2**30:6.2f} GiB of temporaries  losses "
+        f"{', '.join(f'{x:.4f}' for x in row['losses'][:4])}")  # fmt: skip
+    if "seconds" in row or "kernels" not in row:
+        return
+    if "kept" in row:
+        kept = "kept" if row["kept"] else "the original is kept"
+        say(f"  {kept}; {row['tuning_seconds']:.0f} s of tuning")
+    for words in (row["kernels"], row["left"]):
+        for what, count in sorted(words.items()):
+            say(f"  {count} x {what}")
+    for note in row["notes"]:
+        say(f"  {note}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--budget", default="60s", help="of auto_optimize")
     parser.add_argument("--json", type=Path, help="write the figures and the plan to this file")
     options = parser.parse_args()
-    found = measure(options.layers)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    # By default jax takes three quarters of a GPU at once: the step needs more of it, and what times kernels needs some at first.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    for found in measure(options.layers, options.budget, options.only, functools.partial(print, flush=True)):
+        if options.json:
+            part = options.json.with_suffix(".part")
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            part.replace(options.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,7 +109,7 @@ class Optimized:
         self._static_scalars = False
         self._foreign = False  # whether some result is no array: jax.jit cannot return it
         self._over_state: Optimized | None = None  # where arguments are nnx objects
-        self._banned: frozenset[str] = frozenset()
+        self._banned: Mapping[str, str] = {}
         self._dropped: Mapping[str, str] = {}
         self._certify: str | None = None  # instead of the setting
         with contextlib.suppress(AttributeError, TypeError):
@@ -122,7 +122,7 @@ class Optimized:
             found = getattr(found, name, None)
         if found is self:
             return self.__qualname__
-        return _again, (self._fn, self._level, self._hardware, self._given, self._banned, dict(self._dropped))
+        return _again, (self._fn, self._level, self._hardware, self._given, dict(self._banned), dict(self._dropped))
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -255,17 +255,17 @@ class Optimized:
         """The function as it was given."""
         return self._fn(*args, **kwargs)
 
-    def without(self, sites: Collection[str]) -> Optimized:
-        """The same function with these sites, by path, left as they were written."""
+    def without(self, sites: Mapping[str, str]) -> Optimized:
+        """The same function with these sites, by path, left as they were written, for the reasons given."""
         other = Optimized(self._fn, self._level, self._hardware, self._given)
         other._static_scalars = self._static_scalars
-        other._banned = self._banned | frozenset(sites)
+        other._banned = {**self._banned, **sites}
         other._dropped = self._dropped
         return other
 
-    def ban(self, sites: Collection[str]) -> None:
-        """From now on, these sites run as they were written."""
-        self._banned |= frozenset(sites)
+    def ban(self, sites: Mapping[str, str]) -> None:
+        """From now on, these sites, by path, run as they were written, for the reasons given."""
+        self._banned = {**self._banned, **sites}
         self._forget()
 
     def drop(self, kernels: Mapping[str, str]) -> None:
@@ -277,7 +277,7 @@ class Optimized:
 
     def unproved(self) -> Optimized:
         """The same function, whose plans run no kernel."""
-        other = self.without(())
+        other = self.without({})
         other._certify = "off"
         return other
 
@@ -383,7 +383,7 @@ class Optimized:
 
 
 def _again(
-    fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: frozenset[str], dropped: Mapping[str, str]
+    fn: Any, level: str, hardware: str | HardwareProfile, plan: Plan | None, banned: Mapping[str, str], dropped: Mapping[str, str]
 ) -> Optimized:
     made = Optimized(fn, level, hardware, plan)
     made._banned, made._dropped = banned, dropped

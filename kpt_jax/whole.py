@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from kpt_jax import _compat
 from kpt_jax.optimize import Optimized
 
 log = logging.getLogger("kpt")
+_GUILTY = "The whole program disagreed with the original while this site was in; a bisection found it."
 
 
 def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
@@ -38,7 +39,7 @@ def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
     reference = Reference(optimized, args, kwargs, plan)
     verdict = reference.compare(optimized)
     guilty: list[str] = []
-    if not verdict.passed and not reference.compare(optimized.without([s.path for s in plan.sites])).passed:
+    if not verdict.passed and not reference.compare(optimized.without(_paths(s.path for s in plan.sites))).passed:
         raise ValidationError(
             f"The rewritten {plan.function} was compared with the original",
             f"They disagree with no kernel in place: {verdict.summary()}",
@@ -47,10 +48,10 @@ def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
     while not verdict.passed:
         left = [s for s in plan.sites if s.path not in guilty]
         guilty += _guilty(reference, optimized, left)
-        verdict = reference.compare(optimized.without(guilty))
+        verdict = reference.compare(optimized.without(_paths(guilty)))
     if guilty:
         log.warning("%s disagreed with the original because of %s", plan.function, ", ".join(guilty))
-        optimized.ban(guilty)
+        optimized.ban(_paths(guilty))
         plan = optimized.plan(*args, **kwargs)
     return dataclasses.replace(plan, notes=(*plan.notes, f"The whole function on example inputs: {verdict.summary()}."))
 
@@ -62,6 +63,10 @@ def worst_difference(optimized: Optimized, args: tuple, kwargs: dict, plan: Plan
     return max(worst, default=None)
 
 
+def _paths(sites: Iterable[str]) -> dict[str, str]:
+    return dict.fromkeys(sites, _GUILTY)
+
+
 def _guilty(reference: Reference, optimized: Optimized, sites: Sequence[Site]) -> list[str]:
     """The sites that make the function disagree; more than one where they do so only together."""
     every = [s.path for s in reference.plan.sites]
@@ -69,7 +74,7 @@ def _guilty(reference: Reference, optimized: Optimized, sites: Sequence[Site]) -
     while len(suspects) > 1:
         middle = len(suspects) // 2
         for half in (suspects[:middle], suspects[middle:]):
-            if not reference.compare(optimized.without([p for p in every if p not in half])).passed:
+            if not reference.compare(optimized.without(_paths(p for p in every if p not in half))).passed:
                 suspects = half
                 break
         else:

@@ -18,6 +18,7 @@ from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
+from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import rounds
@@ -26,7 +27,7 @@ from kpt.tuning.settings import found
 from kpt.validation import Certificate, compare
 from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.capture import to_numpy
-from kpt_torch.optimized import modules_of, optimize, put_back, unproved, without
+from kpt_torch.optimized import leaving, modules_of, optimize, put_back, unproved, without
 from kpt_torch.planner import Front
 from kpt_torch.trials import sample
 
@@ -92,6 +93,19 @@ class Session:
 
     def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
         self.fast = without(self.fast, dropped)
+
+    def leave_out(self, budget: float) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        def ready(left: Mapping[str, str]) -> Callable[[int], float]:
+            program = leaving(self.fast, left)
+            self._once(program)  # is captured and compiled
+            return functools.partial(sample, functools.partial(self._once, program), self.on)
+
+        sites = self._planned(self.fast).sites
+        with put_back(self.state):
+            return leave_out(sites, ready, budget)
+
+    def leave(self, sites: Mapping[str, str]) -> None:
+        self.fast = leaving(self.fast, sites)
 
     def validate(self) -> tuple[Plan, float | None]:
         plan = self._planned(self.fast)

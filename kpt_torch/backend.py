@@ -39,6 +39,7 @@ class Backend:
     Attributes:
       inner: compiles the rewritten graph; None runs it as it is.
       plans: one for each graph so far, in the order of compilation.
+      banned: sites that keep their own code, by path, and why.
       dropped: kernels that are not to be used, by name, and why.
       certify: instead of the setting.
       foreign: sites of a given plan of another framework that have found no counterpart yet.
@@ -48,7 +49,7 @@ class Backend:
     hardware: str | HardwareProfile = "auto"
     given: Plan | None = None
     inner: Compiler | None = None
-    banned: frozenset[str] = frozenset()
+    banned: Mapping[str, str] = dataclasses.field(default_factory=dict)
     name: str = "function"
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     certify: str | None = None

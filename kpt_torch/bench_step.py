@@ -1,16 +1,18 @@
 """A whole training step of a Llama-class model of transformers: eager, compiled, with Liger's kernels, and through kpt.
 
-    python -m kpt_torch.bench_step [--layers 16] [--json out.json]
+    python -m kpt_torch.bench_step [--layers 16] [--only NAME] [--budget 60s] [--json out.json]
 
 Width 2048, 16 heads, MLP of 5632, vocabulary 32000, batch 2, context 4096; bfloat16 autocast over float32 parameters, fused AdamW, SDPA
 attention. The contenders run one after the other, each from the same weights on the same batches, the first once more to show the drift
-of the machine. Liger is last, for it changes transformers' own functions (the rotation of positions among them) for all who come after.
+of the machine. `auto_optimize` comes after kpt's others, which choose by what it has measured if they come later. Liger is last, for it
+changes transformers' own functions (the rotation of positions among them) for all who come after. The JSON is written anew after each.
 Wall time of a step, median and quartiles; peak memory is the allocator's; `losses` are those of the first steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import gc
 import importlib
@@ -19,12 +21,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import kpt
 import kpt_torch
+from kpt.auto import Result
 from kpt_torch.backend import kpt as kpt_backend
 
 WIDTH, HEADS, HIDDEN, VOCABULARY, BATCH, CONTEXT = 2048, 16, 5632, 32000, 2, 4096
@@ -43,8 +48,12 @@ def model(layers: int) -> torch.nn.Module:
     return made.train()
 
 
-def contenders() -> dict[str, Callable[[Any], Any]]:
+def contenders(batch: torch.Tensor, budget: str) -> dict[str, Callable[[Any], Any]]:
     """By name: what is done to the model."""
+
+    def auto(m: Any) -> Result:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return kpt.auto_optimize(m, input_ids=batch, labels=batch, budget=budget)
 
     def liger(m: Any) -> Any:
         importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama(model=m)
@@ -55,6 +64,7 @@ def contenders() -> dict[str, Callable[[Any], Any]]:
         "torch.compile": torch.compile,
         "kpt_torch.optimize": kpt_torch.optimize,
         "torch.compile, backend kpt": lambda m: torch.compile(m, backend=kpt_backend),
+        "kpt.auto_optimize": auto,
         "eager again": lambda m: m,
     }
     return found | ({"liger": liger} if importlib.util.find_spec("liger_kernel") else {})
@@ -69,6 +79,14 @@ def run(change: Callable[[Any], Any], weights: Any, batches: list[torch.Tensor],
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-4, fused=True)
     start = time.perf_counter()
     program = change(base)
+    about: dict[str, Any] = {}
+    if isinstance(program, Result):
+        kernels = collections.Counter(f"{s.op}: {s.kernel}" for s in program.plan.sites)
+        about = {"kept": program.report.kept, "measured_speedup": program.report.measured_speedup, "noise": program.report.noise,
+                 "tuning_seconds": time.perf_counter() - start, "kernels": kernels, "notes": list(program.plan.notes)}  # fmt: skip
+        program = program.fn
+        start = time.perf_counter()
+        torch.cuda.empty_cache()
 
     def step(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -92,7 +110,7 @@ def run(change: Callable[[Any], Any], weights: Any, batches: list[torch.Tensor],
         taken.append(time.perf_counter() - begin)
     low, middle, high = (1e3 * t for t in statistics.quantiles(taken, n=4))
     return {"ms": middle, "low": low, "high": high, "peak": torch.cuda.max_memory_allocated(device), "first": first,
-            "losses": [float(x) for x in losses[: WARM + 2]]}  # fmt: skip
+            "losses": [float(x) for x in losses[: WARM + 2]]} | about  # fmt: skip
 
 
 def sites(weights: Any, batch: torch.Tensor, device: torch.device) -> tuple[list[str], float]:
@@ -111,32 +129,36 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--budget", default="60s", help="of auto_optimize")
     args = parser.parse_args()
     device = torch.device("cuda")
     weights = model(args.layers)
     torch.manual_seed(1)
     batches = [torch.randint(0, VOCABULARY, (BATCH, CONTEXT), device=device) for _ in range(WARM + STEPS)]
-    rows: dict[str, Any] = {}
     found, taken = sites(weights, batches[0], device)
     print(f"plan: {taken:.1f} s", *found, sep="\n  ", flush=True)
-    for name, change in contenders().items():
+    command = f"python -m kpt_torch.bench_step --layers {args.layers} --budget {args.budget}"
+    rows: dict[str, Any] = {}
+    about = {"kind": "kpt.torch_step", "command": command, "torch": torch.__version__, "transformers": metadata.version("transformers"),
+             "device": torch.cuda.get_device_name(), "plan_seconds": taken, "plan": found, "rows": rows}  # fmt: skip
+    for name, change in contenders(batches[0], args.budget).items():
         if args.only not in name:
             continue
         try:
-            rows[name] = run(change, weights, batches, device)
-            r = rows[name]
+            r = rows[name] = run(change, weights, batches, device)
             print(f"{name:28}{r['ms']:8.1f} ms [{r['low']:.1f}, {r['high']:.1f}]  peak {r['peak'] / 2**30:5.1f} GiB  first step "
                   f"{r['first']:.0f} s  losses {', '.join(f'{x:.4f}' for x in r['losses'])}", flush=True)  # fmt: skip
+            if "kept" in r:
+                kernels = (f"{count} x {what}" for what, count in sorted(r["kernels"].items()))
+                print(f"  {'kept' if r['kept'] else 'the original is kept'}; {r['tuning_seconds']:.0f} s of tuning", *kernels, *r["notes"],
+                      sep="\n  ", flush=True)  # fmt: skip
         except Exception as problem:  # a contender that fails is a row, not the end
             rows[name] = {"error": f"{type(problem).__name__}: {str(problem)[:500]}"}
             print(f"{name:28}{rows[name]['error'][:300]}", flush=True)
-    if args.json:
-        import transformers
-
-        about = {"kind": "kpt.torch_step", "command": f"python -m kpt_torch.bench_step --layers {args.layers}", "torch": torch.__version__,
-                 "transformers": transformers.__version__, "device": torch.cuda.get_device_name(), "plan_seconds": taken,
-                 "plan": found}  # fmt: skip
-        args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        if args.json:
+            part = args.json.with_suffix(".part")
+            part.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            part.replace(args.json)
 
 
 if __name__ == "__main__":

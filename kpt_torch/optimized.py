@@ -87,7 +87,7 @@ class Settings:
     level: str
     hardware: str | HardwareProfile
     given: Plan | None
-    banned: frozenset[str] = frozenset()
+    banned: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict, hash=False)
     certify: str | None = None
 
@@ -298,6 +298,11 @@ class Optimized:
 def without(optimized: Any, kernels: Mapping[str, str]) -> Any:
     """The same, planned anew: without these kernels, for the reasons given, and by what was measured meanwhile."""
     return optimized._kpt_with(lambda settings: settings.without(kernels))
+
+
+def leaving(optimized: Any, sites: Mapping[str, str]) -> Any:
+    """The same, with these sites, by path, left as they were written, for the reasons given."""
+    return optimized._kpt_with(lambda settings: dataclasses.replace(settings, banned={**settings.banned, **sites}))
 
 
 def unproved(optimized: Any) -> Any:

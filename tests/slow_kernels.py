@@ -17,6 +17,21 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6, weight_offset: float = 0.0,
     return y + 0 * jnp.minimum(jnp.sum(m), 1.0)
 
 
+def rms_norm_late_at_32(x: Any, weight: Any, **more: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    if x.shape[-1] == 32:
+        return rms_norm(x, weight, **more)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + more["eps"]) * weight
+
+
+def torch_rms_norm_late_at_32(x: Any, weight: Any, **more: Any) -> Any:
+    if x.shape[-1] == 32:
+        return torch_rms_norm(x, weight, **more)
+    return x * (x.square().mean(-1, keepdim=True) + more["eps"]).rsqrt() * weight
+
+
 def torch_rms_norm(x: Any, weight: Any, eps: float = 1e-6, weight_offset: float = 0.0, out_dtype: Any = None) -> Any:
     time.sleep(0.01)
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight

@@ -94,6 +94,7 @@ class Planner:
         is followed is taken off the list; what is left has no counterpart.
       here: what the program runs on, where that may be something else.
       wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
+      banned: sites that keep their own code, by path, and why.
       dropped: kernels that are not to be used, by name, and why.
     """
 
@@ -101,7 +102,7 @@ class Planner:
     level: str
     hardware: HardwareProfile
     wanted: Mapping[tuple[str, str, str], Site] | None = None
-    banned: frozenset[str] = frozenset()
+    banned: Mapping[str, str] = dataclasses.field(default_factory=dict)
     certify: str = "full"
     here: HardwareProfile | None = None
     foreign: list[Site] | None = None
@@ -224,8 +225,8 @@ class Planner:
             yield n, [(here if len(n.bodies) == 1 else f"{here}.{k}", b) for k, b in enumerate(n.bodies)]
 
     def _unwanted(self, site: Site) -> str | None:
-        if f"{site.path}" in self.banned:
-            return "The whole program disagreed with the original while this site was in; a bisection found it."
+        if site.path in self.banned:
+            return self.banned[site.path]
         if self.foreign is not None:
             twin = next((s for s in self.foreign if corresponds(s, site)), None)
             if twin is None:

@@ -670,7 +670,7 @@ def test_optimized_functions_are_pickled_and_copied(copied, fn):
 def test_copies_keep_what_was_banned():
     x, w = np.ones((4, 6), np.float32), np.ones((6, 5), np.float32)
     fast = kpt_jax.optimize(layer)
-    fast.ban([s.path for s in fast.plan(x, w).sites])
+    fast.ban({s.path: "It loses." for s in fast.plan(x, w).sites})
     assert not copy.deepcopy(fast).plan(x, w).sites
 
 
