@@ -17,7 +17,6 @@ from kpt.strategy import Plan
 from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, tune
-from kpt.tuning import gain
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
@@ -26,7 +25,7 @@ from kpt_jax.modules import function_of, is_linen, is_nnx
 from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
-from kpt_jax.whole import certify_whole, worst_difference
+from kpt_jax.whole import certify_whole
 
 
 def runner(arrays: Iterable[Any] = ()) -> Runner:
@@ -85,33 +84,23 @@ class Session:
         self.fast.ban(sites)
 
     def validate(self) -> tuple[Plan, float | None]:
-        plan = certify_whole(self.fast, self.args, self.kwargs)
-        return plan, worst_difference(self.fast, self.args, self.kwargs, plan) if plan.sites else None
+        plan, worst = certify_whole(self.fast, self.args, self.kwargs)
+        return plan, worst if plan.sites else None
 
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         fast = self.fast
         signature, arrays = fast.split(self.args, self.kwargs)
-        ops = sorted({s.op for s in plan.sites})
-        # All of the sites, and where there are several ops, those of each op alone.
-        left_out: dict[str, Mapping[str, str]] = {"every site": {}} if plan.sites else {}
-        if len(ops) > 1:
-            left_out |= {f"{op} alone": {s.path: f"The program is faster with {op} alone." for s in plan.sites if s.op != op} for op in ops}
-        variants: dict[str, Optimized] = {n: fast.without(out) if out else fast for n, out in left_out.items()}
-        programs: dict[str, Any] = {ORIGINAL: _flat(signature, fast.original)} | {n: _flat(signature, v) for n, v in variants.items()}
+        programs: dict[str, Any] = {ORIGINAL: fast.original} | ({"every site": fast} if plan.sites else {})
+        programs = {n: _flat(signature, f) for n, f in programs.items()}
         measured = FORWARD
         trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
         if all(f is not None for f in trained.values()):
             measured, programs = BOTH, trained
         timings = measure(programs, arrays)
         before = timings[ORIGINAL]
-        best = max(variants, key=lambda n: gain(before.seconds, timings[n].seconds)[0], default=ORIGINAL)
+        best = "every site" if plan.sites else ORIGINAL
         kept, noise, note = compared(plan, measured, before.seconds, timings[best].seconds, best)
-        if kept:
-            fast.ban(left_out[best])
-            chosen = fast.plan(*self.args, **self.kwargs)
-        else:
-            chosen = as_written(plan, note)
-        chosen = dataclasses.replace(chosen, notes=(*plan.notes, *notes, note))
+        chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         after: Timing = timings[best]
         return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
                       error, kept, noise, chosen)  # fmt: skip

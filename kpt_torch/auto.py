@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -26,7 +25,8 @@ from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
 from kpt.validation import Certificate, compare
 from kpt_torch.backend import detected, device_of, profile
-from kpt_torch.capture import to_numpy
+from kpt_torch.library import dtype_name
+from kpt_torch.on_device import OnDevice
 from kpt_torch.optimized import leaving, modules_of, optimize, put_back, unproved, without
 from kpt_torch.planner import Front
 from kpt_torch.trials import sample
@@ -111,7 +111,7 @@ class Session:
         plan = self._planned(self.fast)
         if not plan.sites:
             return plan, None
-        verdict = _verdict(self._values(self.given), self._values(self.fast), plan)
+        verdict = _verdict(self._values(self.given), self._values(self.fast), plan, self.on)
         note = f"The whole program on example inputs: {verdict.summary()}."
         if not verdict.passed:
             plan = as_written(plan, "The original is kept: the whole program disagreed.")
@@ -146,12 +146,12 @@ class Session:
         loss = _loss(out) if self.trained else None
         return out, [] if loss is None else list(torch.autograd.grad(loss, self.moving, allow_unused=True, materialize_grads=True))
 
-    def _values(self, program: Callable[..., Any]) -> dict[str, np.ndarray]:
+    def _values(self, program: Callable[..., Any]) -> dict[str, torch.Tensor]:
         """Results and gradients by name, of the same state and random numbers at each call."""
         with put_back(self.state):
             out, grads = self._once(program)
             results = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-            return {f"result{i}": to_numpy(t) for i, t in enumerate(results)} | {f"d{i}": to_numpy(g) for i, g in enumerate(grads)}
+            return {f"result{i}": t.detach().clone() for i, t in enumerate(results)} | {f"d{i}": g.detach() for i, g in enumerate(grads)}
 
     def _peak(self, program: Callable[..., Any]) -> int | None:
         """Bytes that a call needs besides what is there before it; known on CUDA alone."""
@@ -163,16 +163,16 @@ class Session:
         return torch.cuda.max_memory_allocated(self.on) - before
 
 
-def _verdict(original: Mapping[str, np.ndarray], actual: Mapping[str, np.ndarray], plan: Plan) -> Certificate:
+def _verdict(original: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor], plan: Plan, on: torch.device) -> Certificate:
     """Results and gradients of the rewritten program beside the original's."""
-    dtypes = [spec.dtype for s in plan.sites for spec in s.specs.values()] + [str(a.dtype) for a in original.values()]
+    dtypes = [spec.dtype for s in plan.sites for spec in s.specs.values()] + [dtype_name(t.dtype) for t in original.values()]
     # Roundings of sites in sequence add in squares, as if all of their sums were one.
     length = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
     gradients = [n for n in original if n.startswith("d")]
     # A gradient that cancels (a key's bias, which softmax does not see) errs by the rounding of gradients of the usual size.
-    usual = max((float(np.sqrt(np.mean(np.square(original[n], dtype=np.float64)))) for n in gradients if original[n].size), default=0.0)
+    usual = max((float(original[n].abs().double().square().mean().sqrt()) for n in gradients if original[n].numel()), default=0.0)
     return compare(actual, original, narrowest(dtypes), length, gradients=gradients, terms=dict.fromkeys(gradients, usual),
-                   where="the example inputs")  # fmt: skip
+                   where="the example inputs", measure=OnDevice(on).metrics)  # fmt: skip
 
 
 def _loss(out: Any) -> torch.Tensor | None:
