@@ -26,7 +26,7 @@ from kpt_jax.modules import function_of, is_linen, is_nnx
 from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
-from kpt_jax.whole import certify_whole, worst_difference
+from kpt_jax.whole import certify_whole
 
 
 def runner(arrays: Iterable[Any] = ()) -> Runner:
@@ -85,8 +85,8 @@ class Session:
         self.fast.ban(sites)
 
     def validate(self) -> tuple[Plan, float | None]:
-        plan = certify_whole(self.fast, self.args, self.kwargs)
-        return plan, worst_difference(self.fast, self.args, self.kwargs, plan) if plan.sites else None
+        plan, worst = certify_whole(self.fast, self.args, self.kwargs)
+        return plan, worst if plan.sites else None
 
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         fast = self.fast

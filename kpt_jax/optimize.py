@@ -241,7 +241,7 @@ class Optimized:
 
         if modules.holds_nnx((args, kwargs)):
             return self._for_nnx().certify(*modules.values_of(args, kwargs)[1])
-        return certify_whole(self, args, kwargs)
+        return certify_whole(self, args, kwargs)[0]
 
     def _for_nnx(self) -> Optimized:
         """This function of values: what it changes in its objects comes back as state, and is written to them."""

@@ -23,14 +23,15 @@ log = logging.getLogger("kpt")
 _GUILTY = "The whole program disagreed with the original while this site was in; a bisection found it."
 
 
-def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
+def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> tuple[Plan, float | None]:
     """Holds the rewritten function to the original on these arguments.
 
     Where they disagree although each site agreed alone, halves of the sites are tried until the guilty one is
     found; it runs as it was written from then on.
 
     Returns:
-      The plan in force afterwards. Its notes hold the outcome; `skipped` names what was taken out.
+      The plan in force afterwards, whose notes hold the outcome and whose `skipped` names what was taken out; and the largest relative
+      L2 difference from the original, over results and gradients, None where there are no floats.
 
     Raises:
       ValidationError: the two disagree with no kernel in place.
@@ -53,14 +54,9 @@ def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> Plan:
         log.warning("%s disagreed with the original because of %s", plan.function, ", ".join(guilty))
         optimized.ban(_paths(guilty))
         plan = optimized.plan(*args, **kwargs)
-    return dataclasses.replace(plan, notes=(*plan.notes, f"The whole function on example inputs: {verdict.summary()}."))
-
-
-def worst_difference(optimized: Optimized, args: tuple, kwargs: dict, plan: Plan) -> float | None:
-    """Largest relative L2 difference from the original, over results and gradients; None where there are no floats."""
-    found = Reference(optimized, args, kwargs, plan).compare(optimized)
-    worst = [w for w in (found.worst(gradient=False), found.worst(gradient=True)) if w is not None]
-    return max(worst, default=None)
+    worst = [w for w in (verdict.worst(gradient=False), verdict.worst(gradient=True)) if w is not None]
+    note = f"The whole function on example inputs: {verdict.summary()}."
+    return dataclasses.replace(plan, notes=(*plan.notes, note)), max(worst, default=None)
 
 
 def _paths(sites: Iterable[str]) -> dict[str, str]:
