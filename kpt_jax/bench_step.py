@@ -115,6 +115,7 @@ def step(model: Any, params: Any, state: Any, ids: jax.Array, labels: jax.Array)
 Row = dict[str, Any]
 Step = Callable[..., Any]
 State = tuple[Any, Any]
+Make = Callable[[State, Any], tuple[Step, Row]]
 
 
 def fresh(layers: int) -> State:
@@ -127,7 +128,7 @@ def by_hand(layers: int, attention: Attention) -> Step:
     return functools.partial(step, nnx.graphdef(nnx.eval_shape(lambda: Llama(layers, attention, nnx.Rngs(0)))))
 
 
-def contenders(layers: int, budget: str) -> dict[str, Callable[[State, Any], tuple[Step, Row]]]:
+def contenders(layers: int, budget: str) -> dict[str, Make]:
     """By name: the step, given a state and a batch as examples, and what there is to say of it.
 
     kpt's come first: what it times runs in another process, for which there has to be memory on the device, and a process does not give
@@ -150,7 +151,8 @@ def contenders(layers: int, budget: str) -> dict[str, Callable[[State, Any], tup
     peers: dict[str, Step] = {"as written": written, "cuDNN by hand": by_hand(layers, cudnn_attention)}
     if importlib.util.find_spec("tokamax"):
         peers["tokamax by hand"] = by_hand(layers, tokamax_attention)
-    return {"through kpt": optimized, "auto_optimize": auto} | {n: functools.partial(_given, f) for n, f in peers.items()}
+    ours: dict[str, Make] = {"through kpt": optimized, "auto_optimize": auto}
+    return ours | {n: functools.partial(_given, f) for n, f in peers.items()}
 
 
 def _given(program: Step, state: State, batch: Any) -> tuple[Step, Row]:
@@ -189,7 +191,7 @@ def measure(layers: int, budget: str = "60s", only: str = "", say: Callable[[str
         yield found
 
 
-def _alone(make: Callable[[State, Any], tuple[Step, Row]], state: State, batch: Any) -> tuple[Row, Any]:
+def _alone(make: Make, state: State, batch: Any) -> tuple[Row, Any]:
     """What there is to say of a contender, its first steps among it, and its compiled step."""
     program, row = make(state, batch)
     start = time.perf_counter()
