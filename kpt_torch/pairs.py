@@ -70,9 +70,11 @@ def read_by_linear(
         between = [n for n, at in order.items() if place[0] <= at <= order[layer]]
         if any(place[0] <= m <= order[layer] for m in captured.marks) or any(effectful(n) for n in between):
             continue
-        weight = layer.args[1].meta["val"]  # type: ignore[union-attr]
-        dtypes = {*captured.autocast.get(layer, {}).values()} or {weight.dtype}
-        if dtypes != {torch_dtype(match.arrays["x"].spec.dtype)} or e.spec.dtype != match.arrays["x"].spec.dtype:
+        weight = layer.args[1].meta.get("val")  # type: ignore[union-attr]
+        if not isinstance(weight, torch.Tensor):
+            continue
+        dtype, x = captured.autocast.get(layer, {}).get(device.type) or weight.dtype, match.arrays["x"].spec.dtype
+        if dtype != torch_dtype(x) or e.spec.dtype != x:
             continue
         if _same_bits_with_linear(fn, *_call(match), tuple(map(int, weight.shape)), device):
             layers[layer] = i
