@@ -106,7 +106,7 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "factors"
 
 
-glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early)
+glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early, results=False)
 
 
 def _linear_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -122,9 +122,10 @@ def _linear_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cota
     gate, up = kept or _products(arrays)
     h = dy @ w.t()  # its gradient so far
     dgate, dup = (gate, up) if over else (torch.empty_like(gate), torch.empty_like(up))
-    put_gradients(gate, up, h, dgate, dup, params["activation"], y=h)
-    found = _of_products(arrays, x, dgate, dup, wanted)
-    return found | ({"w_down": _of_weight(w, h, dy)} if "w_down" in wanted else {})
+    put_gradients(gate, up, h, dgate, dup, params["activation"], y=h if "w_down" in wanted else None)
+    found = {"w_down": _of_weight(w, h, dy)} if "w_down" in wanted else {}
+    del h  # before there are more arrays
+    return found | _of_products(arrays, x, dgate, dup, wanted)
 
 
 def _without(specs: Specs) -> dict[str, Spec]:
