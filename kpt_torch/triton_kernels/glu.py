@@ -19,6 +19,7 @@ import triton
 
 from kpt import ops
 from kpt.ops.base import Cost, Spec, Specs
+from kpt.ops.linear_act import project_vjp
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch
@@ -149,8 +150,8 @@ def _reference(*, w_down: Any, **rest: Any) -> tuple[Any, ...]:
 
 def _reference_vjp(cotangents: tuple, *, w_down: Any, **rest: Any) -> dict[str, Any]:
     (g,), (h,) = cotangents, GLU.reference(**rest)
-    dw = h.reshape(-1, h.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-    return GLU.reference_vjp((g @ w_down.T,), **rest) | {"w_down": dw}
+    dh, dw, _ = project_vjp(g, h, w_down)
+    return GLU.reference_vjp((dh,), **rest) | {"w_down": dw}
 
 
 GLU = ops.op("glu")
