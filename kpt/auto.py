@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kpt.errors import KptError, MissingDependencyError
 from kpt.kernels.spec import ORIGINAL
-from kpt.strategy import Plan
+from kpt.strategy import Plan, Site
 from kpt.tuning import gain, ratio, sigmas
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ class Report:
     def peak_memory(self) -> tuple[int | None, int | None]:
         """Bytes before and after."""
         return self.memory_before, self.memory_after if self.kept else self.memory_before
+
+    def __repr__(self) -> str:
+        kept = f"{len(self.plan.sites)} sites with a kernel" if self.kept else "the original is kept"
+        return f"Report of {self.function} on {self.hardware}: {self.measured}, {self.measured_speedup:.2f}x ± {self.noise:.1%}; {kept}"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -139,6 +143,9 @@ class Result:
     plan: Plan
     report: Report
 
+    def __repr__(self) -> str:
+        return f"Result(fn, plan, report), {self.report!r}"
+
     @property
     def model(self) -> Any:
         return self.fn
@@ -197,7 +204,11 @@ def session(fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level:
 
 def as_written(plan: Plan, reason: str) -> Plan:
     """The plan that leaves every site as it is."""
-    left = tuple(dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason) for s in plan.sites)
+    def written(s: Site) -> Site:
+        others = {k: why for k, why in s.alternatives.items() if k != ORIGINAL}  # it is the choice now
+        return dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason, alternatives=others)
+
+    left = tuple(map(written, plan.sites))
     return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
 
 

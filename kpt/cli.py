@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,6 +85,9 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     context.obj = debug
+    if not debug:  # torch logs the traceback of what it cannot capture, and the error that follows says it in a line
+        for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
+            logging.getLogger(name).addFilter(lambda record: False)
     with answering(context, as_json=False):
         start_logging()
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import fx
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -43,6 +44,7 @@ class Backend:
       dropped: kernels that are not to be used, by name, and why.
       certify: instead of the setting.
       foreign: sites of a given plan of another framework that have found no counterpart yet.
+      breaks: why Dynamo broke the program into several graphs, in its words.
     """
 
     level: str
@@ -55,13 +57,17 @@ class Backend:
     certify: str | None = None
     plans: list[Plan] = dataclasses.field(default_factory=list)
     foreign: list[Site] | None = None
+    breaks: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.before = dict(counters["graph_break"])
         if self.given is not None and self.given.framework != "torch":
             self.foreign = list(self.given.sites)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         part = len(self.plans)
+        met = (reason for reason, times in counters["graph_break"].items() if times > self.before.get(reason, 0))
+        self.breaks.update(dict.fromkeys(reason.partition("\n")[0].strip() for reason in met))
         self.plans.append(self._planner(gm, inputs).plan(self.name))  # its place; what the inner compiler does may call this again
         return self._while_held(gm, inputs, part, held(gm, inputs))
 

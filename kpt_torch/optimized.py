@@ -244,7 +244,8 @@ def whole(backend: Backend, settings: Settings, name: str) -> Plan:
             if (s.path, s.op, s.fingerprint) not in met
         )
     if len(plans) > 1:
-        notes += (f"Dynamo breaks the program into {len(plans)} graphs; each was rewritten on its own, and no site spans two.",)
+        why = f" ({'; '.join(backend.breaks)})" if backend.breaks else ""
+        notes += (f"Dynamo breaks the program into {len(plans)} graphs{why}; each was rewritten on its own, and no site spans two.",)
     return dataclasses.replace(first, sites=tuple(s for p in plans for s in p.sites), skipped=tuple(s for p in plans for s in p.skipped),
                                notes=notes)  # fmt: skip
 

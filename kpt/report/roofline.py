@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from kpt import ops
 from kpt.errors import KptError
-from kpt.hardware import HardwareProfile, hardware_profile, time_bound
+from kpt.hardware import HardwareProfile, detect_hardware, hardware_profile, time_bound
 from kpt.kernels import registry
 from kpt.kernels.estimate import estimate, seconds
 from kpt.kernels.spec import ORIGINAL, original
@@ -31,7 +31,8 @@ def roofline(plan: Plan) -> Figure | None:
       None where the chip's figures are not known, or no site has any work.
     """
     try:
-        hardware = hardware_profile(plan.hardware)
+        # "cpu" is any CPU by its name; plans on one choose by what was read of it.
+        hardware = detect_hardware(platform="cpu") if plan.hardware == "cpu" else hardware_profile(plan.hardware)
     except KptError:  # a chip that was described by hand
         return None
     count: dict[tuple[str, ...], int] = {}

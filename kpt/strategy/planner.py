@@ -277,9 +277,10 @@ class Planner:
                 return self.front.against_reference(match, specs, fn)
         raise KernelError(f"{kernel.name} was to be certified at reduced size", f"It {why}", "Raise KPT_CERTIFY_BYTES")
 
-    def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, others: Mapping[str, str] | None = None) -> None:
-        base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(others or {}))
-        self.skipped.append(dataclasses.replace(base, kernel=ORIGINAL, version=None, reason=reason))
+    def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, refused: Mapping[str, str] | None = None) -> None:
+        base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(refused or {}))
+        others = {k: why for k, why in base.alternatives.items() if k != ORIGINAL}  # it is the choice now
+        self.skipped.append(dataclasses.replace(base, kernel=ORIGINAL, version=None, reason=reason, alternatives=others))
 
     def _proved(
         self, program: Program, match: Match, kernel: KernelSpec, fn: Kernel, site: Site, leaves: Leaves

@@ -19,6 +19,7 @@ import triton
 
 from kpt import ops
 from kpt.ops.base import Cost, Spec, Specs
+from kpt.ops.linear_act import project_vjp
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch
@@ -106,7 +107,7 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "factors"
 
 
-glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early)
+glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early, results=False)
 
 
 def _linear_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -122,9 +123,10 @@ def _linear_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cota
     gate, up = kept or _products(arrays)
     h = dy @ w.t()  # its gradient so far
     dgate, dup = (gate, up) if over else (torch.empty_like(gate), torch.empty_like(up))
-    put_gradients(gate, up, h, dgate, dup, params["activation"], y=h)
-    found = _of_products(arrays, x, dgate, dup, wanted)
-    return found | ({"w_down": _of_weight(w, h, dy)} if "w_down" in wanted else {})
+    put_gradients(gate, up, h, dgate, dup, params["activation"], y=h if "w_down" in wanted else None)
+    found = {"w_down": _of_weight(w, h, dy)} if "w_down" in wanted else {}
+    del h  # before there are more arrays
+    return found | _of_products(arrays, x, dgate, dup, wanted)
 
 
 def _without(specs: Specs) -> dict[str, Spec]:
@@ -148,8 +150,8 @@ def _reference(*, w_down: Any, **rest: Any) -> tuple[Any, ...]:
 
 def _reference_vjp(cotangents: tuple, *, w_down: Any, **rest: Any) -> dict[str, Any]:
     (g,), (h,) = cotangents, GLU.reference(**rest)
-    dw = h.reshape(-1, h.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-    return GLU.reference_vjp((g @ w_down.T,), **rest) | {"w_down": dw}
+    dh, dw, _ = project_vjp(g, h, w_down)
+    return GLU.reference_vjp((dh,), **rest) | {"w_down": dw}
 
 
 GLU = ops.op("glu")

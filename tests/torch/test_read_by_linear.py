@@ -102,11 +102,15 @@ def saved(module, x):
 
 
 def test_the_result_of_glu_is_not_kept(monkeypatch):
-    module = MLP()
-    assert (2, 8, HIDDEN) not in saved(kpt_torch.optimize(module), given())
+    """The two factors are, and where the linear layer runs apart, what it multiplies."""
+
+    def of_its_size(module):
+        return sum(torch.Size(s).numel() == 2 * 8 * HIDDEN for s in saved(module, given()))
+
+    assert of_its_size(kpt_torch.optimize(MLP())) == 2
     monkeypatch.delattr(glu.glu, "then_linear")
     torch._dynamo.reset()
-    assert (2, 8, HIDDEN) in saved(kpt_torch.optimize(MLP()), given())
+    assert of_its_size(kpt_torch.optimize(MLP())) == 3
 
 
 def test_autocast_hands_both_what_it_would(monkeypatch):
