@@ -93,7 +93,7 @@ class Session:
         programs: dict[str, Any] = {ORIGINAL: fast.original} | ({"every site": fast} if plan.sites else {})
         programs = {n: _flat(signature, f) for n, f in programs.items()}
         measured = FORWARD
-        trained = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
+        trained: dict[str, Any] = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
         if all(f is not None for f in trained.values()):
             measured, programs = BOTH, trained
         timings = measure(programs, arrays)

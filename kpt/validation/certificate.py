@@ -161,8 +161,8 @@ def certify(
 
 
 def compare(
-    actual: Mapping[str, np.ndarray],
-    original: Mapping[str, np.ndarray],
+    actual: Mapping[str, Any],
+    original: Mapping[str, Any],
     dtype: str,
     reduction_length: int | Mapping[str, int],
     *,

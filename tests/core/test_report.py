@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from kpt.errors import KptError, MissingDependencyError
-from kpt.hardware import hardware_profile
+from kpt.hardware import detect_hardware
 from kpt.kernels import registry
 from kpt.kernels.estimate import seconds
 from kpt.ops import Spec, op
@@ -222,7 +222,7 @@ def test_sites_stand_under_the_roof_of_their_chip():
     (x0, y0), (x1, y1), (x2, y2) = roof
     assert x0 < before[0][0] < x1 <= x2 and y2 == y1 < y0
     assert all(y > y0 + (x - x0) / (x1 - x0) * (y1 - y0) for x, y in (*before, *after))
-    cpu, cost = hardware_profile("cpu"), op("rms_norm").cost(plan.sites[0].specs, eps=1e-6)
+    cpu, cost = detect_hardware(platform="cpu"), op("rms_norm").cost(plan.sites[0].specs, eps=1e-6)
     assert [r[:4] for r in figure.table.rows] == [("rms_norm", "rms_norm.xla", "2", "float32"), ("rms_norm", "original", "1", "float32")]
     assert figure.table.rows[0][4:7] == (f"{cost.flops / cost.bytes:,.3g}", "memory", seconds(cost.bytes / cpu.memory_bandwidth))
     assert render(report(plan=plan)) and "FLOP/byte" in figure.svg
