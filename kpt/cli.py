@@ -78,6 +78,11 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Torch logs the traceback of what it cannot capture; the error that follows says it in a line."""
+    return not record.exc_info and "Traceback" not in record.getMessage() and "failed while attempting" not in record.getMessage()
+
+
 @app.callback()
 def root(
     context: typer.Context,
@@ -85,9 +90,8 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     context.obj = debug
-    if not debug:  # torch logs the traceback of what it cannot capture, and the error that follows says it in a line
-        for name in ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
-            logging.getLogger(name).addFilter(lambda record: False)
+    for name in () if debug else ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
+        logging.getLogger(name).addFilter(_no_traceback)
     with answering(context, as_json=False):
         start_logging()
 

@@ -71,6 +71,8 @@ class Session:
             self.fast.ban({s.path: s.reason for s in plan.skipped})
 
     def leave_out(self, budget: float) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        if budget <= 0:
+            return {}, ()
         signature, arrays = self.fast.split(self.args, self.kwargs)
 
         def ready(left: Mapping[str, str]) -> Callable[[int], float]:

@@ -23,7 +23,7 @@ from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning import rounds
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
-from kpt.validation import Certificate, compare
+from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.library import dtype_name
 from kpt_torch.on_device import OnDevice
@@ -95,6 +95,9 @@ class Session:
         self.fast = without(self.fast, dropped)
 
     def leave_out(self, budget: float) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        if budget <= 0:
+            return {}, ()
+
         def ready(left: Mapping[str, str]) -> Callable[[int], float]:
             program = leaving(self.fast, left)
             self._once(program)  # is captured and compiled
@@ -151,7 +154,8 @@ class Session:
         with put_back(self.state):
             out, grads = self._once(program)
             results = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-            return {f"result{i}": t.detach().clone() for i, t in enumerate(results)} | {f"d{i}": g.detach() for i, g in enumerate(grads)}
+            named = {f"result{i}": t for i, t in enumerate(results)} | {f"d{i}": g for i, g in enumerate(grads)}
+            return {n: t.detach().to("cpu", copy=True) for n, t in named.items()}  # copies: a program may return the same memory again
 
     def _peak(self, program: Callable[..., Any]) -> int | None:
         """Bytes that a call needs besides what is there before it; known on CUDA alone."""
@@ -170,9 +174,13 @@ def _verdict(original: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Te
     length = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
     gradients = [n for n in original if n.startswith("d")]
     # A gradient that cancels (a key's bias, which softmax does not see) errs by the rounding of gradients of the usual size.
-    usual = max((float(original[n].abs().double().square().mean().sqrt()) for n in gradients if original[n].numel()), default=0.0)
+    usual = max((_rms(original[n]) for n in gradients if original[n].numel()), default=0.0)
+
+    def measure(a: torch.Tensor, r: torch.Tensor) -> ErrorMetrics:  # one at a time: beside the program there may be little room
+        return OnDevice(on).metrics(a.to(on), r.to(on))
+
     return compare(actual, original, narrowest(dtypes), length, gradients=gradients, terms=dict.fromkeys(gradients, usual),
-                   where="the example inputs", measure=OnDevice(on).metrics)  # fmt: skip
+                   where="the example inputs", measure=measure)  # fmt: skip
 
 
 def _loss(out: Any) -> torch.Tensor | None:
@@ -180,3 +188,7 @@ def _loss(out: Any) -> torch.Tensor | None:
     found = out if isinstance(out, torch.Tensor) else getattr(out, "loss", None)
     ok = isinstance(found, torch.Tensor) and found.dim() == 0 and found.is_floating_point() and found.requires_grad
     return found if ok else None
+
+
+def _rms(t: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.abs() if t.is_complex() else t, dtype=torch.float64)) / t.numel() ** 0.5

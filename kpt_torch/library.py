@@ -79,7 +79,9 @@ def kernel(
         arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
         with _plain(arrays):
             made, saved = forward(arrays, params)
-        return _apart([t.contiguous() for t in (*made, *saved)], given[:-1])  # contiguous: what the fake implementation says
+        # Contiguous: what the fake implementation says. And autograd forbids writes into a view that a function made.
+        whole = [torch.ops.aten._unsafe_view(t, t.shape) if t._is_view() else t for t in (t.contiguous() for t in (*made, *saved))]
+        return _apart(whole, given[:-1])
 
     def fake(*given: Any) -> list[torch.Tensor]:
         arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
@@ -213,6 +215,7 @@ def _differentiable(
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
         ctx.count, ctx.spent = _results(ctx.present), False
+        assert results or ctx.count == 1
         ctx.alone = output[ctx.count :] if alone else None
         seen = [*(output[: ctx.count] if results else ()), *(() if alone else output[ctx.count :])]
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *seen)

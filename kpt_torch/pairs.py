@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from kpt.fusion.program import Match, Program
-from kpt_torch.apply import span
+from kpt_torch.apply import is_symbolic, span
 from kpt_torch.capture import Captured
 from kpt_torch.library import torch_dtype
 from kpt_torch.lower import aten, effectful
@@ -71,7 +71,7 @@ def read_by_linear(
         if any(place[0] <= m <= order[layer] for m in captured.marks) or any(effectful(n) for n in between):
             continue
         weight = layer.args[1].meta.get("val")  # type: ignore[union-attr]
-        if not isinstance(weight, torch.Tensor):
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or any(map(is_symbolic, weight.shape)):
             continue
         dtype, x = captured.autocast.get(layer, {}).get(device.type) or weight.dtype, match.arrays["x"].spec.dtype
         if dtype != torch_dtype(x) or e.spec.dtype != x:

@@ -101,7 +101,7 @@ class Front:
                     grads = torch.autograd.grad([outs[i] for i in moving], [given[v] for v in wrt],
                                                 [cotangents[i].clone() for i in moving], allow_unused=True)
                 shown = [torch.zeros_like(given[v]) if g is None else g for v, g in zip(wrt, grads, strict=True)]
-                return [o.detach() for o in outs], shown
+                return [o.detach().clone() for o in outs], [g.clone() for g in shown]  # code may return the same memory again
 
             return run
 

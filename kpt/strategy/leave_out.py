@@ -55,13 +55,14 @@ def leave_out(sites: Iterable[Site], ready: Callable[[Mapping[str, str]], Sample
         except Exception as problem:  # the original may need more memory than there is; then the kernel is what is needed
             log.info("the program was not timed without %s: %s", kind[0], problem)
             continue
+        finally:
+            longest = max(longest, time.monotonic() - start)
         won, noise = gain(taken["with"], taken["without"])
         if won > sigmas(len(taken["with"])) * noise:
             faster = f"the program is {math.expm1(won):.1%} ± {noise:.1%} faster without {kind[0].kernel}"
             left |= dict.fromkeys((s.path for s in kind), f"Measured: {faster}.")
             notes.append(f"{kind[0].op} ({len(kind)} site{'s' if len(kind) > 1 else ''}): left as written, {faster}.")
             whole = other
-        longest = max(longest, time.monotonic() - start)
     return left, tuple(notes)
 
 

@@ -161,4 +161,13 @@ LINEAR = dataclasses.replace(
 )  # fmt: skip
 """`glu(x) w_down`: no op that programs are searched for, but how a site and the linear layer that reads it are run."""
 glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, results=False)
-glu.then_linear = glu_linear  # type: ignore[attr-defined]  # see kpt_torch/pairs.py
+
+
+def _then_linear(*, w_down: torch.Tensor, **rest: Any) -> Any:
+    """`glu_linear`, but where nothing before the last product has a gradient: then its array alone is kept."""
+    if w_down.requires_grad and not any(isinstance(t, torch.Tensor) and t.requires_grad for t in rest.values()):
+        return glu(**rest) @ w_down
+    return glu_linear(w_down=w_down, **rest)
+
+
+glu.then_linear = _then_linear  # type: ignore[attr-defined]  # see kpt_torch/pairs.py

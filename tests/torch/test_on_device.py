@@ -94,6 +94,20 @@ def test_a_digest_is_of_values_and_their_places(dtype, monkeypatch):
     assert (ROOM.digest(swapped) == digest) == bool(x[0, 0] == x[9, 1])
 
 
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, -math.inf), (2.0, 4.0)])
+def test_masks_of_wide_numbers_have_digests_of_their_own(values):
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, 2, (4000, 32), generator=generator)
+    made = torch.tensor(values, dtype=torch.float64)[picks]
+    assert len({ROOM.digest(m) for m in made}) == len({tuple(p.tolist()) for p in picks})
+
+
+def test_a_digest_of_any_tensor():
+    x = torch.randn(6, dtype=torch.complex128)
+    assert ROOM.digest(x.conj()) == ROOM.digest(x.conj().resolve_conj()) != ROOM.digest(x)
+    assert ROOM.digest(x.conj().imag) == ROOM.digest(-x.imag)
+
+
 def test_a_draw_is_of_its_seed_mean_and_deviation():
     spec = Spec((64, 500), "bfloat16")
     x = ROOM.normal(7, spec, 1.0, 0.25)

@@ -148,6 +148,47 @@ def test_frozen_weights_no_gradients_and_checkpoints():
     torch.testing.assert_close(x.grad, want[2])
 
 
+class Last(MLP):
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("how", ["optimize", "backend"])
+def test_what_it_makes_may_be_written_into(how):
+    module = Last()
+    want = stepped(torch.nn.Sequential(module, torch.nn.ReLU(inplace=True)), given())
+    module.zero_grad()
+    fast = kpt_torch.optimize(module) if how == "optimize" else torch.compile(module, backend="kpt")
+    got = stepped(torch.nn.Sequential(fast, torch.nn.ReLU(inplace=True)), given())
+    torch.testing.assert_close((got[0], list(got[1].values()), got[2]), (want[0], list(want[1].values()), want[2]))
+    y = fast(given())
+    y += 1
+    assert fast(given()).detach_().grad_fn is None
+
+
+def test_where_the_last_weight_alone_is_learned_one_array_is_kept():
+    module = Last()
+    for layer in (module.gate, module.up):
+        layer.weight.requires_grad_(False)
+    fast, x = kpt_torch.optimize(module), given(False)
+    assert joined(kpt_torch.plan(module, x))
+    assert [s for s in saved(fast, x) if torch.Size(s).numel() == 2 * 8 * HIDDEN] == [(16, HIDDEN)]
+    (slope,) = torch.autograd.grad(fast(x).square().sum(), [module.down.weight], create_graph=True)
+    (again,) = torch.autograd.grad(module(x).square().sum(), [module.down.weight], create_graph=True)
+    for s in (slope, again):
+        s.square().sum().backward()
+    torch.testing.assert_close(slope, again)
+
+
+def test_a_weight_whose_size_may_change_runs_apart():
+    def program(x, gate, up, down):
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    x, gate, up, down = given(), torch.randn(HIDDEN, WIDTH), torch.randn(HIDDEN, WIDTH), torch.randn(6, HIDDEN)
+    torch._dynamo.mark_dynamic(down, 0)
+    torch.testing.assert_close(torch.compile(program, backend="kpt")(x, gate, up, down), program(x, gate, up, down))
+
+
 def test_it_compiles_and_exports_whole():
     module = MLP()
     want = stepped(module, given())
