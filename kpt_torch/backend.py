@@ -25,6 +25,7 @@ from kpt.strategy import Plan, Site, level_named
 from kpt.strategy.planner import Planner
 from kpt_torch.apply import is_symbolic
 from kpt_torch.capture import Sizes, capture, mutated_storages, to_numpy
+from kpt_torch.direct import direct
 from kpt_torch.held import Held, held, while_held
 from kpt_torch.lower import lower, storage
 from kpt_torch.planner import Front, rewritten
@@ -98,6 +99,8 @@ class Backend:
         if self.inner is not None:
             return planner.plan(self.name), self.inner(run, inputs)
         _checkpoints(run)
+        if made is not None:
+            direct(run)
         return planner.plan(self.name), run.forward
 
     def _planner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Planner:

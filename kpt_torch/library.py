@@ -146,29 +146,37 @@ def nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
 
     By their dispatch keys: other ones have tensors without memory, with a lazy sign or conjugation, batched and wrapped ones.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(t is None or (type(t) in PLAIN and _keys(t) in _plain_keys(t.device.type)) for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for t in tensors:  # noqa: SIM110  (a generator takes twice as long, and this is on the way of every call)
+        if t is not None and (type(t) not in PLAIN or _keys(t) not in _PLAIN_KEYS and not _is_memory(t)):
+            return False
+    return True
 
 
 def _keys(t: torch.Tensor) -> int:
     return torch._C._dispatch_keys(t).raw_repr()
 
 
-@functools.cache
-def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of tensors that are nothing but memory, made in and outside of inference mode."""
-    found = set()
+_PLAIN_KEYS: set[int] = set()
+"""The dispatch keys of tensors that are nothing but memory, of the devices that were met."""
+
+
+def _is_memory(t: torch.Tensor) -> bool:
+    """Whether a tensor has the dispatch keys of a new one on its device, made in or outside of inference mode; then they are known."""
+    if t.device.type == "meta":
+        return False
     for mode in (False, True):
         with torch.inference_mode(mode):
-            found.add(_keys(torch.empty(1, device=device)))
-    return frozenset(found) - {_keys(torch.empty(1, device="meta"))}
+            _PLAIN_KEYS.add(_keys(torch.empty(1, device=t.device)))
+    return _keys(t) in _PLAIN_KEYS
 
 
 def _differentiable(
@@ -192,7 +200,7 @@ def _differentiable(
     ) -> list[torch.Tensor]:
         with _plain(arrays):
             found = backward(arrays, params, outs, kept, cotangents, wanted)
-        made = [found[n].to(arrays[n].dtype) for n in wanted]
+        made = [t if (t := found[n]).dtype == arrays[n].dtype else t.to(arrays[n].dtype) for n in wanted]
         return [_laid_out(t, arrays[n]) for n, t in zip(wanted, made, strict=True)] if early else [t.contiguous() for t in made]
 
     def fake(*given: Any) -> list[torch.Tensor]:
@@ -235,10 +243,10 @@ def _differentiable(
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
                               "written over what it read", "Run the forward pass again")  # fmt: skip
         freed = _about_to_be_freed()
-        if not torch.is_grad_enabled() and nobody_watches([*made, *arrays.values(), *given]):
+        # What stayed with the node of autograd is what the forward pass had looked at.
+        if not torch.is_grad_enabled() and nobody_watches(given if ctx.alone is not None else [*made, *arrays.values(), *given]):
             ctx.spent = freed and ctx.alone is not None
-            with torch.no_grad():
-                gradients = pulled_back(arrays, params | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
+            gradients = pulled_back(arrays, params | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
             gradients = _apart(gradients, [*arrays.values(), *made[:count], *given])
             if freed:
                 ctx.alone = None  # as autograd frees what it saved
@@ -303,12 +311,12 @@ def _text(params: tuple[tuple[str, type, Any], ...]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _decoded(text: str) -> tuple[tuple[str, Any], ...]:
-    return tuple(wire.decode(json.loads(text)).items())
+def _decoded(text: str) -> Mapping[str, Any]:
+    return wire.decode(json.loads(text))
 
 
 def _params(op: Op, text: str) -> dict[str, Any]:
-    return {**op.params, **dict(_decoded(text))}
+    return {**op.params, **_decoded(text)}
 
 
 @functools.cache

@@ -129,20 +129,32 @@ def _patch() -> Any:
     return torch._dynamo.config.patch(_DYNAMO)  # which makes a class
 
 
+def _captured(fn: Callable[..., Any], backend: Backend, dynamic: bool | None = None) -> Callable[..., Any]:
+    """`torch.compile(fn, backend=backend)`, under Dynamo's settings as above while it captures: a call that it knows pays nothing."""
+    context: Any = torch._dynamo.optimize(backend=backend, dynamic=dynamic)
+    capture = context.callback
+
+    @functools.wraps(capture)
+    def told(*frame: Any) -> Any:
+        with _dynamo_told():
+            return capture(*frame)
+
+    context.callback = told
+    made: Callable[..., Any] = context(fn)
+    return made
+
+
 def compiled(fn: Callable[..., Any], settings: Settings, name: str, inner: Any = None) -> tuple[Callable[..., Any], Backend]:
     """`fn` under a backend of its own."""
     backend = settings.backend(name, inner)
-    run = torch.compile(_fresh(fn), backend=backend)
+    run = _captured(_fresh(fn), backend)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         # The code as it was written: for a program that is exported or traced by others; and a kernel has no forward derivative.
         if torch.compiler.is_exporting() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or forward_ad._current_level >= 0:
             return fn(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return run(*args, **kwargs)
-        with _dynamo_told():
-            return run(*args, **kwargs)
+        return run(*args, **kwargs)
 
     return call, backend
 
@@ -170,8 +182,8 @@ def planned(
 ) -> Plan:
     """Captures `fn` on these arguments and plans; what runs is the code as written."""
     backend = settings.backend(name, inner=_as_written)
-    run = torch.compile(_fresh(fn), backend=backend, dynamic=False)  # the plan is for these sizes
-    with put_back(tensors), _dynamo_told():
+    run = _captured(_fresh(fn), backend, dynamic=False)  # the plan is for these sizes
+    with put_back(tensors):
         run(*args, **kwargs)
     return whole(backend, settings, name)
 
