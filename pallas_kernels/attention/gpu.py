@@ -1,7 +1,7 @@
 """Attention for NVIDIA Hopper, forward and backward.
 
-`hopper_forward.py` and `hopper_backward.py` have the kernels, `hopper.py` what they share. Here are the mask's data, what becomes of
-queries that see no key, and the derivative.
+`hopper_forward.py` and `hopper_backward.py` have the kernels, `hopper_backward_wide.py` that for dk and dv of head dims above 128, and
+`hopper.py` what they share. Here are the mask's data, what becomes of queries that see no key, and the derivative.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from kpt.ops.base import Specs
 from kpt.ops.mask import Lengths, Mask, Segments
+from pallas_kernels.attention import hopper_backward_wide
 from pallas_kernels.attention.blocks import static_terms, visible_range
 from pallas_kernels.attention.calls import HEADS, LONGEST_TILE, Static, refused_on_one_hopper
-from pallas_kernels.attention import hopper_backward_wide
 from pallas_kernels.attention.hopper import numbers_of, padded
-from pallas_kernels.attention.hopper_backward import gradient_of_queries, gradients_of_keys
+from pallas_kernels.attention.hopper_backward import WIDEST, gradient_of_queries, gradients_of_keys
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
@@ -143,7 +143,7 @@ def backward_rule(static, q, k, v, data, out, lse, g):
     share = None
     if static.may_be_blind:
         share = _blind_share(static, sees_none & (jnp.arange(q.shape[1]) < static.queries), g, k.shape[2])
-    of_keys = gradients_of_keys if max(q.shape[3], v.shape[3]) <= 128 else hopper_backward_wide.gradients_of_keys
+    of_keys = gradients_of_keys if max(q.shape[3], v.shape[3]) <= WIDEST else hopper_backward_wide.gradients_of_keys
     dk, dv = of_keys(static, q, k, v, g, lse, delta, data, share)
     dq = gradient_of_queries(static, q, k, v, g, lse, delta, data)
     return vary_alike(dq, dk, dv, q)[:3]

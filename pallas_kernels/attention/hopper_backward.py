@@ -55,6 +55,8 @@ TILE = ROWS * WARPGROUPS
 TILE_COST = 2
 """What a tile costs besides its steps, in steps."""
 FEEDING, MULTIPLYING = 24, 240  # registers of a thread
+WIDEST = 128
+"""Head dim of which one warpgroup holds sums for both dk and dv; `hopper_backward_wide.py` has the kernel for wider ones."""
 
 
 @dataclasses.dataclass(frozen=True)

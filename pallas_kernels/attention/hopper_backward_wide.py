@@ -148,12 +148,15 @@ def gradients_of_keys(
         def wide(x: jax.Array) -> jax.Array:
             return lax.broadcast_in_dim(x, shape, [1])
 
-        def sum_up(tile: Any, scored: Ring, summed: Ring, factor: Callable[..., Callable[..., jax.Array]], out_ref: Any, finish: Any) -> None:
-            """Products of this warpgroup's tile with `scored` become left factors of products with `summed`, and those are its sums.
+        def sum_up(
+            tile: Any, scored: Ring, summed: Ring, factor: Callable[..., Any], out_ref: Any, finish: Callable[..., jax.Array]
+        ) -> None:
+            """What a warpgroup does: products of its tile with `scored` become left factors of products with `summed`, which it sums.
 
             Args:
-              factor: `factor(batch, key, span)(product, step, slot, place)`, what multiplies `summed`, and has read the last of `scored`.
-              finish: `finish(sums, batch, kv_head)`, what is written, over the tile that nothing else reads.
+              tile: keys or values, which no other warpgroup reads, so that the sums are written over them.
+              factor: `factor(batch, key, span)(product, step, slot, place)`, the left factor; reads the rows that came with `scored`.
+              finish: `finish(sums, batch, kv_head)`, what is written.
             """
             plgpu.set_max_registers(MULTIPLYING, action="increase")
             for slot in range(STAGES):
