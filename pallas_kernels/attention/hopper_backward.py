@@ -412,6 +412,10 @@ def gradient_of_queries(
             mine = pl.ds(warpgroup * ROWS, ROWS)
             queries, cotangents = q_tile.at[mine], g_tile.at[mine]
 
+            def placed(tile: Any, own: Any) -> Any:
+                """`own`, this warpgroup's part of a tile; of wide heads with addresses made anew, which ptxas would keep, and spill."""
+                return own if head <= WIDEST else tile.at[pl.ds(lax.optimization_barrier(warpgroup) * ROWS, ROWS)]
+
             def wide(x: jax.Array) -> jax.Array:
                 return lax.broadcast_in_dim(x, shape, [0])
 
@@ -434,7 +438,7 @@ def gradient_of_queries(
                     return lax.rem(before + step - span.first, stages)
 
                 def scores_of(step: Any, scores: Any) -> None:
-                    plgpu.wgmma(scores, queries, k_ring.at[slot_of(step)].transpose((1, 0)))
+                    plgpu.wgmma(scores, placed(q_tile, queries), k_ring.at[slot_of(step)].transpose((1, 0)))
 
                 def first_scores(scores: Any) -> jax.Array:
                     scores_of(span.first, scores)
@@ -452,7 +456,7 @@ def gradient_of_queries(
                         plgpu.barrier_wait(v_full.at[slot])
 
                         def weigh(dp: Any) -> jax.Array:
-                            plgpu.wgmma(dp, cotangents, v_ring.at[slot].transpose((1, 0)))
+                            plgpu.wgmma(dp, placed(g_tile, cotangents), v_ring.at[slot].transpose((1, 0)))
                             p = jnp.exp2(seen * static.unit - wide(lse))
                             ds = p * (plgpu.wgmma_accumulator_load(dp, wait_n=0) - wide(delta))
                             return (ds if static.cap is None else ds * (1 - tanh * tanh)).astype(q.dtype)
