@@ -238,7 +238,7 @@ HEADS = ((4, 4096, 16, 16, 128), (1, 16384, 16, 16, 128), (4, 4096, 32, 8, 128),
 
 BENCHES: dict[str, Bench] = {
     "attention": _attention(NO_MASK, HEADS),
-    "attention_causal": _attention(CAUSAL, HEADS),
+    "attention_causal": _attention(CAUSAL, (*HEADS, (4, 4096, 8, 8, 256))),
     "attention_window": _attention(WINDOW, ((1, 16384, 16, 16, 128),)),
     "attention_documents": _attention(DOCUMENTS, ((1, 8192, 16, 16, 128),), {"cuDNN, mask as an array": ("jax", _masked_cudnn)}),
     "layer_norm": _norm("layer_norm", plain_layer_norm, ("weight", "bias")),

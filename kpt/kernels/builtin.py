@@ -190,8 +190,9 @@ def _sum_outside(specs: Specs, params: Mapping[str, Any]) -> str | None:
 KERNELS: tuple[KernelSpec, ...] = (
     # Its blocks suit the caches of a CPU: 18 TFLOP/s on an H100, a third of plain code's.
     _xla("attention", version=2, masks=EVERY_MASK, additive=True, efficiency_on={"cuda": 0.02}),
-    # No estimate chooses it yet: its last backward pass ran on a chip at two shapes only, and was slower than cuDNN's at one of them
-    # (docs/benchmarks/hopper-notes-attention.md). `auto_optimize` and `kpt tune` measure it, in a process of its own, and then it counts.
+    # No estimate chooses it yet: its last backward pass ran on a chip at two shapes only, and was slower than cuDNN's at one of them; with
+    # head dims above 128 it has not run on one (docs/benchmarks/hopper-notes-attention.md). `auto_optimize` and `kpt tune` measure it, in a
+    # process of its own, and then it counts.
     _hopper(
         "attention",
         HALVES,

@@ -1,7 +1,7 @@
 """Attention for NVIDIA Hopper, forward and backward.
 
-`hopper_forward.py` and `hopper_backward.py` have the kernels, `hopper.py` what they share. Here are the mask's data, what becomes of
-queries that see no key, and the derivative.
+`hopper_forward.py` and `hopper_backward.py` have the kernels, `hopper_backward_wide.py` that for dk and dv of head dims above 128, and
+`hopper.py` what they share. Here are the mask's data, what becomes of queries that see no key, and the derivative.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 
 from kpt.ops.base import Specs
 from kpt.ops.mask import Lengths, Mask, Segments
+from pallas_kernels.attention import hopper_backward_wide
 from pallas_kernels.attention.blocks import static_terms, visible_range
 from pallas_kernels.attention.calls import HEADS, LONGEST_TILE, Static, refused_on_one_hopper
 from pallas_kernels.attention.hopper import numbers_of, padded
-from pallas_kernels.attention.hopper_backward import gradient_of_queries, gradients_of_keys
+from pallas_kernels.attention.hopper_backward import WIDEST, gradient_of_queries, gradients_of_keys
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
@@ -68,7 +69,7 @@ def attention(
     if Segments not in terms:
         q_segment_ids = kv_segment_ids = None
     data = numbers_of(static, q_segment_ids, kv_segment_ids, kv_lengths if Lengths in terms else None, b) if static.by_data else None
-    width = HEADS[0] if max(h, head_v) <= HEADS[0] else HEADS[1]
+    width = next(width for width in HEADS if max(h, head_v) <= width)
     # A copy is of a whole tile: the engine reads zeros past the end of an array, but newer jax wants room for one.
     q, k, v = (padded(padded(a, 1, 8 if a.shape[1] > LONGEST_TILE else LONGEST_TILE), 3, width) for a in (q, k, v))
     return _attention(static, q, k, v, data)[:, :t, :, :head_v].astype(out_dtype or q.dtype)
@@ -142,7 +143,8 @@ def backward_rule(static, q, k, v, data, out, lse, g):
     share = None
     if static.may_be_blind:
         share = _blind_share(static, sees_none & (jnp.arange(q.shape[1]) < static.queries), g, k.shape[2])
-    dk, dv = gradients_of_keys(static, q, k, v, g, lse, delta, data, share)
+    of_keys = gradients_of_keys if max(q.shape[3], v.shape[3]) <= WIDEST else hopper_backward_wide.gradients_of_keys
+    dk, dv = of_keys(static, q, k, v, g, lse, delta, data, share)
     dq = gradient_of_queries(static, q, k, v, g, lse, delta, data)
     return vary_alike(dq, dk, dv, q)[:3]
 

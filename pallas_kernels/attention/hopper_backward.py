@@ -54,9 +54,9 @@ TILE = ROWS * WARPGROUPS
 """Keys, or queries, of a thread block."""
 TILE_COST = 2
 """What a tile costs besides its steps, in steps."""
-STEP_OF_KEYS, STAGES_OF_KEYS = 128, 2
-"""Keys of a step of the kernel for dq, and steps in flight."""
 FEEDING, MULTIPLYING = 24, 240  # registers of a thread
+WIDEST = 128
+"""Head dim of which one warpgroup holds sums for both dk and dv; `hopper_backward_wide.py` has the kernel for wider ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,26 @@ def steps_of_queries(head: int, head_v: int) -> StepsOfQueries:
     """What is fastest of what fits. Of a thread's registers, sums for dk and dv take (H + Hv) / 2, scores a number of queries."""
     for steps in (StepsOfQueries(128, 2), StepsOfQueries(64, 3)):
         if steps.shared_bytes(head, head_v) <= SHARED_BYTES and (head + head_v) // 2 + steps.queries <= 192:
+            return steps
+    raise AssertionError(f"head dims {head} and {head_v} are refused")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsOfKeys:
+    """How the kernel for dq walks: keys of a step, and keys and values in flight, in steps."""
+
+    keys: int = 128
+    key_stages: int = 2
+    value_stages: int = 2
+
+    def shared_bytes(self, head: int, head_v: int) -> int:
+        return 2 * (TILE * (head + head_v) + self.keys * (self.key_stages * head + self.value_stages * head_v)) + 1024
+
+
+def steps_of_keys(head: int, head_v: int) -> StepsOfKeys:
+    """What is fastest of what fits. Values are read by the first of a step's three products alone, keys by the other two."""
+    for steps in (StepsOfKeys(), StepsOfKeys(keys=64, value_stages=1)):
+        if steps.shared_bytes(head, head_v) <= SHARED_BYTES:
             return steps
     raise AssertionError(f"head dims {head} and {head_v} are refused")
 
@@ -320,20 +340,22 @@ def gradient_of_queries(
 ) -> jax.Array:
     """dq; arguments as `gradients_of_keys` takes them."""
     (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
+    steps = steps_of_keys(head, head_v)
+    keys, key_stages, value_stages = steps.keys, steps.key_stages, steps.value_stages
     group, row_tiles = n // kv_heads, pl.cdiv(t, TILE)
     lse, delta = (padded(a, 2, TILE) for a in (lse, delta))  # loads are no copies of the engine, which reads zeros outside
     if numbers is None:
-        spans = span_of_keys(static, np.arange(row_tiles) * TILE, TILE, STEP_OF_KEYS)
+        spans = span_of_keys(static, np.arange(row_tiles) * TILE, TILE, keys)
         table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
     else:
-        numbers = numbers_in_tiles(numbers, q, k, TILE, STEP_OF_KEYS)
-        table = plan_by_data(spans_by_data(static, *numbers, TILE, STEP_OF_KEYS, of_keys=False), n, row_tiles)
+        numbers = numbers_in_tiles(numbers, q, k, TILE, keys)
+        table = plan_by_data(spans_by_data(static, *numbers, TILE, keys, of_keys=False), n, row_tiles)
     blocks, width = table.shape
-    shape, may_mask = (ROWS, STEP_OF_KEYS), static.masks(STEP_OF_KEYS)
+    shape, may_mask = (ROWS, keys), static.masks(keys)
     writers = feeders()
     free_tile = Buffers(WARPGROUPS + 2, READERS, writers)
     free_keys = Buffers(free_tile.index + 1, READERS, writers)
-    free_values = Buffers(free_keys.index + STAGES_OF_KEYS, READERS, writers)
+    free_values = Buffers(free_keys.index + key_stages, READERS, writers)
 
     def body(*given: Any) -> None:
         refs: Any = given
@@ -347,7 +369,7 @@ def gradient_of_queries(
         def item(i: Any) -> tuple[Any, Any, Any, Span]:
             batch, head_of, tile, behind = work.item(i, 1 if numbers is None else 5)
             row = tile * TILE
-            return batch, head_of, row, Span(*behind) if behind else span_of_keys(static, row, TILE, STEP_OF_KEYS)
+            return batch, head_of, row, Span(*behind) if behind else span_of_keys(static, row, TILE, keys)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _() -> None:
@@ -365,10 +387,12 @@ def gradient_of_queries(
 
                     @pl.loop(span.first, span.last)
                     def _(step: Any) -> None:
-                        slot = lax.rem(before + step - span.first, STAGES_OF_KEYS)
-                        at = pl.ds(step * STEP_OF_KEYS, STEP_OF_KEYS)
+                        place = before + step - span.first
+                        slot = lax.rem(place, key_stages)
+                        at = pl.ds(step * keys, keys)
                         free_keys.wait(slot)
                         plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+                        slot = slot if value_stages == key_stages else lax.rem(place, value_stages)
                         free_values.wait(slot)
                         plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
 
@@ -380,11 +404,17 @@ def gradient_of_queries(
         def _() -> None:
             plgpu.set_max_registers(MULTIPLYING, action="increase")
             free_tile.free()
-            for slot in range(STAGES_OF_KEYS):
-                free_keys.free(slot)
-                free_values.free(slot)
+            for slot in range(max(key_stages, value_stages)):
+                if slot < key_stages:
+                    free_keys.free(slot)
+                if slot < value_stages:
+                    free_values.free(slot)
             mine = pl.ds(warpgroup * ROWS, ROWS)
             queries, cotangents = q_tile.at[mine], g_tile.at[mine]
+
+            def placed(tile: Any, own: Any) -> Any:
+                """`own`, this warpgroup's part of a tile; of wide heads with addresses made anew, which ptxas would keep, and spill."""
+                return own if head <= WIDEST else tile.at[pl.ds(lax.optimization_barrier(warpgroup) * ROWS, ROWS)]
 
             def wide(x: jax.Array) -> jax.Array:
                 return lax.broadcast_in_dim(x, shape, [0])
@@ -398,17 +428,17 @@ def gradient_of_queries(
                     q_numbers = read(q_numbers_ref.at[batch, pl.ds(row, ROWS)], OF_ROWS)
 
                 def hide(s: jax.Array, step: Any) -> jax.Array:
-                    key, same = step * STEP_OF_KEYS, None
+                    key, same = step * keys, None
                     if numbers is not None:
-                        kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, STEP_OF_KEYS)], OF_COLUMNS)
+                        kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, keys)], OF_COLUMNS)
                         same = wide(q_numbers) == lax.broadcast_in_dim(kv_numbers, shape, [1])
                     return masked(static, s, row, key, 0, same)
 
-                def slot_of(step: Any) -> Any:
-                    return lax.rem(before + step - span.first, STAGES_OF_KEYS)
+                def slot_of(step: Any, stages: int = key_stages) -> Any:
+                    return lax.rem(before + step - span.first, stages)
 
                 def scores_of(step: Any, scores: Any) -> None:
-                    plgpu.wgmma(scores, queries, k_ring.at[slot_of(step)].transpose((1, 0)))
+                    plgpu.wgmma(scores, placed(q_tile, queries), k_ring.at[slot_of(step)].transpose((1, 0)))
 
                 def first_scores(scores: Any) -> jax.Array:
                     scores_of(span.first, scores)
@@ -420,13 +450,13 @@ def gradient_of_queries(
 
                 def all_steps(dq_sum: Any) -> jax.Array:
                     def gradient(s: jax.Array, step: Any) -> jax.Array:
-                        slot = slot_of(step)
+                        slot = slot_of(step, value_stages)
                         tanh = s if static.cap is None else jnp.tanh(s * (static.scale / static.cap))
                         seen = lax.cond(span.needs_mask(step), lambda: hide(tanh, step), lambda: tanh) if may_mask else tanh
                         plgpu.barrier_wait(v_full.at[slot])
 
                         def weigh(dp: Any) -> jax.Array:
-                            plgpu.wgmma(dp, cotangents, v_ring.at[slot].transpose((1, 0)))
+                            plgpu.wgmma(dp, placed(g_tile, cotangents), v_ring.at[slot].transpose((1, 0)))
                             p = jnp.exp2(seen * static.unit - wide(lse))
                             ds = p * (plgpu.wgmma_accumulator_load(dp, wait_n=0) - wide(delta))
                             return (ds if static.cap is None else ds * (1 - tanh * tanh)).astype(q.dtype)
@@ -476,11 +506,11 @@ def gradient_of_queries(
         scratch_types=[
             shared(TILE, head),
             shared(TILE, head_v),
-            shared(STAGES_OF_KEYS, STEP_OF_KEYS, head),
-            shared(STAGES_OF_KEYS, STEP_OF_KEYS, head_v),
+            shared(key_stages, keys, head),
+            shared(value_stages, keys, head_v),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_barriers=STAGES_OF_KEYS),
-            plgpu.Barrier(num_barriers=STAGES_OF_KEYS),
+            plgpu.Barrier(num_barriers=key_stages),
+            plgpu.Barrier(num_barriers=value_stages),
         ],
         grid=(blocks,),
         grid_names=("block",),

@@ -68,7 +68,7 @@ def tiles_of(see, rows, keys):
 
 @pytest.mark.parametrize("name", POSITIONS)
 @pytest.mark.parametrize("sizes", [(512, 512), (300, 700), (700, 300), (37, 37)])
-@pytest.mark.parametrize("tile", [(128, 128), (192, 128), (64, 128)])
+@pytest.mark.parametrize("tile", [(128, 128), (192, 128), (64, 128), (128, 64), (64, 64)])
 def test_spans_hold_what_is_visible(name, sizes, tile):
     from pallas_kernels.attention.calls import Static
     from pallas_kernels.attention.hopper import span_of_keys, span_of_queries
@@ -154,6 +154,18 @@ def test_a_plan_of_data_gives_every_item_to_one_worker():
     assert max(loads) - min(loads) <= 30
 
 
+@pytest.mark.parametrize("head", [64, 128, 256])
+def test_what_a_thread_block_holds_fits_shared_memory(head):
+    from pallas_kernels.attention import hopper_backward_wide
+    from pallas_kernels.attention.hopper_backward import steps_of_keys, steps_of_queries
+    from pallas_kernels.attention.hopper_forward import forward_tiles
+    from pallas_kernels.hopper_gemm import SHARED_BYTES
+
+    of_keys = hopper_backward_wide.shared_bytes(head) if head > 128 else steps_of_queries(head, head).shared_bytes(head, head)
+    for taken in (forward_tiles(head, head).shared_bytes(head, head), steps_of_keys(head, head).shared_bytes(head, head), of_keys):
+        assert taken <= SHARED_BYTES
+
+
 MASKS = {
     "full": Mask(),
     "causal": CAUSAL,
@@ -171,7 +183,13 @@ SHAPES = {
     "multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 64},
     "short": {"t": 5, "h": 48},
     "many": {"b": 4, "t": 4096, "n": 32, "k": 8},
+    "256": {"h": 256},
+    "odd, to 256": {"t": 1003, "h": 136, "hv": 208, "dtype": "float16"},
+    "256, multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 256},
+    "256, short": {"t": 5, "h": 232},
+    "256, many": {"b": 4, "t": 4096, "n": 8, "k": 8, "h": 256},
 }
+BOTH_WIDTHS = ("128", "256")
 
 
 def both(mask, **params):
@@ -189,7 +207,9 @@ def lowered(fn, specs):
 
 
 @pytest.mark.parametrize(
-    ("mask", "shape"), [(m, "128") for m in MASKS] + [(m, s) for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s != "128"]
+    ("mask", "shape"),
+    [(m, s) for m in MASKS for s in BOTH_WIDTHS]
+    + [(m, s) for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s not in BOTH_WIDTHS],
 )
 def test_lowers_for_cuda_in_both_passes(mask, shape):
     specs = attended(mask=MASKS[mask], **SHAPES[shape])
@@ -206,15 +226,17 @@ def test_layers_that_are_alike_share_their_kernels():
 
 
 @pytest.mark.parametrize("params", [{"logits_soft_cap": 30.0}, {"scale": -0.5}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=str)
-def test_parameters_lower_for_cuda(params):
-    assert lowered(both(CAUSAL, **params), attended()).as_text().count("@mosaic_gpu_v2") == 3
+@pytest.mark.parametrize("shape", BOTH_WIDTHS)
+def test_parameters_lower_for_cuda(params, shape):
+    assert lowered(both(CAUSAL, **params), attended(**SHAPES[shape])).as_text().count("@mosaic_gpu_v2") == 3
 
 
 @pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
 @pytest.mark.parametrize("mask", ["causal", "segments"])
-def test_lowers_under_transformations(mask, transform):
+@pytest.mark.parametrize("shape", BOTH_WIDTHS)
+def test_lowers_under_transformations(mask, transform, shape):
     mask = MASKS[mask]
-    specs, gradients = attended(mask=mask), both(mask)
+    specs, gradients = attended(mask=mask, **SHAPES[shape]), both(mask)
     if transform in ("vmap", "scan"):
         # Keys and values are shared, as by the samples of one prompt.
         specs = {n: s if n in ("k", "v") else Spec((3, *s.shape), s.dtype) for n, s in specs.items()}
@@ -245,9 +267,10 @@ REFUSED = [
     (attended() | {"k": Spec((2, 512, 2, 128), "float16")}, {}, H100, "of one dtype"),
     (attended(t=0, s=8), {}, H100, "no empty arrays"),
     (attended(t=1, s=4096, mask=CAUSAL), {"mask": Mask((Causal(4095),))}, H100, "64 queries at a time, and these are 1"),
-    (attended(h=256), {}, H100, "up to 128"),
-    (attended(h=128, hv=192), {}, H100, "up to 128"),
+    (attended(h=264), {}, H100, "up to 256"),
+    (attended(h=128, hv=320), {}, H100, "up to 256"),
     (attended(h=96), {"mask": CAUSAL}, H100, "cuDNN takes 96 as it is"),
+    (attended(h=192), {"mask": CAUSAL}, H100, "cuDNN takes 192 as it is"),
     (attended(), {}, H100, "cuDNN is faster where nothing is hidden"),
     (attended(), {"mask": CAUSAL, "out_dtype": "float32"}, H100, "rounds its output"),
     (attended(), {"mask": Mask((Causal(),), fill=-100.0)}, H100, "may have some"),
@@ -267,7 +290,9 @@ def test_refused(specs, params, hardware, why):
     assert why in refused(specs, params, hardware)
 
 
-@pytest.mark.parametrize(("mask", "h"), [(CAUSAL, 128), (WINDOW, 64), (DOCUMENTS, 96), (Mask((Window(8, 8),)), 40)])
+@pytest.mark.parametrize(
+    ("mask", "h"), [(CAUSAL, 128), (WINDOW, 64), (DOCUMENTS, 96), (Mask((Window(8, 8),)), 40), (CAUSAL, 256), (DOCUMENTS, 192)]
+)
 def test_accepted(mask, h):
     assert refused(attended(mask=mask, h=h), {"mask": mask}, H100) is None
 
@@ -285,15 +310,17 @@ def test_refused_where_xla_may_partition(monkeypatch):
         (CAUSAL, 80, "attention.cudnn"),
         (Mask(), 128, "attention.cudnn"),
         (CAUSAL, 256, "attention.cudnn_wide"),
+        (DOCUMENTS, 256, None),
     ],
 )
 def test_no_estimate_takes_it(mask, h, kernel):
     chosen, _, _ = choose("attention", attended(t=4096, h=h, mask=mask), {"mask": mask}, hardware=H100, level="conservative")
-    assert chosen.name == kernel
+    assert (chosen and chosen.name) == kernel
 
 
-def test_a_measurement_takes_it():
-    times = {"attention.pallas_gpu": 0.425e-3, "attention.cudnn": 0.473e-3}
-    chosen, why, _ = choose("attention", attended(t=4096, h=128, mask=CAUSAL), {"mask": CAUSAL}, hardware=H100, level="conservative",
+@pytest.mark.parametrize(("h", "other"), [(128, "attention.cudnn"), (256, "attention.cudnn_wide")])
+def test_a_measurement_takes_it(h, other):
+    times = {"attention.pallas_gpu": 0.425e-3, other: 0.473e-3}
+    chosen, why, _ = choose("attention", attended(t=4096, h=h, mask=CAUSAL), {"mask": CAUSAL}, hardware=H100, level="conservative",
                             measurements=times)  # fmt: skip
     assert chosen.name == "attention.pallas_gpu" and why.startswith("Measured")

@@ -15,6 +15,7 @@ from tests.jax.test_hopper_attention import MASKS, attended
 pytestmark = pytest.mark.gpu
 KERNEL = "attention.pallas_gpu"
 FUZZED = 200
+FUZZED_TO_256 = 50
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,6 +31,10 @@ SHAPES = {
     "odd": {"t": 1003, "h": 96, "hv": 80},
     "multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 64},
     "short": {"t": 5, "h": 48},
+    "256": {"t": 640, "h": 256},
+    "odd, to 256": {"t": 1003, "h": 136, "hv": 208, "dtype": "float16"},
+    "256, multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 256},
+    "256, short": {"t": 5, "h": 232},
 }
 
 
@@ -43,13 +48,14 @@ def test_agrees_with_float64(mask, shape):
 @pytest.mark.parametrize(
     "params", [{"logits_soft_cap": 5.0}, {"scale": -0.1}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=lambda p: next(iter(p))
 )
-def test_parameters_agree_with_float64(params):
+@pytest.mark.parametrize("h", [128, 256])
+def test_parameters_agree_with_float64(params, h):
     params = {"mask": MASKS["causal"], **params}
-    certify("attention", attended(t=520), params, fn=kpt.registry.load(KERNEL), seeds=(0,))
+    certify("attention", attended(t=520, h=h), params, fn=kpt.registry.load(KERNEL), seeds=(0,))
 
 
-def drawn(rng):
-    """A shape and a mask."""
+def drawn(rng, heads=(64, 128), eighths=(1, 17)):
+    """A shape and a mask; a head dim of `heads`, or eight times one of `eighths`."""
     terms = [t for t, chance in ((Causal(int(rng.integers(-20, 40))), 0.5), (Segments(), 0.3), (Lengths(), 0.3)) if rng.random() < chance]
     if rng.random() < 0.4:
         terms.append(Window(int(rng.integers(0, 300)), None if rng.random() < 0.5 else int(rng.integers(0, 300))))
@@ -57,7 +63,7 @@ def drawn(rng):
     t, k = int(rng.integers(1, 700)), int(rng.integers(1, 3))
     return mask, attended(
         str(rng.choice(["bfloat16", "float16"])), int(rng.integers(1, 3)), t, t if rng.random() < 0.6 else int(rng.integers(1, 700)),
-        k * int(rng.integers(1, 4)), k, int(rng.choice([64, 128, 8 * rng.integers(1, 17)])), mask=mask,
+        k * int(rng.integers(1, 4)), k, int(rng.choice([*heads, 8 * rng.integers(*eighths)])), mask=mask,
     )  # fmt: skip
 
 
@@ -67,10 +73,17 @@ def test_random_shapes_and_masks_agree_with_float64(seed):
     certify("attention", specs, {"mask": mask}, fn=kpt.registry.load(KERNEL), seeds=(seed,))
 
 
+@pytest.mark.parametrize("seed", range(FUZZED_TO_256))
+def test_random_shapes_and_masks_of_wide_heads_agree_with_float64(seed):
+    mask, specs = drawn(np.random.default_rng(seed), heads=(256,), eighths=(17, 33))
+    certify("attention", specs, {"mask": mask}, fn=kpt.registry.load(KERNEL), seeds=(seed,))
+
+
 @pytest.mark.parametrize("mask", ["causal", "segments"])
-def test_equal_inputs_give_equal_bits(mask):
+@pytest.mark.parametrize("h", [128, 256])
+def test_equal_inputs_give_equal_bits(mask, h):
     mask = MASKS[mask]
-    arrays = op("attention").sample(np.random.default_rng(0), attended(t=1000, n=8, mask=mask), mask=mask)
+    arrays = op("attention").sample(np.random.default_rng(0), attended(t=1000, n=8, h=h, mask=mask), mask=mask)
     fixed = {n: a for n, a in arrays.items() if n not in "qkv"}
 
     @jax.jit

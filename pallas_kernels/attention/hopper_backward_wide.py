@@ -1,0 +1,302 @@
+"""Attention for NVIDIA Hopper, backward, dk and dv of head dims above 128: of the same 64 keys one warpgroup sums dv, the other dk.
+
+Sums of 64 keys by 256 columns are 128 registers a thread, and no warpgroup has room for two. The first makes scores and weights, the second
+the gradients of weights; what the second needs of weights comes through shared memory, rounded as a product takes it. So there are four
+products, as in the kernel for smaller head dims, two to each warpgroup, and while one computes, the tensor cores are the other's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.attention.calls import ROWS, Static
+from pallas_kernels.attention.hopper import (
+    OF_COLUMNS,
+    OF_ROWS,
+    PARAMS,
+    TILED,
+    WARPGROUP,
+    Buffers,
+    Numbers,
+    Span,
+    Work,
+    bar,
+    fed_by,
+    feeders,
+    masked,
+    numbers_in_tiles,
+    plan,
+    plan_by_data,
+    read,
+    span_of_queries,
+    spans_by_data,
+)
+from pallas_kernels.attention.hopper_backward import FEEDING, MULTIPLYING, READERS, TILE_COST, WARPGROUPS
+from pallas_kernels.hopper_gemm import SHARED_BYTES
+
+QUERIES, STAGES = 64, 2
+"""Of a step, and steps in flight."""
+PASSED = 2
+"""Blocks of weights on their way from one warpgroup to the other."""
+
+
+def shared_bytes(head: int) -> int:
+    rows = 3 * pl.cdiv(4 * STAGES * QUERIES, 1024) * 1024
+    return 2 * ((2 * ROWS + 2 * STAGES * QUERIES) * head + PASSED * ROWS * QUERIES) + rows + 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Queries, or cotangents, in flight: where they are, what says that they are there, and that they have been read."""
+
+    tiles: Any
+    full: Any
+    free: Buffers
+
+
+def gradients_of_keys(
+    static: Static,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    numbers: Numbers | None = None,
+    blind: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """dk and dv; arguments and results as those of `hopper_backward.gradients_of_keys`, q and v of one head dim."""
+    (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
+    if head != head_v or shared_bytes(head) > SHARED_BYTES:
+        raise AssertionError(f"head dims {head} and {head_v} are refused")
+    group, key_tiles = n // kv_heads, pl.cdiv(s, ROWS)
+    if numbers is None:
+        spans = span_of_queries(static, np.arange(key_tiles) * ROWS, ROWS, QUERIES)
+        table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
+    else:
+        numbers = numbers_in_tiles(numbers, q, k, QUERIES, ROWS)
+        table = plan_by_data(spans_by_data(static, *numbers, QUERIES, ROWS, of_keys=True), kv_heads, key_tiles)
+    blocks, width = table.shape
+    shape = (ROWS, QUERIES)
+    writers = feeders()
+    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)  # barrier 0 is the block's, and each warpgroup has one
+    free_queries = Buffers(free_tile.index + 1, READERS, writers)
+    free_cotangents = Buffers(free_queries.index + STAGES, READERS, writers)
+    free_weights = Buffers(free_cotangents.index + STAGES, WARPGROUP, WARPGROUP)
+    weights_there = free_weights.index + PASSED
+
+    def body(*given: Any) -> None:
+        refs: Any = given
+        absent: Any = (None, None)
+        q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, table_ref, *refs = refs
+        (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
+        blind_ref, refs = (refs[0], refs[1:]) if blind is not None else (None, refs)
+        dk_ref, dv_ref, k_tile, v_tile, q_ring, g_ring, weights_ring, lse_ring, delta_ring, tile_full, q_full, g_full, *refs = refs
+        numbers_ring: Any = refs[0] if refs else None
+        queries, cotangents = Ring(q_ring, q_full, free_queries), Ring(g_ring, g_full, free_cotangents)
+        warpgroup = lax.axis_index("warpgroup")
+        work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
+
+        def item(i: Any) -> tuple[Any, Any, Any, Span]:
+            batch, kv_head, tile, behind = work.item(i, 1 if numbers is None else 5)
+            key = tile * ROWS
+            return batch, kv_head, key, Span(*behind) if behind else span_of_queries(static, key, ROWS, QUERIES)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _() -> None:
+            plgpu.set_max_registers(FEEDING, action="decrease")
+
+            def feed(i: Any, before: Any) -> Any:
+                batch, kv_head, key, span = item(i)
+                steps = group * span.steps
+
+                @fed_by(writers)
+                def _() -> None:
+                    @pl.loop(0, steps)
+                    def _(j: Any) -> None:
+                        slot, head_of = lax.rem(before + j, STAGES), kv_head * group + j // span.steps
+                        at = pl.ds((span.first + lax.rem(j, span.steps)) * QUERIES, QUERIES)
+                        free_queries.wait(slot)
+                        plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head_of], q_ring.at[slot], q_full.at[slot])
+                        plgpu.copy_gmem_to_smem(lse_ref.at[batch, head_of, at], lse_ring.at[slot], q_full.at[slot])
+                        if numbers is not None:
+                            plgpu.copy_gmem_to_smem(q_numbers_ref.at[batch, at], numbers_ring.at[slot], q_full.at[slot])
+                        free_cotangents.wait(slot)
+                        plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
+                        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
+
+                        @pl.when(j == 0)
+                        def _() -> None:
+                            free_tile.wait()
+                            at = pl.ds(key, ROWS)
+                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
+                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
+
+                return before + steps
+
+            lax.fori_loop(0, work.count, feed, jnp.int32(0))
+
+        def wide(x: jax.Array) -> jax.Array:
+            return lax.broadcast_in_dim(x, shape, [1])
+
+        def sum_up(
+            tile: Any, scored: Ring, summed: Ring, factor: Callable[..., Any], out_ref: Any, finish: Callable[..., jax.Array]
+        ) -> None:
+            """What a warpgroup does: products of its tile with `scored` become left factors of products with `summed`, which it sums.
+
+            Args:
+              tile: keys or values, which no other warpgroup reads, so that the sums are written over them.
+              factor: `factor(batch, key, span)(product, step, slot, place)`, the left factor; reads the rows that came with `scored`.
+              finish: `finish(sums, batch, kv_head)`, what is written.
+            """
+            plgpu.set_max_registers(MULTIPLYING, action="increase")
+            for slot in range(STAGES):
+                free_queries.free(slot)
+                free_cotangents.free(slot)
+            free_tile.free()
+
+            def differentiate(i: Any, before: Any) -> Any:
+                batch, kv_head, key, span = item(i)
+                steps, factor_of = group * span.steps, factor(batch, key, span)
+
+                def slot_of(j: Any) -> Any:
+                    return lax.rem(before + j, STAGES)
+
+                def multiply(out: Any, j: Any) -> None:
+                    plgpu.wgmma(out, tile, scored.tiles.at[slot_of(j)].transpose((1, 0)))
+
+                def first(out: Any) -> jax.Array:
+                    multiply(out, 0)
+                    return out[...]
+
+                plgpu.barrier_wait(tile_full)
+                plgpu.barrier_wait(scored.full.at[slot_of(0)])
+                product = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
+
+                def all_steps(sums: Any) -> jax.Array:
+                    def left(product: jax.Array, j: Any) -> jax.Array:
+                        slot = slot_of(j)
+                        made = factor_of(product, span.first + lax.rem(j, span.steps), slot, lax.rem(before + j, PASSED))
+                        scored.free.free(slot)
+                        plgpu.barrier_wait(summed.full.at[slot])
+                        return made
+
+                    def turn(j: Any, product: jax.Array) -> jax.Array:
+                        made = left(product, j)
+                        plgpu.barrier_wait(scored.full.at[slot_of(j + 1)])
+
+                        def products(out: Any) -> jax.Array:
+                            plgpu.wgmma(sums, made, summed.tiles.at[slot_of(j)])
+                            multiply(out, j + 1)
+                            plgpu.wgmma_wait(1)
+                            summed.free.free(slot_of(j))
+                            return plgpu.wgmma_accumulator_load(out, wait_n=0)
+
+                        return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+
+                    last = steps - 1
+                    made = left(lax.fori_loop(0, last, turn, product), last)
+                    plgpu.wgmma(sums, made, summed.tiles.at[slot_of(last)])
+                    plgpu.wgmma_wait(0)
+                    summed.free.free(slot_of(last))
+                    return sums[...]
+
+                sums = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32))
+                plgpu.commit_smem()  # all warps have multiplied with what is written over
+                tile[...] = finish(sums, batch, kv_head).astype(out_ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(tile, out_ref.at[batch, pl.ds(key, ROWS), kv_head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                free_tile.free()
+                return before + steps
+
+            lax.fori_loop(0, work.count, differentiate, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            def weights(batch: Any, key: Any, span: Span) -> Callable[..., jax.Array]:
+                if numbers is not None:
+                    kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, ROWS)], OF_ROWS)
+
+                def hide(s: jax.Array, step: Any, slot: Any) -> jax.Array:
+                    same = None
+                    if numbers is not None:
+                        same = lax.broadcast_in_dim(kv_numbers, shape, [0]) == wide(plgpu.load(numbers_ring.at[slot], layout=OF_COLUMNS))
+                    return masked(static, s, step * QUERIES, key, 1, same)
+
+                def factor(s: jax.Array, step: Any, slot: Any, place: Any) -> jax.Array:
+                    tanh = s if static.cap is None else jnp.tanh(s * (static.scale / static.cap))
+                    seen = lax.cond(span.needs_mask(step), lambda: hide(tanh, step, slot), lambda: tanh) if static.masks(ROWS) else tanh
+                    p = jnp.exp2(seen * static.unit - wide(plgpu.load(lse_ring.at[slot], layout=OF_COLUMNS)))
+                    made = p.astype(v.dtype)
+                    free_weights.wait(place)
+                    weights_ring[place] = made if static.cap is None else (p * (1 - tanh * tanh)).astype(q.dtype)
+                    bar("arrive", weights_there + place, 2 * WARPGROUP)
+                    return made
+
+                return factor
+
+            def finish(dv: jax.Array, batch: Any, kv_head: Any) -> jax.Array:
+                if blind_ref is None:
+                    return dv
+                return dv + lax.broadcast_in_dim(read(blind_ref.at[batch, kv_head], OF_COLUMNS), dv.shape, [1])
+
+            sum_up(k_tile, queries, cotangents, weights, dv_ref, finish)
+
+        @pl.when(warpgroup == 1)
+        def _() -> None:
+            for place in range(PASSED):
+                free_weights.free(place)
+
+            def gradients(batch: Any, key: Any, span: Span) -> Callable[..., jax.Array]:
+                def factor(dp: jax.Array, step: Any, slot: Any, place: Any) -> jax.Array:
+                    off = wide(plgpu.load(delta_ring.at[slot], layout=OF_COLUMNS))
+                    bar("sync", weights_there + place, 2 * WARPGROUP)
+                    p = plgpu.load(weights_ring.at[place], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                    free_weights.free(place)
+                    return (p * (dp - off)).astype(q.dtype)
+
+                return factor
+
+            sum_up(v_tile, cotangents, queries, gradients, dk_ref, lambda dk, batch, kv_head: dk * static.scale)
+
+    def shared(*shape: int) -> Any:
+        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+
+    def ring_of_rows(dtype: Any) -> Any:
+        return plgpu.SMEM((STAGES, QUERIES), dtype)
+
+    launch = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        scratch_types=[
+            shared(ROWS, head),
+            shared(ROWS, head),
+            shared(STAGES, QUERIES, head),
+            shared(STAGES, QUERIES, head),
+            shared(PASSED, ROWS, QUERIES),
+            ring_of_rows(jnp.float32),
+            ring_of_rows(jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2 + (numbers is not None), num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            *([] if numbers is None else [ring_of_rows(jnp.int32)]),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_dk_dv_wide",
+        compiler_params=PARAMS,
+    )
+    return launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
