@@ -24,7 +24,7 @@ def tune(
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="The calls of this function, model or factory instead of an op's.")
     ] = None,
     args_from: ArgsFrom = None,
-    budget: Annotated[str, typer.Option(help='How long it may take: seconds, or "30s", "10m", "1h".')] = "10m",
+    budget: Annotated[str, typer.Option(help='How long the trials may take: seconds, or "30s", "10m", "1h".')] = "10m",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, or float32 on a CPU, unless given.")] = None,
     level: Annotated[str, typer.Option(help="conservative, balanced or aggressive.")] = "balanced",
     as_json: AsJson = False,
