@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,11 +77,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _no_traceback(record: logging.LogRecord) -> bool:
-    """Torch logs the traceback of what it cannot capture; the error that follows says it in a line."""
-    return not record.exc_info and "Traceback" not in record.getMessage() and "failed while attempting" not in record.getMessage()
-
-
 @app.callback()
 def root(
     context: typer.Context,
@@ -90,9 +84,9 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     context.obj = debug
-    for name in () if debug else ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
-        logging.getLogger(name).addFilter(_no_traceback)
     with answering(context, as_json=False):
+        if not debug:
+            _front_end("kpt_torch.quiet", "no_tracebacks")()
         start_logging()
 
 
