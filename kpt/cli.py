@@ -15,7 +15,7 @@ from kpt.commands.named import ArgsFrom
 from kpt.commands.named import attribute as _attribute
 from kpt.commands.named import call as _call
 from kpt.config import config, start_logging
-from kpt.console import DISTRIBUTION, NO, AsJson, answering
+from kpt.console import NO, AsJson, answering
 from kpt.console import flops as _flops
 from kpt.console import front_end as _front_end
 from kpt.console import make_console as _console
@@ -26,6 +26,7 @@ from kpt.console import rate as _rate
 from kpt.console import size as _bytes
 from kpt.console import words as _words
 from kpt.errors import KptError
+from kpt.install import install
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,9 @@ def root(
     context.obj = debug
     with answering(context, as_json=False):
         if not debug:
-            _front_end("kpt_torch.quiet", "no_tracebacks")()
+            from kpt_torch.quiet import no_tracebacks  # which imports no torch
+
+            no_tracebacks()
         start_logging()
 
 
@@ -368,9 +371,11 @@ def _advice(hardware: HardwareProfile, versions: dict[str, str]) -> list[str]:
     extra = {"cuda": "cuda", "tpu": "tpu"}.get(hardware.platform, "jax")
     lines = []
     if versions["jax"] == "not installed":
-        lines.append(f"For JAX: pip install '{DISTRIBUTION}[{extra}]'")
+        lines.append(f"For JAX: {install(extra)}")
     elif extra == "tpu" and versions["libtpu"] == "not installed":
-        lines.append(f"For the TPU: pip install '{DISTRIBUTION}[tpu]'")
+        lines.append(f"For the TPU: {install('tpu')}")
+    if versions["torch"] == "not installed":
+        lines.append(f"For PyTorch: {install('torch')}")
     return lines
 
 

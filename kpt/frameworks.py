@@ -46,7 +46,8 @@ def refuse_other(program: Any, framework: str) -> None:
     """
     of = framework_of(program)
     if of is not None and of != framework:
-        what = f"the function {program.__qualname__}" if isinstance(program, types.FunctionType) else f"an object of type {type(program).__name__}"
+        a_function = isinstance(program, types.FunctionType)
+        what = f"the function {program.__qualname__}" if a_function else f"an object of type {type(program).__name__}"
         raise KptError(f"kpt_{framework}.optimize was given {what}", f"It is of {_NAMES[of]}, which kpt_{of} rewrites",
                        f"Call kpt_{of}.optimize with it")  # fmt: skip
 

@@ -154,7 +154,8 @@ def _possible(dtype: str, ops: Collection[str], runner: Runner) -> None:
     here = [k for k in registry.kernels() if k.op in ops and k.framework == runner.framework and runner.hardware.platform in k.platforms]
     there = list(dict.fromkeys(d for k in here for d in k.dtypes))
     if dtype not in there:
-        raise ConfigError(f"Calls on arrays of {dtype!r} were to be timed", f"Kernels here compute in {', '.join(there)}", "Name one of them")
+        asked = f"Calls on arrays of {dtype!r} were to be timed"
+        raise ConfigError(asked, f"Kernels here compute in {', '.join(there)}", "Name one of them")
 
 
 def _again(environment: Any, contests: Any, count: int) -> Any:
