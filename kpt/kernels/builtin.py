@@ -202,7 +202,9 @@ KERNELS: tuple[KernelSpec, ...] = (
     ),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refused_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refused_to_256"),
-    _xla("rms_norm", accepts=_sum_outside),
+    # On a CPU its forward pass is no faster than plain code's, which XLA compiles to the same. A loss with gradients is 1.14 times as fast
+    # (docs/benchmarks/auto-cpu.json) where rows do not fit in the caches, and no faster where they do, which no estimate can tell.
+    _xla("rms_norm", accepts=_sum_outside, efficiency_on={"cpu": 0.38}),
     _xla("layer_norm", version=2, accepts=_sum_outside),
     _hopper("rms_norm", NARROW_FLOATS, efficiency=0.85),
     _hopper("layer_norm", NARROW_FLOATS, efficiency=0.85),
@@ -253,7 +255,8 @@ KERNELS: tuple[KernelSpec, ...] = (
         accepts="kpt_torch.kernels.attention:refusal",
         deterministic=False,
     ),
-    _torch("rms_norm", "torch", "rows:rms_norm"),
+    # On a CPU 1.00 and 1.10 times as fast in two runs of the same (docs/benchmarks/README.md), and slower where rows fit in the caches.
+    _torch("rms_norm", "torch", "rows:rms_norm", efficiency_on={"cpu": 0.36}),
     _torch("layer_norm", "torch", "rows:layer_norm", version=2),
     _torch("rope", "torch", "rows:rope", params={"interleaved": (False, True)}),
     _torch("cross_entropy", "torch", "rows:cross_entropy", params={"invalid": INVALID_LABELS}),
