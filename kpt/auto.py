@@ -168,7 +168,7 @@ class Session(Protocol):
         """What would be swapped, with no kernel run for it."""
 
     def tune(self, budget: float) -> Tuned:
-        """Times the kernels that could compute the sites, within so many seconds; from then on the fastest are chosen."""
+        """Times the kernels that could compute the sites, within so many seconds at work; from then on the fastest are chosen."""
 
     def follow(self, dropped: Mapping[str, str], plan: Plan | None = None) -> None:
         """Takes up what earlier steps found, perhaps in another process: kernels not to be used, and the plan that was validated."""
@@ -248,8 +248,8 @@ def auto_optimize(
       example_inputs, example_keywords: arguments of one typical call. For a linen module, its variables first.
       level: "conservative", "balanced" or "aggressive".
       hardware: "auto", a profile's name, or a `HardwareProfile`.
-      budget: for timing kernels, and the program without them: seconds, or "30s", "10m"; 0 to choose by what is known already. The whole
-        program is measured besides.
+      budget: for timing kernels, and the program without them: seconds, or "30s", "10m"; 0 to choose by what is known already. The start
+        of the process that times them comes besides, and so do the proofs and the measurement of the whole program.
 
     Raises:
       ConfigError: the budget is no duration.

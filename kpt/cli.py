@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ from kpt.commands.named import ArgsFrom
 from kpt.commands.named import attribute as _attribute
 from kpt.commands.named import call as _call
 from kpt.config import config, start_logging
-from kpt.console import DISTRIBUTION, NO, AsJson, answering
+from kpt.console import NO, AsJson, answering
 from kpt.console import flops as _flops
 from kpt.console import front_end as _front_end
 from kpt.console import make_console as _console
@@ -27,6 +26,7 @@ from kpt.console import rate as _rate
 from kpt.console import size as _bytes
 from kpt.console import words as _words
 from kpt.errors import KptError
+from kpt.install import install
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,11 +78,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _no_traceback(record: logging.LogRecord) -> bool:
-    """Torch logs the traceback of what it cannot capture; the error that follows says it in a line."""
-    return not record.exc_info and "Traceback" not in record.getMessage() and "failed while attempting" not in record.getMessage()
-
-
 @app.callback()
 def root(
     context: typer.Context,
@@ -90,9 +85,11 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     context.obj = debug
-    for name in () if debug else ("torch._dynamo.convert_frame", "torch._subclasses.fake_tensor"):
-        logging.getLogger(name).addFilter(_no_traceback)
     with answering(context, as_json=False):
+        if not debug:
+            from kpt_torch.quiet import no_tracebacks  # which imports no torch
+
+            no_tracebacks()
         start_logging()
 
 
@@ -374,9 +371,11 @@ def _advice(hardware: HardwareProfile, versions: dict[str, str]) -> list[str]:
     extra = {"cuda": "cuda", "tpu": "tpu"}.get(hardware.platform, "jax")
     lines = []
     if versions["jax"] == "not installed":
-        lines.append(f"For JAX: pip install '{DISTRIBUTION}[{extra}]'")
+        lines.append(f"For JAX: {install(extra)}")
     elif extra == "tpu" and versions["libtpu"] == "not installed":
-        lines.append(f"For the TPU: pip install '{DISTRIBUTION}[tpu]'")
+        lines.append(f"For the TPU: {install('tpu')}")
+    if versions["torch"] == "not installed":
+        lines.append(f"For PyTorch: {install('torch')}")
     return lines
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kpt.errors import KptError, MissingDependencyError
+from kpt.install import install
 from kpt.raised import told
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-DISTRIBUTION = "kpt-kernels"
 OK, NO, REFUSED, MISSING, CRASHED = range(5)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -98,7 +98,7 @@ def front_end(module: str, name: str) -> Callable[..., Any]:
             raise
         name, extra = ("PyTorch", "torch") if module.startswith("kpt_torch") else ("JAX", "jax")
         raise MissingDependencyError(
-            f"The {name} front end was asked for", f"{package} is not installed", f"pip install '{DISTRIBUTION}[{extra}]'"
+            f"The {name} front end was asked for", f"{package} is not installed", install(extra)
         ) from None
 
 

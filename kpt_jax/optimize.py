@@ -16,6 +16,7 @@ import numpy as np
 
 from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
+from kpt.frameworks import refuse_other
 from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
 from kpt_jax import _compat, modules
@@ -508,7 +509,7 @@ def optimize(
       shares its parameters.
 
     Raises:
-      KptError: at once, for an unknown level or hardware, or a `plan` that is none or is of another framework.
+      KptError: at once, for an unknown level or hardware, a `plan` that is none or is of another framework, or a program of PyTorch.
     """
     start_logging()
     level = level or config().level
@@ -519,6 +520,7 @@ def optimize(
         return modules.optimize_nnx(fn, level, hardware, plan)
     if modules.is_linen(fn):
         return modules.optimize_linen(fn, level, hardware, plan)
+    refuse_other(fn, "jax")
     if not callable(fn):
         raise KptError(f"kpt_jax.optimize was given an object of type {type(fn).__name__}",
                        "it takes a function, an nnx.Module or a linen.Module",

@@ -33,6 +33,7 @@ import numpy as np
 
 from kpt.errors import KernelError, KptError, MissingDependencyError
 from kpt.hardware import detect_hardware
+from kpt.install import install
 from kpt.kernels.spec import unmet
 from kpt.raised import place
 from kpt.raised import told as said
@@ -42,7 +43,7 @@ from kpt_jax.compiler_words import in_short
 from kpt_jax.pallas_calls import of_kernel
 
 PATIENCE = 900  # seconds for one program
-INSTALL = "pip install 'kpt-kernels[tpu]', or in a clone .venv/bin/pip install -e '.[tpu]' (Linux on x86-64; no TPU is needed)"
+INSTALL = f"{install('tpu')} (Linux on x86-64; no TPU is needed)"
 _MEMORY = 3 << 30
 """Bytes that one compiling process may need."""
 _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)")
@@ -177,13 +178,13 @@ def compiler_version() -> str:
     Raises:
       MissingDependencyError: it is not installed, or jax is too old for the kernels.
     """
-    asked, install = "A kernel was to be compiled for a TPU", INSTALL
+    asked = "A kernel was to be compiled for a TPU"
     if (why := unmet("jax>=0.11.2")) is not None:
-        raise MissingDependencyError(asked, f"The kernel {why}", install)
+        raise MissingDependencyError(asked, f"The kernel {why}", INSTALL)
     try:
         return metadata.version("libtpu")
     except metadata.PackageNotFoundError:
-        raise MissingDependencyError(asked, "libtpu, which holds the TPU compiler, is not installed", install) from None
+        raise MissingDependencyError(asked, "libtpu, which holds the TPU compiler, is not installed", INSTALL) from None
 
 
 def compile_programs(

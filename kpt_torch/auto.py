@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
+from kpt.install import install
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.leave_out import leave_out
@@ -139,8 +140,8 @@ class Session:
     def save(self, folder: Path) -> None:
         """The parameters and buffers of a module: `safetensors.torch.load_model(module, folder / "model.safetensors")`."""
         if importlib.util.find_spec("safetensors") is None:
-            asked, install = "A checkpoint of a torch.nn.Module was asked for", "pip install 'kpt-kernels[torch]'"
-            raise MissingDependencyError(asked, "safetensors is not installed", install)
+            asked = "A checkpoint of a torch.nn.Module was asked for"
+            raise MissingDependencyError(asked, "safetensors is not installed", install("torch"))
         folder.mkdir(parents=True)
         importlib.import_module("safetensors.torch").save_model(self.given, str(folder / "model.safetensors"))
 

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
+from kpt.frameworks import refuse_other
 from kpt.hardware import HardwareProfile
 from kpt.strategy import Plan, level_named
 from kpt_torch.backend import Backend, profile
@@ -44,7 +45,7 @@ def optimize(
       The module with `.plan(*inputs)` and `.explain(*inputs)`; a function with the same.
 
     Raises:
-      KptError: at once, for an unknown level or hardware, or a `plan` that is none.
+      KptError: at once, for an unknown level or hardware, a `plan` that is none, or a Flax module or JAX function.
     """
     start_logging()
     level = level_named(level or config().level).name
@@ -58,6 +59,7 @@ def optimize(
             original: Any = module._kpt_original
             module = original()
         return _module(module, Settings(level, hardware, plan))
+    refuse_other(module, "torch")
     if not callable(module):
         raise KptError(f"kpt_torch.optimize was given an object of type {type(module).__name__}", "it takes an nn.Module or a function",
                        "pass the module, or the function that computes")  # fmt: skip

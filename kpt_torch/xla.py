@@ -15,8 +15,7 @@ import torch
 
 import kpt
 from kpt.errors import KernelError, MissingDependencyError
-
-INSTALL = "pip install 'kpt-kernels[xla]'"
+from kpt.install import install
 
 
 def run(fn: Callable[..., Any], tensors: Sequence[torch.Tensor], key: str) -> list[torch.Tensor]:
@@ -31,7 +30,7 @@ def run(fn: Callable[..., Any], tensors: Sequence[torch.Tensor], key: str) -> li
       KernelError: a tensor is on another device, or the function calls kernels that are not for this one.
     """
     if missing := [n for n in ("torch_xla", "jax") if importlib.util.find_spec(n) is None]:
-        raise MissingDependencyError("A JAX kernel was called with PyTorch tensors", f"{missing[0]} is not installed", INSTALL)
+        raise MissingDependencyError("A JAX kernel was called with PyTorch tensors", f"{missing[0]} is not installed", install("xla"))
     if other := [t.device for t in tensors if t.device.type != "xla"]:
         raise KernelError(
             f"A kernel for XLA devices was called with a tensor on {other[0]}", "All tensors are on one XLA device",

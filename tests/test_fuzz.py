@@ -13,14 +13,14 @@ NOT_IN_TORCH = {"linear_act", "glu", "matmul", "ragged_matmul"}
 
 @pytest.mark.parametrize("op", CASES)
 def test_a_slice(op):
-    pytest.importorskip("jax", reason="the JAX providers are fuzzed; pip install 'kpt-kernels[jax]'")
+    pytest.importorskip("jax", reason="the JAX providers are fuzzed; pip install -e '.[jax]'")
     assert providers(op), f"no provider of {op} runs everywhere"
     assert not fuzz([op], cases=80, seed=20261123)
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_a_slice_in_torch(op):
-    pytest.importorskip("torch", reason="the PyTorch providers are fuzzed; pip install 'kpt-kernels[torch]'")
+    pytest.importorskip("torch", reason="the PyTorch providers are fuzzed; pip install -e '.[torch]'")
     assert bool(providers(op, "torch")) == (op not in NOT_IN_TORCH)
     assert not fuzz([op], cases=80, seed=20261123, framework="torch")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kpt.commands.named import ArgsFrom, call
 from kpt.console import AsJson, answering, front_end, print_json
 from kpt.errors import ConfigError, MissingDependencyError, StoreError
+
+if TYPE_CHECKING:
+    from kpt.strategy.tune import Runner
 
 app = typer.Typer()
 
@@ -24,7 +28,7 @@ def tune(
         str | None, typer.Option(metavar="MODULE:FUNCTION", help="The calls of this function, model or factory instead of an op's.")
     ] = None,
     args_from: ArgsFrom = None,
-    budget: Annotated[str, typer.Option(help='How long it may take: seconds, or "30s", "10m", "1h".')] = "10m",
+    budget: Annotated[str, typer.Option(help='How long the trials may take: seconds, or "30s", "10m", "1h".')] = "10m",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, or float32 on a CPU, unless given.")] = None,
     level: Annotated[str, typer.Option(help="conservative, balanced or aggressive.")] = "balanced",
     as_json: AsJson = False,
@@ -61,6 +65,8 @@ def tune(
             found = session(target, arguments, {}, level, "auto").tune(time)
         else:
             calls, runner = _front(framework or "jax", "calls")(op or (), dtype), _front(framework or "jax", "runner")()
+            if dtype is not None:
+                _possible(dtype, {c.op for c in calls}, runner)
             with progress() as bar:
                 task = bar.add_task("timing kernels", total=None)
 
@@ -132,13 +138,24 @@ def import_(
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as problem:
             raise StoreError(f"{file} was to be imported", str(problem), "Give a file that kpt tune export wrote") from None
-        told = import_json(Measurements(), text, _again)
+        told = import_json(Measurements(), text, _again, source=file)
         if as_json:
             print_json(dataclasses.asdict(told))
         else:
             typer.echo(f"{told.rows} measurements, {told.added} of them new: {told.origin}.")
             for note in told.notes:
                 typer.echo(note)
+
+
+def _possible(dtype: str, ops: Collection[str], runner: Runner) -> None:
+    """Refuses a dtype in which no kernel here computes any of the ops."""
+    from kpt.kernels import registry
+
+    here = [k for k in registry.kernels() if k.op in ops and k.framework == runner.framework and runner.hardware.platform in k.platforms]
+    there = list(dict.fromkeys(d for k in here for d in k.dtypes))
+    if dtype not in there:
+        asked = f"Calls on arrays of {dtype!r} were to be timed"
+        raise ConfigError(asked, f"Kernels here compute in {', '.join(there)}", "Name one of them")
 
 
 def _again(environment: Any, contests: Any, count: int) -> Any:

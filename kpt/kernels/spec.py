@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kpt.errors import KernelError
+from kpt.install import install
 from kpt.ops.base import Cost, Specs
 from kpt.ops.mask import Mask
 
@@ -134,15 +135,16 @@ def unmet(requirement: str) -> str | None:
     package, bounds = _parse_requirement(requirement)
     found = _installed(package)
     if found is None:
-        return f"needs {requirement}, and {package} is not installed{_INSTALL.get(package, '')}"
+        line = f": {install(_EXTRAS[package])}" if package in _EXTRAS else ""
+        return f"needs {requirement}, and {package} is not installed{line}"
     for operator, bound in bounds:
         if not _COMPARE[operator](*_pad(_release(found), _release(bound))):
             return f"needs {requirement}, and {package} {found} is installed"
     return None
 
 
-_INSTALL = {"jax-triton": ": pip install 'kpt-kernels[jax-triton]'"}
-"""What no front end brings by itself, and how to have it."""
+_EXTRAS = {"jax-triton": "jax-triton"}
+"""What no front end brings by itself, and which extra does."""
 
 
 @functools.cache  # a look-up reads the disk, and a model asks once for each of its sites

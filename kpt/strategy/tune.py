@@ -38,7 +38,7 @@ class Tuned:
     left: calls that the budget did not reach.
     failed: calls of whose candidates none was timed.
     dropped: kernels that failed at a call that they had accepted, by name, and how.
-    seconds: that it took.
+    seconds: of the budget that it took; the start of the processes that timed them came besides.
     """
 
     measured: int
@@ -115,11 +115,12 @@ class Runner:
         return self.ready is not None or _importable(kernel.loader)
 
     def run(
-        self, wanted: Sequence[Trial], budget: float, done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None
-    ) -> list[Outcome | None]:
+        self, wanted: Sequence[Trial], budget: float, done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
+        up: Callable[[float], None] = lambda seconds: None,
+    ) -> list[Outcome | None]:  # fmt: skip
         """As `kpt.tuning.trials.run`."""
         if self.ready is None:
-            return trials.run(wanted, self.module, budget, done)
+            return trials.run(wanted, self.module, budget, done, up=up)
         return trials.run_here(wanted, self.ready, budget, done)
 
 
@@ -140,7 +141,7 @@ def tune(
       hardware: of the plan. For other hardware than the runner's nothing is timed.
       level: of which the candidates are.
       passes: "forward" or "forward and backward".
-      budget: seconds.
+      budget: seconds, besides the start of the processes that time them.
     """
     start = time.monotonic()
     if hardware.name != runner.hardware.name:
@@ -175,9 +176,10 @@ def tune(
             log.warning("%s %s; it is not used", kernel, why)
         done(trial, outcome)
 
-    outcomes = runner.run(wanted, budget, kept)
+    starts: list[float] = []
+    outcomes = runner.run(wanted, budget, kept, starts.append)
     measured, left = sum(bool(o and o.seconds) for o in outcomes), sum(o is None for o in outcomes)
-    return Tuned(measured, known, left, len(wanted) - measured - left, dropped, time.monotonic() - start)
+    return Tuned(measured, known, left, len(wanted) - measured - left, dropped, time.monotonic() - start - sum(starts))
 
 
 def ahead(
@@ -188,11 +190,9 @@ def ahead(
     done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
 ) -> Tuned:
     """Times what was not timed yet of calls that no program has asked for so far, forward and with the backward pass."""
-    calls, end = list(calls), time.monotonic() + budget
-    both, forward = (
-        tune(calls, runner.hardware, runner, level=level, passes=passes, budget=max(0.0, end - time.monotonic()), done=done)
-        for passes in (BOTH, FORWARD)
-    )
+    calls = list(calls)
+    both = tune(calls, runner.hardware, runner, level=level, passes=BOTH, budget=budget, done=done)
+    forward = tune(calls, runner.hardware, runner, level=level, passes=FORWARD, budget=max(0.0, budget - both.seconds), done=done)
     sums = {f: getattr(both, f) + getattr(forward, f) for f in ("measured", "known", "left", "failed", "seconds")}
     return dataclasses.replace(both, dropped={**both.dropped, **forward.dropped}, **sums)
 

@@ -51,7 +51,7 @@ def export_json(table: Measurements) -> str:
     return json.dumps(about | {"rows": rows}, indent=1)
 
 
-def import_json(table: Measurements, text: str, again: Again | None = None, seed: int = 0) -> Import:
+def import_json(table: Measurements, text: str, again: Again | None = None, seed: int = 0, source: object = None) -> Import:
     """Takes in an export. The rows count for `Measurements.best` only once a sample of their calls was measured again and agreed.
 
     Plans choose by who is the fastest, so that is what has to hold, within the noise of both machines; times themselves differ with
@@ -61,6 +61,7 @@ def import_json(table: Measurements, text: str, again: Again | None = None, seed
     Args:
       again: measures on this machine; without it nothing is verified.
       seed: of the draw.
+      source: the file that the text is from, for errors.
 
     Raises:
       StoreError: the text is no export of measurements, or is of a newer format. Nothing of it is taken in.
@@ -75,9 +76,10 @@ def import_json(table: Measurements, text: str, again: Again | None = None, seed
         origin = f"{digest}, exported {data['exported']} by kpt {data['kpt']} on {data['machine']}"
         origin.encode()  # a ValueError for what JSON may hold and a file may not
         rows = [Measurement.from_json(r, origin) for r in data["rows"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as problem:
-        what = f"{type(problem).__name__}: {problem}"
-        raise StoreError("Measurements were to be imported", what, "Give a file that kpt tune export wrote") from None
+    except (StoreError, ValueError, KeyError, TypeError, RecursionError) as problem:
+        asked = "Measurements were to be imported" if source is None else f"{source} was to be imported"
+        what = problem.possible if isinstance(problem, StoreError) else f"{type(problem).__name__}: {problem}"
+        raise StoreError(asked, what, "Give a file that kpt tune export wrote") from None
     added = table.store.write(lambda c: _insert(c, rows))
     environments: dict[Environment, list[Measurement]] = {}
     for m in rows:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import queue
 import subprocess
@@ -28,7 +29,7 @@ from kpt.tuning.rounds import rounds
 from kpt.tuning.settings import Setting, put
 
 PATIENCE = 120.0
-"""Seconds that one candidate may take to be compiled and to run once."""
+"""Seconds that one candidate may take to be compiled and to run once, or a process to start."""
 SECONDS = 0.3
 """For which each candidate of a trial runs."""
 _ANSWER = "KPT: "
@@ -191,14 +192,16 @@ def run(
     budget: float,
     done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
     patience: float | None = None,
+    up: Callable[[float], None] = lambda seconds: None,
 ) -> list[Outcome | None]:
     """Times the candidates of each trial against each other, in other processes, until the budget is spent.
 
     Args:
       module: run as `python -m module`; it calls `serve`.
-      budget: seconds.
+      budget: seconds. The start of the process that times them, a new one after each that hangs or ends, comes besides.
       done: called after each trial.
       patience: seconds for one candidate to be ready; `PATIENCE` by default.
+      up: called with the seconds that a process took to start, once it is at work.
 
     Returns:
       By trial; None for those that the budget did not reach. A candidate that fails, hangs or ends its process is named in `dropped`,
@@ -211,14 +214,19 @@ def run(
     left = list(range(len(trials)))
     while left and time.monotonic() < end:
         told = [dataclasses.replace(trials[i], kernels={k: at for k, at in trials[i].kernels.items() if k not in dropped[i]}) for i in left]
+        start, starting = time.monotonic(), True
         with _Child(module, told) as child:
-            at, wait = "", PATIENCE  # the candidate under way; until the first one, the process starts
+            at, wait = "", PATIENCE  # the candidate under way; before the first one, the process starts
             while left:
-                answer = child.answer(min(end, time.monotonic() + wait))
+                answer = child.answer(min(end if not starting else math.inf, time.monotonic() + wait))
                 if answer is None:
                     break
                 i, wait = left[0], patience
-                if "started" in answer:
+                if "up" in answer:
+                    starting, took = False, time.monotonic() - start
+                    end += took  # for one that never gets to work the clock goes on: a budget ends it
+                    up(took)
+                elif "started" in answer:
                     at = answer["started"]
                 elif "ready" in answer:
                     at = ""
@@ -231,7 +239,7 @@ def run(
                     left.pop(0)
             if not left:
                 break
-            over = child.late and time.monotonic() >= end
+            over = child.late and not starting and time.monotonic() >= end
             problem = f"was not ready when the budget of {budget:.0f} s ended" if over else child.problem(wait)
         i = left[0]
         if over and not (at and foreign(trials[i].kernels[at])):
@@ -329,6 +337,7 @@ def serve(ready: Ready, settings: Sequence[Setting] = ()) -> None:
         sys.stdin.read()
         os._exit(1)
 
+    _say(up=True)
     wanted = json.loads(sys.stdin.readline())
     # Who asks may be killed while a candidate hangs, which would hold the device for ever.
     threading.Thread(target=orphaned, daemon=True).start()

@@ -1,5 +1,6 @@
 """The command line: what it prints, in words and in JSON, and with which exit code."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from kpt import __version__
 from kpt.cli import app
 from kpt.console import CRASHED, MISSING, NO, OK, REFUSED
+from kpt.install import install
 
 
 def call(*arguments):
@@ -250,7 +252,32 @@ def test_a_missing_framework_is_told_with_the_install_line(monkeypatch, absent):
     monkeypatch.setattr("kpt.console.importlib.import_module", refuse)
     result = call("demo")
     assert result.exit_code == MISSING
-    assert absent in result.stderr and "pip install 'kpt-kernels[jax]'" in result.stderr
+    assert absent in result.stderr and install("jax") in result.stderr
+
+
+UNFIT = """
+import torch
+
+
+class Unfit(torch.nn.Module):
+    def forward(self, x):
+        return x @ torch.ones(7, 7)
+
+
+def model():
+    return Unfit(), (torch.ones(2, 4),)
+"""
+
+
+def test_what_torch_logs_of_a_failure_is_left_to_debug(module):
+    """The error says it in a line."""
+    pytest.importorskip("torch")
+    module("unfit", UNFIT)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
+    short, long = (run([sys.executable, "-m", "kpt.cli", *debug, "plan", "unfit:model"]) for debug in ((), ("--debug",)))
+    assert short.returncode == long.returncode == CRASHED
+    assert short.stderr.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert "failed while attempting" in long.stderr and "Traceback" in long.stderr and "Traceback" not in short.stderr
 
 
 def test_doctor_says_no_where_nothing_can_run(monkeypatch):

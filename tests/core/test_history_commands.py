@@ -134,6 +134,34 @@ def test_what_cannot_be_met_exits_with_2_and_a_sentence(slower, arguments, words
     assert told.exit_code == REFUSED and words in told.stderr and "Traceback" not in told.stderr
 
 
+BROKEN = {
+    "no JSON": b"{",
+    "no text": b"\xff\xfe",
+    "something else": b'{"kind": "kpt.plan"}',
+    "newer": b'{"kind": "kpt.tuning", "format": 99, "rows": []}',
+    "a broken row": b'{"kind": "kpt.tuning", "format": 1, "rows": [{}], "exported": "", "kpt": "", "machine": ""}',
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named(cache, text):
+    (cache / "broken.json").write_bytes(text)
+    told = call("tune", "import", "broken.json")
+    assert told.exit_code == REFUSED and told.stderr.startswith("broken.json was to be imported. ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype", "kinds"),
+    [((), "int3", "float32, bfloat16, float16, float64"), (("--op", "rms_norm"), "int8", "float32, bfloat16, float16, float64"),
+     (("--framework", "torch"), "int3", "float32, bfloat16, float16, float64"), ((), "", "float32")],
+)  # fmt: skip
+def test_a_dtype_of_no_kernel_is_refused_with_those_that_are_possible(cache, monkeypatch, arguments, dtype, kinds):
+    pytest.importorskip(arguments[1] if arguments[:1] == ("--framework",) else "jax")
+    monkeypatch.setattr("kpt.strategy.tune.ahead", None)  # nothing is timed
+    told = call("tune", *arguments, "--dtype", dtype)
+    assert told.exit_code == REFUSED and f"{dtype!r}" in told.stderr and kinds in told.stderr
+
+
 def test_runs_without_a_common_series_cannot_be_compared(cache):
     History().put(Run("a", (1.0,), label="x"), Run("b", (1.0,), label="y"))
     told = call("compare", "x", "y")

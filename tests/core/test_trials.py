@@ -21,7 +21,7 @@ from kpt.ops.base import Spec
 from kpt.ops.mask import Causal, Mask
 from kpt.strategy import planner
 from kpt.strategy.plan import Plan, Site
-from kpt.strategy.tune import Runner, measured_again, tune
+from kpt.strategy.tune import Runner, ahead, measured_again, tune
 from kpt.tuning import Measurement, Measurements, export_json, import_json, settings, trials
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import Setting, variable
@@ -103,6 +103,33 @@ def test_the_budget_ends_it(monkeypatch, foreign):
     assert run([trial("fast")], PROCESS, 0) == [None]
 
 
+def test_the_budget_is_for_trials_and_not_for_the_start_of_their_process(registry, folder, monkeypatch):
+    """Importing a framework may take longer than the budget; so it may in the process after one that died."""
+    monkeypatch.setenv("START_SECONDS", "3")
+    registry.register(spec("killed"))
+    del registry._kernels["rms_norm.hungry"]
+    start = time.monotonic()
+    found = tuned(a_plan(64), budget=3.0)
+    assert (found.measured, found.left) == (1, 0) and set(found.dropped) == {"rms_norm.killed"}
+    assert found.seconds < 3.5 and time.monotonic() - start > 6 + 0.9 * found.seconds
+
+
+def test_the_second_pass_has_what_the_first_one_left(registry, folder, monkeypatch):
+    """By the clock that the first one was timed by."""
+    monkeypatch.setenv("START_SECONDS", "3")
+    del registry._kernels["rms_norm.hungry"]
+    found = ahead(a_plan(64).sites, RUNNER, "balanced", 3.0)
+    assert (found.measured, found.left) == (2, 0) and found.seconds < 3.5
+
+
+def test_a_process_whose_start_hangs_is_not_waited_for_again(monkeypatch, caplog):
+    monkeypatch.setenv("START_SECONDS", "1000")
+    monkeypatch.setattr(trials, "PATIENCE", 2.0)
+    start = time.monotonic()
+    assert run([trial("fast"), trial("fast", rows=128)], PROCESS, 1.0) == [Outcome({}, {}), None]
+    assert "was not ready after 2 s" in caplog.text and 2 <= time.monotonic() - start < 10
+
+
 def test_what_hangs_ends_with_who_asked():
     """`kill -9` of the program leaves no process behind that holds the device."""
     child = subprocess.Popen([sys.executable, "-m", PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -111,7 +138,7 @@ def test_what_hangs_ends_with_who_asked():
     with child:
         child.stdin.write(json.dumps([trial("hanging").to_json()]) + "\n")
         child.stdin.flush()
-        assert "hanging" in child.stdout.readline()  # under way
+        assert "up" in child.stdout.readline() and "hanging" in child.stdout.readline()  # under way
         child.stdin.close()  # as the system does for a process that is killed
         assert child.wait() == 1
     late.cancel()
@@ -304,7 +331,7 @@ def test_an_import_is_measured_again_under_its_own_settings(registry, folder, di
     now |= {"precision": "ieee", "threads": 1}
     asked = []
 
-    def run(trials_, module, budget, done):
+    def run(trials_, module, budget, done, up):
         asked.extend(trials_)
         return [Outcome({"rms_norm.fast": (1e-3,) * 9, "rms_norm.slow": (5e-3,) * 9}, {}) for _ in trials_]
 

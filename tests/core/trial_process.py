@@ -10,6 +10,9 @@ from collections.abc import Callable
 from kpt.kernels.spec import resolve
 from kpt.tuning.trials import Trial, serve
 
+# As importing a framework does.
+time.sleep(float(os.environ.get("START_SECONDS", 0)) if __name__ == "__main__" else 0)
+
 
 def fast() -> None:
     time.sleep(0.002)

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kpt
+from kpt.install import install
 from kpt.kernels.spec import refusal
 from kpt.ops import Causal, Lengths, Mask, Segments, Spec, Window
 from kpt.strategy.levels import choose
@@ -204,7 +205,7 @@ def installed(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("op", OPS)
 def test_without_jax_triton_it_says_how_to_have_it(op, monkeypatch):
     monkeypatch.setattr("kpt.kernels.spec._installed", lambda package: None if package == "jax-triton" else "99")
-    assert here(f"{op}.jax_triton") == "needs jax-triton>=0.4.1, and jax-triton is not installed: pip install 'kpt-kernels[jax-triton]'"
+    assert here(f"{op}.jax_triton") == "needs jax-triton>=0.4.1, and jax-triton is not installed: " + install("jax-triton")
 
 
 @pytest.mark.parametrize("op", OPS)

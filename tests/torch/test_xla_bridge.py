@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from unittest import mock
 
 import ml_dtypes
@@ -18,6 +19,7 @@ from jax.experimental import pallas as pl  # noqa: E402
 
 import kpt  # noqa: E402
 from kpt.errors import KernelError, MissingDependencyError  # noqa: E402
+from kpt.install import install  # noqa: E402
 from kpt.kernels.validate import validate  # noqa: E402
 from kpt.ops import Causal, Lengths, Mask, Segments, Spec, op  # noqa: E402
 from kpt_torch import xla  # noqa: E402
@@ -180,7 +182,7 @@ def test_refused():
     find = xla.importlib.util.find_spec
     with (
         mock.patch.object(xla.importlib.util, "find_spec", lambda n: None if n == "torch_xla" else find(n)),
-        pytest.raises(MissingDependencyError, match="kpt-kernels\\[xla\\]"),
+        pytest.raises(MissingDependencyError, match=re.escape(install("xla"))),
     ):
         kernel("matmul.xla")(a=torch.ones(2, 2), b=torch.ones(2, 2))
     assert jax.default_backend() == "cpu"
