@@ -770,14 +770,6 @@ def test_a_hook_that_a_submodule_gets_later_runs():
     torch.testing.assert_close(fast(inputs()), before)
 
 
-def test_a_gradient_of_a_gradient_is_refused_in_words():
-    x = torch.randn(4, 32, requires_grad=True)
-    fast = kpt_torch.optimize(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
-    (g,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
-    with pytest.raises(KernelError, match="gradient of a gradient"):
-        torch.autograd.grad(g.square().sum(), x)
-
-
 def test_a_forward_derivative_is_that_of_the_code_as_it_was_written():
     module = block(counts=False).eval()
     fast, t = kpt_torch.optimize(module), inputs(b=2).flip(0)
