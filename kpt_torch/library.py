@@ -223,8 +223,8 @@ def _differentiable(
         wanted, params, floats = ctx.wanted.split(), _params(op, ctx.params), [n for n in ctx.present if n in moving]
 
         def first(*given: torch.Tensor) -> Sequence[torch.Tensor]:
-            at = arrays | dict(zip(floats, given, strict=False))
-            return pulled_back(lambda *x: formula(at | dict(zip(wanted, x, strict=True)), params), [at[n] for n in wanted], given[len(floats) :])
+            at, above = arrays | dict(zip(floats, given, strict=False)), given[len(floats) :]
+            return pulled_back(lambda *x: formula(at | dict(zip(wanted, x, strict=True)), params), [at[n] for n in wanted], above)
 
         given = [*(arrays[n] for n in floats), *cotangents]
         with _plain(arrays):

@@ -122,8 +122,8 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
-        raise KernelError("A gradient of a gradient was asked for through attention.sdpa", "A query sees no key there, and its row has a "
-                          "first derivative only", "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
+        raise KernelError("A gradient of a gradient was asked for through attention.sdpa", "A query sees no key there: its row has a first "
+                          "derivative", "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
 
 
 def _once(g: torch.Tensor, drowned: torch.Tensor) -> torch.Tensor:

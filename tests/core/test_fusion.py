@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -202,6 +203,16 @@ def test_a_pattern_that_raises_costs_its_finds_only():
     registry = FusionRegistry({"broken": broken, **default_fusion().patterns})
     _, taken, _ = registry.find(norm_graph())
     assert [m.op for m in taken] == ["rms_norm"]
+
+
+def test_a_match_that_is_no_call_of_its_op_costs_itself_only():
+    def wrong(program):
+        for found in norms(program):
+            yield dataclasses.replace(found, arrays=found.arrays | {"weight": program.exprs.full(1.0, (3,), "float32")})
+
+    norms = default_fusion().patterns["norms"]
+    _, taken, missed = FusionRegistry({"wrong": wrong}).find(norm_graph())
+    assert not taken and "weight" in missed[0].reason
 
 
 def test_an_implied_band_is_dropped():

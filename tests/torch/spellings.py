@@ -127,6 +127,12 @@ def padding(q, k, v, pad):
     return weighed(q, k, v, lambda s: s.masked_fill(~pad[:, None, None, :], -1e9))
 
 
+@spelled(site("attention", terms=(Explicit(),)))
+def padding_by_integers(q, k, v, labels):
+    """Numbers of which 0 hides, as DebertaV2 casts its mask."""
+    return weighed(q, k, v, lambda s: s.masked_fill(~labels[:, None, None].bool(), -1e9))
+
+
 @spelled(site("attention", terms=(Bias(),)))
 def additive_bias(q, k, v, bias):
     return weighed(q, k, v, lambda s: s + bias)

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 import kpt
 import kpt_torch
 from kpt import Plan, cli, console
-from kpt.errors import ConfigError, KernelError, KptError, PlanError
+from kpt.errors import ConfigError, KptError, PlanError
 from kpt.kernels import KernelSpec, registry
 from kpt.tuning import gain
 from kpt_torch import shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 
@@ -250,7 +251,7 @@ def test_a_failed_backward_pass_is_not_repeated_on_what_it_wrote_over():
         return {"x": made}
 
     thrice = kernel(
-        "rms_norm", "test_failing", lambda arrays, params: ([arrays["x"] * 3], [torch.full_like(arrays["x"], 3.0)] if params["early"] else []),
+        dataclasses.replace(kpt.ops.op("rms_norm"), name="thrice"), "test_failing", lambda arrays, params: ([arrays["x"] * 3], [torch.full_like(arrays["x"], 3.0)] if params["early"] else []),
         backward, kept=lambda specs, params: (specs["x"],) if params["early"] else (), early=lambda arrays, names: " ".join(names),
     )  # fmt: skip
     x = normal(4, D)
