@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,7 @@ def _can_be_differentiated_again(out: torch.Tensor) -> None:
 
 def _twice(gradients: Sequence[torch.Tensor | None], cotangents: Sequence[torch.Tensor | None]) -> Any:
     """In place of a back end's gradients, which have no derivative, those of the formula, where autograd keeps a graph of them."""
-    (g, *_), node = cotangents, torch._C._current_autograd_node()
+    g, node = cotangents[0], cast(Any, torch._C._current_autograd_node())
     if g is None or not torch.is_grad_enabled():
         return None
     from kpt_torch.formulas import pulled_back, weighed
