@@ -213,11 +213,35 @@ def _differentiable(
     pulled = torch.library.custom_op(f"{definition._qualname}_backward", run, mutates_args=(), schema=schema)
     pulled.register_fake(fake)
 
-    def twice(ctx: Any, *cotangents: Any) -> Any:
-        raise KernelError(f"A gradient of a gradient was asked for through {definition._qualname}", "A kernel's backward pass has none",
-                          "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
+    def hold(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.present = [n for n, t in zip(names, inputs, strict=False) if t is not None]
+        made, cotangents, ctx.params, ctx.wanted = inputs[len(names) :]
+        ctx.made = len(made)
+        ctx.save_for_backward(*(t for t in inputs[: len(names)] if t is not None), *cotangents)
 
-    pulled.register_autograd(twice)
+    @torch.compiler.disable
+    def twice(ctx: Any, slopes: Sequence[torch.Tensor | None]) -> Any:
+        from kpt_torch.formulas import FORMULAS, pulled_back
+
+        formula = FORMULAS.get(op.name)
+        if formula is None:
+            raise KernelError(f"A gradient of a gradient was asked for through {definition._qualname}", "A kernel's backward pass has none",
+                              "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
+        arrays, cotangents = dict(zip(ctx.present, ctx.saved_tensors, strict=False)), ctx.saved_tensors[len(ctx.present) :]
+        wanted, params, floats = ctx.wanted.split(), _params(op, ctx.params), [n for n in ctx.present if n in moving]
+
+        def first(*given: torch.Tensor) -> Sequence[torch.Tensor]:
+            at, above = arrays | dict(zip(floats, given, strict=False)), given[len(floats) :]
+            return pulled_back(lambda *x: formula(at | dict(zip(wanted, x, strict=True)), params), [at[n] for n in wanted], above)
+
+        given = [*(arrays[n] for n in floats), *cotangents]
+        with _plain(arrays):
+            dense = [torch.zeros_like(arrays[n]) if s is None else s for n, s in zip(wanted, slopes, strict=True)]
+            found = pulled_back(first, given, dense)
+        of = dict(zip(floats, found, strict=False))
+        return (*(of.get(n) for n in names), [None] * ctx.made, list(found[len(floats) :]), None, None)
+
+    pulled.register_autograd(twice, setup_context=hold)
 
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor], alone: bool = False) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kpt.graph.expr import ELEMENTWISE, Expr, numpy_dtype
+from kpt.graph.expr import ELEMENTWISE, Expr, Exprs, numpy_dtype
 from kpt.graph.graph import Graph, Node
 from kpt.graph.normalize import normalize
 
@@ -17,6 +17,8 @@ EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concaten
 )
 
 
+# What tells one value in other words: the code may read the one, and the rest of the program make the other.
+_WORDS = frozenset("reshape transpose broadcast slice convert not".split())
 _READ = ("bfloat16", "float16", "float32")  # what ops take; rounding to 8 bits is no cast that a kernel could make up for
 
 
@@ -66,6 +68,7 @@ class Program:
         self._order = {id(n): i for i, n in enumerate(graph.nodes)}
         self._outputs = set(graph.outputs)
         self._consumed: dict[int, tuple[Match, list[Node]]] = {}
+        self._unnamed = Exprs()  # formulas of values under whose own names nobody reads them
         self.activated: dict[int, tuple[str, Expr] | None] = {}  # what `linear` found out about expressions
 
     def exprs_with(self, *ops: str) -> Iterator[Expr]:
@@ -159,7 +162,11 @@ class Program:
         return found
 
     def as_read(self, match: Match) -> Match:
-        """The match with its arrays in the precision they are read in: what the code rounds first reaches the kernel rounded."""
+        """The match with its arrays in the precision they are read in: what the code rounds first reaches the kernel rounded.
+
+        And made of what the code reads: a weight that is read as it lies is no other value because its transpose is, too, elsewhere.
+        """
+        match = self._of_what_is_read(match)
         if match.op == "attention":  # whose three arrays have one dtype, which its pattern finds
             return match
         nodes = {id(n) for n in self.consumed(match)}
@@ -168,6 +175,21 @@ class Program:
             return match
         arrays = {name: self.exprs.convert(e, read[name] or e.dtype) for name, e in match.arrays.items()}
         return dataclasses.replace(match, arrays=arrays)
+
+    def _of_what_is_read(self, match: Match) -> Match:
+        read = {v for n in self.consumed(match) for v in n.inputs}
+
+        def of_it(e: Expr) -> Expr | None:
+            """`e` by way of the first of the values it is a view of that is read; None where none is."""
+            below = of_it(e.args[0]) if e.op in _WORDS else None
+            if below is None:
+                return e if read & set(e.origins) else None
+            same = below is e.args[0] and not e.origins
+            return e if same else self._unnamed.make(e.op, (below,), e.attrs, e.shape, e.dtype)
+
+        arrays = {name: of_it(e) or e for name, e in match.arrays.items()}
+        same = all(arrays[name] is e for name, e in match.arrays.items())
+        return match if same else dataclasses.replace(match, arrays=arrays)
 
     def _read_as(self, e: Expr, nodes: set[int]) -> str | None:
         """The narrower float dtype that these nodes cast `e` to before anything else, or None."""

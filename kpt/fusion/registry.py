@@ -6,9 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
 
-from kpt.errors import GraphError
+from kpt import ops
+from kpt.errors import GraphError, OpError
 from kpt.fusion import attention, cross_entropy, linear, norms, rope
 from kpt.fusion.program import Match, NearMiss, Program
+from kpt.fusion.site import specs_of
 from kpt.graph.graph import Graph
 
 log = logging.getLogger("kpt")
@@ -51,7 +53,7 @@ class FusionRegistry:
                 found = program.as_read(found)
                 value = next(iter(found.results))
                 core = _core(program, found)
-                why = program.unsafe(found) or _overlap(claimed, core) or accept(found)
+                why = _malformed(found) or program.unsafe(found) or _overlap(claimed, core) or accept(found)
                 if why is not None:
                     missed.append(NearMiss(found.op, value, why, found.source))
                     replaced[found.op, value] = core
@@ -75,6 +77,15 @@ def _finds(name: str, pattern: Pattern, program: Program) -> Iterator[Match | Ne
         yield from pattern(program)
     except Exception:
         log.warning("pattern %r failed on %s; please report it", name, program.graph.name, exc_info=True)
+
+
+def _malformed(m: Match) -> str | None:
+    """Why a match is no call of its op, or None: a pattern that reads an array wrongly costs a site, never the graph."""
+    try:
+        ops.op(m.op).infer(specs_of(m), **m.params)
+    except OpError as error:
+        return f"it was read as a call that the op does not have: {error}"
+    return None
 
 
 def _core(p: Program, m: Match) -> set[int]:

@@ -99,7 +99,7 @@ class Axes:
         e = ref.expr
         if e.op == "convert":
             a = e.args[0]
-            same = _is_float(e.dtype) == _is_float(a.dtype) and a.dtype != "bool" and not _wraps(a.dtype, e.dtype)
+            same = _is_float(e.dtype) == _is_float(a.dtype) and "bool" not in (a.dtype, e.dtype) and not _wraps(a.dtype, e.dtype)
             return Ref(a, ref.dims) if same else None
         if e.op == "transpose":
             dims: list[tuple[int, ...]] = [()] * len(ref.dims)

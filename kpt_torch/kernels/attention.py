@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
+from kpt.errors import KernelError
 from kpt.ops.base import Specs
 from kpt.ops.mask import Causal, Explicit, Lengths, Mask, Segments, Window
 from kpt_torch.library import torch_dtype
@@ -43,34 +45,89 @@ def attention(
 
     A hidden key whose scores are NaN shows, since masks are added: this is no kernel for padding that holds NaN.
     """
-    seen, may_be_empty = _seen(mask, q, k, keep, q_segment_ids, kv_segment_ids, kv_lengths)
     causal = mask.terms == (Causal(0),)
+    shown, may_be_empty = (None, False) if causal else seen(mask, q, k, keep, q_segment_ids, kv_segment_ids, kv_lengths)
     empty = None
-    if seen is not None and may_be_empty:
-        empty = ~seen.any(-1, keepdim=True)
-        seen = seen | empty
-    added, drowned, low = seen, None, None
+    if shown is not None and may_be_empty:
+        empty = ~shown.any(-1, keepdim=True)
+        shown = shown | empty
+    added, drowned, low = shown, None, None
     if empty is not None and mask.additive and _drowns(mask.fill, q.dtype):
         drowned = empty
     if bias is not None:
         added = bias.to(q.dtype)
-        if seen is None:  # a mask that came as numbers, perhaps, which may hide all keys of a query
+        if shown is None:  # a mask that came as numbers, perhaps, which may hide all keys of a query
             least, most = added.detach().aminmax(dim=-1, keepdim=True)
             drowned = (least == most) & _drowns(most, q.dtype) & most.isfinite()
             low = torch.where(drowned, added - added.detach(), 0.0) if bias.requires_grad else None
             added = torch.where(drowned, 0.0, added)
         else:
-            added = torch.where(seen, added, torch.full((), float("-inf"), dtype=q.dtype, device=q.device))
+            added = torch.where(shown, added, torch.full((), float("-inf"), dtype=q.dtype, device=q.device))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=None if causal else added, is_causal=causal, scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )  # fmt: skip
+    if out.requires_grad and not torch.compiler.is_compiling():
+        _can_be_differentiated_again(out)
     if empty is not None and not mask.additive:
         out = torch.where(empty, _unseen(mask, v, out), out)
     if drowned is not None:
-        out = torch.where(drowned, _even(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, low).to(out.dtype), out)
+        even = _even(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, low).to(out.dtype)
+        if even.requires_grad and not torch.compiler.is_compiling():
+            even.register_hook(functools.partial(_once, drowned=drowned))
+        out = torch.where(drowned, even, out)
     out = out.transpose(1, 2)
     return out if out_dtype is None else out.to(torch_dtype(out_dtype))
+
+
+def _can_be_differentiated_again(out: torch.Tensor) -> None:
+    """Gives torch's back end a second derivative, where it has none."""
+    node: Any = out.grad_fn
+    for _ in range(3):  # views stand before it where heads were padded
+        if node is not None and "ScaledDotProduct" in node.name():
+            node.register_hook(_twice)
+            return
+        node = node.next_functions[0][0] if node is not None and node.next_functions else None
+
+
+def _twice(gradients: Sequence[torch.Tensor | None], cotangents: Sequence[torch.Tensor | None]) -> Any:
+    """In place of a back end's gradients, which have no derivative, those of the formula, where autograd keeps a graph of them."""
+    g, node = cotangents[0], cast(Any, torch._C._current_autograd_node())
+    if g is None or not torch.is_grad_enabled():
+        return None
+    from kpt_torch.formulas import pulled_back, weighed
+
+    bias = getattr(node, "_saved_attn_mask", getattr(node, "_saved_attn_bias", None))
+    given = [node._saved_query, node._saved_key, node._saved_value, *(() if bias is None else (bias,))]
+
+    def change(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        scores = scores if bias is None else scores + bias
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(above, float("-inf")) if node._saved_is_causal else scores
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+        return [weighed(q, k, v, node._saved_scale, lambda s: change(s, bias))]
+
+    with torch.autocast(g.device.type, enabled=False):
+        found = pulled_back(attend, given, [g])
+    return tuple(None if old is None else new.to(old.dtype) for old, new in zip(gradients, found, strict=False))
+
+
+class _Once(torch.autograd.Function):
+    """What it is given; its gradient has none."""
+
+    @staticmethod
+    def forward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        raise KernelError("A gradient of a gradient was asked for through attention.sdpa", "A query sees no key there: its row has a first "
+                          "derivative", "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
+
+
+def _once(g: torch.Tensor, drowned: torch.Tensor) -> torch.Tensor:
+    return _Once.apply(g) if torch.is_grad_enabled() and bool(drowned.any()) else g
 
 
 def _unseen(mask: Mask, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -107,19 +164,19 @@ def _even(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, low: 
     return row
 
 
-def _seen(
+def seen(
     mask: Mask, q: torch.Tensor, k: torch.Tensor, keep: Any, q_segment_ids: Any, kv_segment_ids: Any, kv_lengths: Any
 ) -> tuple[torch.Tensor | None, bool]:
     """(a boolean array that broadcasts to [B, N, T, S], or None for all; whether a query may see nothing)."""
     queries, keys = q.shape[1], k.shape[1]
     i = torch.arange(queries, device=q.device)[:, None]
     j = torch.arange(keys, device=q.device)[None, :]
-    seen: torch.Tensor | None = None
+    shown: torch.Tensor | None = None
     may_be_empty = False
 
     def also(term: torch.Tensor) -> None:
-        nonlocal seen
-        seen = term if seen is None else seen & term
+        nonlocal shown
+        shown = term if shown is None else shown & term
 
     for t in mask.terms:
         if isinstance(t, Causal):
@@ -140,8 +197,6 @@ def _seen(
         elif isinstance(t, Explicit):
             also(keep)
             may_be_empty = True
-    if mask.terms == (Causal(0),):
-        return None, False
-    if seen is not None and seen.dim() == 2:
-        seen = seen[None, None]
-    return seen, may_be_empty
+    if shown is not None and shown.dim() == 2:
+        shown = shown[None, None]
+    return shown, may_be_empty

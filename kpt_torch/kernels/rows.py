@@ -19,7 +19,7 @@ CHUNK_BYTES = 64 << 20
 """Logits that linear_cross_entropy holds at a time, in bytes of float32."""
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -39,36 +39,36 @@ def _summed(arrays: Tensors) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     x = arrays["x"]
     if "residual" not in arrays:
         return x, []
-    h = (_wide(x) + _wide(arrays["residual"])).to(x.dtype)
+    h = (wide(x) + wide(arrays["residual"])).to(x.dtype)
     return h, [h]
 
 
-def _rms_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+def rms_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     h, extra = _summed(arrays)
-    z = _wide(h)
+    z = wide(h)
     r = torch.rsqrt(z.square().mean(-1, keepdim=True) + params["eps"])
     y = z * r
     if "weight" in arrays:
-        y = y * (_wide(arrays["weight"]).to(z.dtype) + params["weight_offset"])
+        y = y * (wide(arrays["weight"]).to(z.dtype) + params["weight_offset"])
     return [y.to(_out(params, arrays["x"])), *extra], [r.squeeze(-1)]
 
 
 def _rms_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
     x = arrays["x"]
-    z = _wide(results[1] if "residual" in arrays else x)
-    r, g = kept[0].unsqueeze(-1), _wide(cotangents[0]).to(z.dtype)
+    z = wide(results[1] if "residual" in arrays else x)
+    r, g = kept[0].unsqueeze(-1), wide(cotangents[0]).to(z.dtype)
     n = z * r
     found: Tensors = {}
     if "weight" in wanted:
         found["weight"] = (g * n).reshape(-1, z.shape[-1]).sum(0)
     if "weight" in arrays:
-        g = g * (_wide(arrays["weight"]).to(z.dtype) + params["weight_offset"])
+        g = g * (wide(arrays["weight"]).to(z.dtype) + params["weight_offset"])
     return _norm_inputs(found, r * (g - n * (g * n).mean(-1, keepdim=True)), arrays, cotangents)
 
 
 def _norm_inputs(found: Tensors, dz: torch.Tensor, arrays: Tensors, cotangents: Sequence[torch.Tensor]) -> Tensors:
     if "residual" in arrays:
-        dz = dz + _wide(cotangents[1])
+        dz = dz + wide(cotangents[1])
         found["residual"] = dz
     found["x"] = dz
     return found
@@ -78,12 +78,12 @@ def _row_specs(count: int) -> library.Kept:
     return lambda specs, params: (Spec(specs["x"].shape[:-1], _acc(specs["x"].dtype)),) * count
 
 
-rms_norm = library.kernel("rms_norm", "torch", _rms_forward, _rms_backward, kept=_row_specs(1))
+rms_norm = library.kernel("rms_norm", "torch", rms_forward, _rms_backward, kept=_row_specs(1))
 
 
-def _layer_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+def layer_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     h, extra = _summed(arrays)
-    z = _wide(h)
+    z = wide(h)
     mean = z.mean(-1, keepdim=True)
     c = z - mean
     left = c.mean(-1, keepdim=True)  # float32 may not hold the mean of nearly equal numbers, and r multiplies what is missing
@@ -91,16 +91,16 @@ def _layer_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[to
     r = torch.rsqrt(c.square().mean(-1, keepdim=True) + params["eps"])
     y = c * r
     if "weight" in arrays:
-        y = y * _wide(arrays["weight"]).to(z.dtype)
+        y = y * wide(arrays["weight"]).to(z.dtype)
     if "bias" in arrays:
-        y = y + _wide(arrays["bias"]).to(z.dtype)
+        y = y + wide(arrays["bias"]).to(z.dtype)
     return [y.to(_out(params, arrays["x"])), *extra], [mean.squeeze(-1), left.squeeze(-1), r.squeeze(-1)]
 
 
 def _layer_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
-    z = _wide(results[1] if "residual" in arrays else arrays["x"])
+    z = wide(results[1] if "residual" in arrays else arrays["x"])
     mean, left, r = (t.unsqueeze(-1) for t in kept)
-    g = _wide(cotangents[0]).to(z.dtype)
+    g = wide(cotangents[0]).to(z.dtype)
     n = (z - mean - left) * r
     found: Tensors = {}
     if "weight" in wanted:
@@ -108,12 +108,12 @@ def _layer_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotan
     if "bias" in wanted:
         found["bias"] = g.reshape(-1, z.shape[-1]).sum(0)
     if "weight" in arrays:
-        g = g * _wide(arrays["weight"]).to(z.dtype)
+        g = g * wide(arrays["weight"]).to(z.dtype)
     dz = r * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
     return _norm_inputs(found, dz, arrays, cotangents)
 
 
-_layer_norm = library.kernel("layer_norm", "torch", _layer_forward, _layer_backward, kept=_row_specs(3))
+_layer_norm = library.kernel("layer_norm", "torch", layer_forward, _layer_backward, kept=_row_specs(3))
 
 
 def layer_norm(**given: Any) -> Any:
@@ -145,25 +145,25 @@ def _turned(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.cat((-b, a), -1)
 
 
-def _rope_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+def rope_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     x, out = arrays["x"], _out(params, arrays["x"])
-    cos, sin = (_wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
+    cos, sin = (wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
     size = cos.shape[-1]
-    z = _wide(x[..., :size])
+    z = wide(x[..., :size])
     y = (z * cos + _turned(z, params["interleaved"]) * sin).to(out) if size else z.to(out)
     return [torch.cat((y, x[..., size:].to(out)), -1)], []
 
 
 def _rope_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
-    cos, sin = (_wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
+    cos, sin = (wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
     size, found = cos.shape[-1], {}
-    g = _wide(cotangents[0])
+    g = wide(cotangents[0])
     turned = g[..., :size] * sin
     if "x" in wanted:
         dx = g[..., :size] * cos - _turned(turned, params["interleaved"]) if size else g[..., :0]
         found["x"] = torch.cat((dx, g[..., size:]), -1)
     if {"cos", "sin"} & set(wanted):
-        z = _wide(arrays["x"][..., :size])
+        z = wide(arrays["x"][..., :size])
         for name, factor in (("cos", z), ("sin", _turned(z, params["interleaved"]) if size else z)):
             if name in wanted:
                 made = (g[..., :size] * factor).sum(2)
@@ -171,7 +171,7 @@ def _rope_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotang
     return found
 
 
-rope = library.kernel("rope", "torch", _rope_forward, _rope_backward)
+rope = library.kernel("rope", "torch", rope_forward, _rope_backward)
 
 
 # -- losses --------------------------------------------------------------------------------------------------------------------
@@ -221,18 +221,18 @@ def _dlogits(z: torch.Tensor, lse: torch.Tensor, labels: torch.Tensor, g: torch.
     return d if slope is None else d * slope
 
 
-def _ce_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    loss, lse, _ = _loss(_wide(arrays["logits"]), arrays["labels"], params)
+def ce_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    loss, lse, _ = _loss(wide(arrays["logits"]), arrays["labels"], params)
     return [loss], [lse]
 
 
 def _ce_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
-    z = _capped(_wide(arrays["logits"]), params["logits_soft_cap"])
+    z = _capped(wide(arrays["logits"]), params["logits_soft_cap"])
     return {"logits": _dlogits(z, kept[0], arrays["labels"], cotangents[0], params)}
 
 
 cross_entropy = library.kernel(
-    "cross_entropy", "torch", _ce_forward, _ce_backward,
+    "cross_entropy", "torch", ce_forward, _ce_backward,
     kept=lambda specs, params: (Spec(specs["labels"].shape, _acc(specs["logits"].dtype)),),
 )  # fmt: skip
 
@@ -254,7 +254,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _lce_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     x, w = arrays["x"].reshape(-1, arrays["x"].shape[-1]), _operand(arrays["w"], arrays["x"])
     labels, shape = arrays["labels"].reshape(-1), arrays["labels"].shape
-    losses, sums = [x.new_empty(0, dtype=_wide(x[:0]).dtype)], [x.new_empty(0, dtype=_wide(x[:0]).dtype)]
+    losses, sums = [x.new_empty(0, dtype=wide(x[:0]).dtype)], [x.new_empty(0, dtype=wide(x[:0]).dtype)]
     for at in _chunks(x.shape[0], w.shape[1]):
         loss, lse, _ = _loss(_logits(x[at], w, arrays.get("b")), labels[at], params)
         losses.append(loss)
@@ -265,11 +265,11 @@ def _lce_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torc
 
 def _operand(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The weight as the products want it: on a CPU, wide once for all chunks."""
-    return w if x.is_cuda else _wide(w)
+    return w if x.is_cuda else wide(w)
 
 
 def _logits(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    z = _product(x if x.is_cuda else _wide(x), w)
+    z = _product(x if x.is_cuda else wide(x), w)
     return z if b is None else z + b.to(z.dtype)
 
 
@@ -284,17 +284,17 @@ def _lce_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotange
     if "weights" in arrays:
         g = g * arrays["weights"].to(g.dtype)
     g = g.reshape(-1)
-    wide = _wide(x[:0]).dtype
+    acc = wide(x[:0]).dtype
     dx = torch.empty_like(x)
-    dw = torch.zeros(w.shape, dtype=wide, device=x.device)
-    db = torch.zeros(w.shape[1:], dtype=wide, device=x.device)
+    dw = torch.zeros(w.shape, dtype=acc, device=x.device)
+    db = torch.zeros(w.shape[1:], dtype=acc, device=x.device)
     for at in _chunks(x.shape[0], w.shape[1]):
         z = _capped(_logits(x[at], w, arrays.get("b")), params["logits_soft_cap"])
         d = _dlogits(z, lse[at], labels[at], g[at], params)
         db += d.sum(0)
         d = d.to(x.dtype) if x.is_cuda else d
         dx[at] = _product(d, w.t()).to(x.dtype)
-        dw += _product((x[at] if x.is_cuda else _wide(x[at])).t(), d)
+        dw += _product((x[at] if x.is_cuda else wide(x[at])).t(), d)
     return found | {"x": dx.reshape(given.shape), "w": dw, "b": db}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from kpt.errors import GraphError
 from kpt.fusion.formula import activation
 from kpt.fusion.mask import band_of, never_empty, tightest
 from kpt.fusion.registry import FusionRegistry, default_fusion
+from kpt.fusion.site import leaf_values
 from kpt.fusion.view import Axes, Ref
 from kpt.graph.evaluate import evaluate
 from kpt.graph.expr import Exprs
@@ -175,6 +177,18 @@ def test_an_inner_value_that_is_returned_keeps_the_code(inner):
     assert not taken and ["returned" in m.reason for m in missed] == [True]
 
 
+def test_what_is_read_and_its_transpose_elsewhere_are_one_leaf():
+    """A product reads a weight as it lies; the array of the op is the transpose, which the program makes for something else."""
+    g = Graph("f")
+    f = lambda *shape: g.new_value(Spec(shape, "float32"))  # noqa: E731
+    x, w, y, act, turned = f(4, 8), f(6, 8), f(4, 6), f(4, 6), f(8, 6)
+    g.inputs, g.outputs = (x, w), (act, turned)
+    contract = {"lhs_contract": (1,), "rhs_contract": (1,), "lhs_batch": (), "rhs_batch": (), "precision": ""}
+    g.nodes = [Node("transpose", (w,), (turned,), {"perm": (1, 0)}), Node("dot_general", (x, w), (y,), contract), Node("tanh", (y,), (act,))]
+    program, (match,), _ = default_fusion().find(g)
+    assert match.op == "linear_act" and leaf_values(program, match) == (x, w)
+
+
 def test_a_declined_match_leaves_the_reason():
     _, taken, missed = default_fusion().find(norm_graph(), lambda m: "no kernel here")
     assert not taken and [m.reason for m in missed] == ["no kernel here"]
@@ -189,6 +203,16 @@ def test_a_pattern_that_raises_costs_its_finds_only():
     registry = FusionRegistry({"broken": broken, **default_fusion().patterns})
     _, taken, _ = registry.find(norm_graph())
     assert [m.op for m in taken] == ["rms_norm"]
+
+
+def test_a_match_that_is_no_call_of_its_op_costs_itself_only():
+    def wrong(program):
+        for found in norms(program):
+            yield dataclasses.replace(found, arrays=found.arrays | {"weight": program.exprs.full(1.0, (3,), "float32")})
+
+    norms = default_fusion().patterns["norms"]
+    _, taken, missed = FusionRegistry({"wrong": wrong}).find(norm_graph())
+    assert not taken and "weight" in missed[0].reason
 
 
 def test_an_implied_band_is_dropped():

@@ -127,6 +127,12 @@ def padding(q, k, v, pad):
     return weighed(q, k, v, lambda s: s.masked_fill(~pad[:, None, None, :], -1e9))
 
 
+@spelled(site("attention", terms=(Explicit(),)))
+def padding_by_integers(q, k, v, labels):
+    """Numbers of which 0 hides, as DebertaV2 casts its mask."""
+    return weighed(q, k, v, lambda s: s.masked_fill(~labels[:, None, None].bool(), -1e9))
+
+
 @spelled(site("attention", terms=(Bias(),)))
 def additive_bias(q, k, v, bias):
     return weighed(q, k, v, lambda s: s + bias)
@@ -257,6 +263,24 @@ def by_log_softmax(logits, labels):
 @spelled(site("cross_entropy"))
 def by_nll(logits, ignored):
     return F.nll_loss(torch.log_softmax(logits.view(-1, V), 1), ignored.view(-1))
+
+
+# -- what a site reads, in other words elsewhere -----------------------------------------------------------------------------------
+
+
+@spelled(site("attention"))
+def its_queries_are_turned_elsewhere(q, k, v):
+    return weighed(q, k, v) * q.transpose(1, 2).mean()
+
+
+@spelled(site("attention", terms=(Explicit(),)))
+def its_mask_is_negated_elsewhere(q, k, v, pad):
+    return weighed(q, k, v, lambda s: torch.where(pad[:, None, None], -1e9, s)) * (~pad).sum()
+
+
+@spelled(site("linear_cross_entropy"))
+def its_head_is_turned_elsewhere(x, head, labels):
+    return F.cross_entropy(F.linear(x, head).view(-1, V), labels.view(-1)) * head.t().square().mean()
 
 
 # -- calls that are kernels already: found, and left alone where the provider would be the same call -------------------------------

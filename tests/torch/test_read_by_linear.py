@@ -93,6 +93,29 @@ def test_one_call_where_it_can_be(how, one_call, monkeypatch):
     torch.testing.assert_close(got, want)
 
 
+class Tied(MLP):
+    """Whose last weight is another one's transpose."""
+
+    def forward(self, x):
+        shared = {"gate": self.gate, "up": self.up}[self.how].weight
+        return F.linear(F.silu(self.gate(x)) * self.up(x), shared.T)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("shared", ["gate", "up"])
+def test_a_weight_that_is_turned_elsewhere_is_one_weight(shared, autocast):
+    torch.manual_seed(0)
+    module = Tied(shared)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = stepped(module, given())
+        module.zero_grad()
+        plan = kpt_torch.plan(module, given())
+        assert [s.kernel for s in plan.sites] == ["glu.formula"] and joined(plan), plan.explain()
+        got = stepped(kpt_torch.optimize(module), given())
+    bound = dict(rtol=2e-2, atol=2e-2) if autocast else {}
+    torch.testing.assert_close(got, want, **bound)
+
+
 def saved(module, x):
     module(x)  # which is planned for, and proved, once
     shapes = []
