@@ -51,7 +51,7 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 
 def kernel(
     op: str | Op, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
-    early: Early | None = None, results: bool = True,
+    early: Early | None = None, results: bool = True, fresh: bool = False,
 ) -> Callable[..., Any]:
     """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
 
@@ -67,24 +67,26 @@ def kernel(
         over what was kept where `params["last"]`: autograd is about to free it, and nobody else has it. Gradients are in the layout of
         their arrays.
       results: whether `backward` reads the results; else they are not saved for it, and it is given none.
+      fresh: results, what is kept and gradients are new memory, each its own, whatever the arrays are; else that is looked after.
 
     `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
     """
     meaning = op if isinstance(op, Op) else ops.op(op)
+    read = functools.lru_cache(maxsize=256)(functools.partial(_params, meaning))
     names = (*meaning.arrays, *meaning.optional)
     tensors = ", ".join([f"Tensor {n}" for n in meaning.arrays] + [f"Tensor? {n}" for n in meaning.optional])
     name = f"kpt::{meaning.name}_{provider}"
 
     def run(*given: Any) -> list[torch.Tensor]:
-        arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
+        arrays = _arrays(names, given[:-1])
         with _plain(arrays):
-            made, saved = forward(arrays, params)
+            made, saved = forward(arrays, read(given[-1]))
         # Contiguous: what the fake implementation says. And autograd forbids writes into a view that a function made.
         whole = [torch.ops.aten._unsafe_view(t, t.shape) if t._is_view() else t for t in (t.contiguous() for t in (*made, *saved))]
-        return _apart(whole, given[:-1])
+        return whole if fresh else _apart(whole, given[:-1])
 
     def fake(*given: Any) -> list[torch.Tensor]:
-        arrays, params = _arrays(names, given[:-1]), _params(meaning, given[-1])
+        arrays, params = _arrays(names, given[:-1]), read(given[-1])
         specs = {n: spec_of(t) for n, t in arrays.items()}
         device = next(iter(arrays.values())).device
         meant = {n: params[n] for n in meaning.params}
@@ -94,25 +96,38 @@ def kernel(
     definition.register_fake(fake)
     straight: Callable[..., Any] = definition
     if backward is not None:
-        keep, pull = _differentiable(definition, meaning, names, tensors, backward, early is not None, results)
+        keep, pull = _differentiable(definition, meaning, names, tensors, backward, early is not None, results, fresh, read)
         straight = _straight(name, run, keep, pull)
+
+    def bind(**chosen: Any) -> Callable[..., Any]:
+        """The kernel with these parameters, of its arrays."""
+        texts = {"": _encoded(chosen | {"early": ""} if early is not None else chosen)}
+
+        def bound(**arrays: torch.Tensor | None) -> Any:
+            inputs, making = [arrays.get(n) for n in names], ""
+            given = [n for n, t in zip(names, inputs, strict=True) if t is not None]
+            if early is not None and torch.is_grad_enabled():
+                moving = [n for n in given if n in differentiable and arrays[n].requires_grad]  # type: ignore[union-attr]
+                making = early({n: arrays[n] for n in given}, moving) if moving else ""  # type: ignore[misc]
+            if making not in texts:
+                texts[making] = _encoded(chosen | {"early": making})
+            if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+                raise _no_forward_mode(name)
+            made = (straight if nobody_watches(inputs) else definition)(*inputs, texts[making])
+            count = _results(given)
+            return made[0] if count == 1 else tuple(made[:count])
+
+        return bound
+
+    differentiable = frozenset(meaning.differentiable)
 
     @functools.wraps(forward)
     def call(**given: Any) -> Any:
-        arrays = {n: given.pop(n) for n in names if given.get(n) is not None}
-        chosen = {k: v for k, v in given.items() if k not in names}
-        if early is not None:
-            moving = [n for n in meaning.differentiable if n in arrays and arrays[n].requires_grad and torch.is_grad_enabled()]
-            chosen["early"] = early(arrays, moving) if moving else ""
-        inputs = [arrays.get(n) for n in names]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in arrays.values()):
-            raise _no_forward_mode(name)
-        made = (straight if nobody_watches(inputs) else definition)(*inputs, _encoded(chosen))
-        count = _results(arrays)
-        return made[0] if count == 1 else tuple(made[:count])
+        return bind(**{k: v for k, v in given.items() if k not in names})(**{n: given[n] for n in names if n in given})
 
     call.__name__ = call.__qualname__ = meaning.name
     call.definition = definition  # type: ignore[attr-defined]  # for opcheck
+    call.bind = bind  # type: ignore[attr-defined]  # for a site, whose parameters stay the same
     return call
 
 
@@ -138,7 +153,7 @@ def _straight(name: str, run: Callable[..., list[torch.Tensor]], keep: Callable[
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     made: Any = type(name.removeprefix("kpt::"), (torch.autograd.Function,), members)
-    return made.apply
+    return super(torch.autograd.Function, made).apply  # without its look for transformations of `torch.func`: there are none
 
 
 def nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
@@ -146,25 +161,18 @@ def nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
 
     By their dispatch keys: other ones have tensors without memory, with a lazy sign or conjugation, batched and wrapped ones.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if _is_compiling() or _is_tracing() or _modes() or _function_modes() or _early_modes() or _transformed() is not None:
         return False
     for t in tensors:  # noqa: SIM110  (a generator takes twice as long, and this is on the way of every call)
-        if t is not None and (type(t) not in PLAIN or _keys(t) not in _PLAIN_KEYS and not _is_memory(t)):
+        if t is not None and (type(t) not in PLAIN or _keys(t).raw_repr() not in _PLAIN_KEYS and not _is_memory(t)):
             return False
     return True
 
 
-def _keys(t: torch.Tensor) -> int:
-    return torch._C._dispatch_keys(t).raw_repr()
-
-
+# Found once: to look them up takes as long as to call them.
+_is_compiling, _is_tracing, _keys = torch.compiler.is_compiling, torch.jit.is_tracing, torch._C._dispatch_keys
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_early_modes, _transformed = torch._ops._len_torch_dispatch_stack_pre_dispatch, torch._C._functorch.peek_interpreter_stack
 _PLAIN_KEYS: set[int] = set()
 """The dispatch keys of tensors that are nothing but memory, of the devices that were met."""
 
@@ -175,12 +183,13 @@ def _is_memory(t: torch.Tensor) -> bool:
         return False
     for mode in (False, True):
         with torch.inference_mode(mode):
-            _PLAIN_KEYS.add(_keys(torch.empty(1, device=t.device)))
-    return _keys(t) in _PLAIN_KEYS
+            _PLAIN_KEYS.add(_keys(torch.empty(1, device=t.device)).raw_repr())
+    return _keys(t).raw_repr() in _PLAIN_KEYS
 
 
 def _differentiable(
-    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool, results: bool
+    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool, results: bool, fresh: bool,
+    read: Callable[[str], dict[str, Any]],
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
     """Gives the custom op its derivative; returns what keeps for it, `keep(ctx, inputs, output)`, and `pull(ctx, cotangents)`."""
     moving = [n for n in names if n in op.differentiable]
@@ -188,7 +197,7 @@ def _differentiable(
     def split(given: Sequence[Any]) -> Any:
         arrays, (made, cotangents, params, wanted) = _arrays(names, given[: len(names)]), given[len(names) :]
         count = len(cotangents) if results else 0
-        return arrays, _params(op, params), made[:count], made[count:], cotangents, tuple(wanted.split())
+        return arrays, read(params), made[:count], made[count:], cotangents, tuple(wanted.split())
 
     def run(*given: Any) -> list[torch.Tensor]:
         arrays, params, outs, kept, cotangents, wanted = split(given)
@@ -228,7 +237,7 @@ def _differentiable(
             raise KernelError(f"A gradient of a gradient was asked for through {definition._qualname}", "A kernel's backward pass has none",
                               "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
         arrays, cotangents = dict(zip(ctx.present, ctx.saved_tensors, strict=False)), ctx.saved_tensors[len(ctx.present) :]
-        wanted, params, floats = ctx.wanted.split(), _params(op, ctx.params), [n for n in ctx.present if n in moving]
+        wanted, params, floats = ctx.wanted.split(), read(ctx.params), [n for n in ctx.present if n in moving]
 
         def first(*given: torch.Tensor) -> Sequence[torch.Tensor]:
             at, above = arrays | dict(zip(floats, given, strict=False)), given[len(floats) :]
@@ -252,8 +261,7 @@ def _differentiable(
         seen = [*(output[: ctx.count] if results else ()), *(() if alone else output[ctx.count :])]
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *seen)
 
-    @torch.compiler.disable  # autograd calls it, within a function of the user's, too, that Dynamo runs: this is no code of theirs
-    def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    def plainly(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         arrays = dict(zip(ctx.present, saved, strict=False))
         made = [*saved[len(ctx.present) :], *(ctx.alone or ())]
@@ -262,7 +270,6 @@ def _differentiable(
             return (None,) * (len(names) + 1)
         given = [torch.zeros_like(made[i]) if c is None else c for i, c in enumerate(cotangents[: ctx.count])]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
-        params = _params(op, ctx.params)
         if ctx.spent:
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
                               "written over what it read", "Run the forward pass again")  # fmt: skip
@@ -270,8 +277,9 @@ def _differentiable(
         # What stayed with the node of autograd is what the forward pass had looked at.
         if not torch.is_grad_enabled() and nobody_watches(given if ctx.alone is not None else [*made, *arrays.values(), *given]):
             ctx.spent = freed and ctx.alone is not None
-            gradients = pulled_back(arrays, params | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
-            gradients = _apart(gradients, [*arrays.values(), *made[:count], *given])
+            gradients = pulled_back(arrays, read(ctx.params) | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
+            if not fresh:
+                gradients = _apart(gradients, [*arrays.values(), *made[:count], *given])
             if freed:
                 ctx.alone = None  # as autograd frees what it saved
         else:
@@ -279,8 +287,22 @@ def _differentiable(
         found = dict(zip(wanted, gradients, strict=True))
         return (*(found.get(n) for n in names), None)
 
+    untold = torch.compiler.disable(plainly)
+
+    def pull(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+        """Autograd calls it, within a function of the user's, too, that Dynamo runs: this is no code of theirs."""
+        return (plainly if _dynamo_is_off() else untold)(ctx, cotangents)
+
     definition.register_autograd(pull, setup_context=keep)
     return keep, pull
+
+
+_dynamo: Any = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)  # private; without it Dynamo is taken to be on
+
+
+def _dynamo_is_off() -> bool:
+    """Whether no frame of this thread is looked at by Dynamo."""
+    return _dynamo is not None and _dynamo() is None
 
 
 def _saved_tensors_are_seen() -> bool:
@@ -297,6 +319,8 @@ def _about_to_be_freed() -> bool:
 
 def _laid_out(gradient: torch.Tensor, array: torch.Tensor) -> torch.Tensor:
     """The gradient with the strides of `empty_like(array)`."""
+    if gradient.stride() == array.stride() and (array.is_contiguous() or array.dim() == 2 and array.t().is_contiguous()):
+        return gradient
     like = torch.empty_like(array, device="meta")
     return gradient if gradient.stride() == like.stride() else torch.empty_like(array).copy_(gradient)
 
@@ -353,13 +377,12 @@ class _plain:
 
     def __init__(self, arrays: Tensors):
         device = next(iter(arrays.values())).device.type
-        cast = _has_autocast(device) and torch.is_autocast_enabled(device)
-        self.off = torch.autocast(device, enabled=False) if cast else None
+        self.off = device if _has_autocast(device) and torch.is_autocast_enabled(device) else None
 
     def __enter__(self) -> None:
-        if self.off is not None:
-            self.off.__enter__()
+        if self.off is not None:  # the switch alone: a context would look after the cache of casts, too
+            torch.set_autocast_enabled(self.off, False)
 
     def __exit__(self, *error: Any) -> None:
         if self.off is not None:
-            self.off.__exit__(*error)
+            torch.set_autocast_enabled(self.off, True)

@@ -245,7 +245,7 @@ def whole(backend: Backend, settings: Settings, name: str) -> Plan:
 
         here = profile(settings.hardware, torch.device("cpu")) if settings.hardware != "auto" else detected(torch.device("cpu"))
         return Plan(name, settings.level, here.name, "torch", notes=("Dynamo captured no graph: nothing in it computes with tensors.",))
-    first = plans[0]
+    first = max(plans, key=lambda p: len(p.sites) + len(p.skipped))  # a graph of sizes alone is on a CPU, whatever the program is on
     notes = tuple(dict.fromkeys(n for p in plans for n in p.notes))
     if backend.foreign is not None and settings.given is not None:
         notes += tuple(f"The {settings.given.framework} plan names {s}, which has no counterpart here." for s in backend.foreign)

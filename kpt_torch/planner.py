@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -135,13 +136,17 @@ def calls(differentiable: Sequence[str], device: Any) -> tuple[Callable[..., Any
 def _bound(kernel: Callable[..., Any], match: Match) -> Callable[..., Any]:
     """The kernel with its parameters, as a target of an FX node: autocast is off in it, for its arrays have been cast already."""
     params = dict(match.params)
+    bind = getattr(kernel, "bind", None)
+    bound = bind(**params) if bind is not None else functools.partial(kernel, **params)
 
     def site(**arrays: torch.Tensor) -> Any:
+        if bind is not None:  # it sees to autocast itself
+            return bound(**arrays)
         kind = next(iter(arrays.values())).device.type
         if not torch.is_autocast_enabled(kind):
-            return kernel(**arrays, **params)
+            return bound(**arrays)
         with torch.autocast(kind, enabled=False):
-            return kernel(**arrays, **params)
+            return bound(**arrays)
 
     site.__name__ = site.__qualname__ = f"kpt_{match.op}"
     return site

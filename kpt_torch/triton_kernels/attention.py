@@ -45,7 +45,7 @@ def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Te
     tiles = jitted.tiles(launch.family(q), q.element_size(), constants)
     t = tiles.busy if constants["CAP"] or ids[0] is not None else tiles.forward
     with launch.on(q):
-        jitted.forward_blocks[(batch * heads * triton.cdiv(queries, t.queries),)](
+        launch.run(jitted.forward_blocks, (batch * heads * triton.cdiv(queries, t.queries),),
             q, k, v, *ids, means, out, wide, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes, **constants,
             QUERIES=t.queries, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -63,17 +63,17 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
     tiles, given = jitted.tiles(launch.family(q), q.element_size(), constants), (q, k, v, g, lse, delta, *ids)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *g.stride()[:3])
     with launch.on(q):
-        jitted.delta_rows[(batch * heads * triton.cdiv(queries, 32),)](
+        launch.run(jitted.delta_rows, (batch * heads * triton.cdiv(queries, 32),),
             out, g, lse, delta, *g.stride()[:3], queries, heads, v.shape[-1], V_HEAD=constants["V_HEAD"], QUERIES=32
         )  # fmt: skip
         if "q" in wanted:
             t = tiles.dq
-            jitted.queries_backward[(batch * heads * triton.cdiv(queries, t.queries),)](
+            launch.run(jitted.queries_backward, (batch * heads * triton.cdiv(queries, t.queries),),
                 *given, found["q"], *strides, *sizes, **constants, QUERIES=t.queries, KEYS=t.keys, num_warps=t.warps, num_stages=t.stages
             )  # fmt: skip
         if "k" in wanted or "v" in wanted:
             t = tiles.dkv
-            jitted.keys_backward[(batch * shared * triton.cdiv(keys, t.keys),)](
+            launch.run(jitted.keys_backward, (batch * shared * triton.cdiv(keys, t.keys),),
                 *given, found["k"], found["v"], *strides, *sizes, **constants,
                 QUERIES=t.queries, KEYS=t.keys, STAGES=t.stages, num_warps=t.warps,
             )  # fmt: skip
@@ -98,4 +98,4 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "result"
 
 
-attention = library.kernel("attention", "triton", _forward, _backward, kept=_kept, early=_early)
+attention = library.kernel("attention", "triton", _forward, _backward, kept=_kept, early=_early, fresh=True)

@@ -23,7 +23,7 @@ def put_losses(logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor, l
     vocab = logits.shape[-1]
     if logits.numel():
         with launch.on(logits):
-            jitted.forward_rows[(labels.numel(),)](
+            launch.run(jitted.forward_rows, (labels.numel(),),
                 logits, labels, loss, lse, vocab, *jitted.scalars(params),
                 **jitted.static(params), BLOCK=bounds.block(vocab, jitted.FORWARD_BLOCK), num_warps=jitted.FORWARD_WARPS,
             )  # fmt: skip
@@ -37,7 +37,7 @@ def put_gradients(
     if logits.numel():
         size = bounds.block(vocab, jitted.BACKWARD_BLOCK)
         with launch.on(logits):
-            jitted.backward_blocks[(labels.numel() * triton.cdiv(vocab, size),)](
+            launch.run(jitted.backward_blocks, (labels.numel() * triton.cdiv(vocab, size),),
                 logits, labels, lse, dloss, dlogits, vocab, *jitted.scalars(params),
                 **jitted.static(params), BLOCK=size, num_warps=jitted.BACKWARD_WARPS,
             )  # fmt: skip
@@ -59,5 +59,5 @@ def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents:
 
 
 cross_entropy = library.kernel(
-    "cross_entropy", "triton", _forward, _backward, kept=lambda specs, params: (Spec(specs["labels"].shape, "float32"),)
+    "cross_entropy", "triton", _forward, _backward, kept=lambda specs, params: (Spec(specs["labels"].shape, "float32"),), fresh=True
 )

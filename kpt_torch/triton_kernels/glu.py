@@ -41,7 +41,7 @@ def put_product(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, activatio
     """Writes `act(gate) up`; all arrays are contiguous."""
     if y.numel():
         with launch.on(y):
-            jitted.forward_blocks[(triton.cdiv(y.numel(), jitted.BLOCK),)](
+            launch.run(jitted.forward_blocks, (triton.cdiv(y.numel(), jitted.BLOCK),),
                 gate, up, y, y.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
             )  # fmt: skip
 
@@ -58,7 +58,7 @@ def put_gradients(
     if dy.numel():
         kernel, more = (jitted.backward_blocks, ()) if y is None else (jitted.backward_and_product_blocks, (y,))
         with launch.on(dy):
-            kernel[(triton.cdiv(dy.numel(), jitted.BLOCK),)](
+            launch.run(kernel, (triton.cdiv(dy.numel(), jitted.BLOCK),),
                 gate, up, dy, dgate, dup, *more, dy.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
             )  # fmt: skip
 
@@ -107,7 +107,7 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "factors"
 
 
-glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early, results=False)
+glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early, results=False, fresh=True)
 
 
 def _linear_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -160,7 +160,7 @@ LINEAR = dataclasses.replace(
     reference=_reference, reference_vjp=_reference_vjp, cost=_cost,
 )  # fmt: skip
 """`glu(x) w_down`: no op that programs are searched for, but how a site and the linear layer that reads it are run."""
-glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, results=False)
+glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, results=False, fresh=True)
 
 
 def _then_linear(*, w_down: torch.Tensor, **rest: Any) -> Any:

@@ -64,7 +64,7 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "sums"
 
 
-linear_act = library.kernel("linear_act", "triton", _forward, _backward, kept=_kept, early=_early)
+linear_act = library.kernel("linear_act", "triton", _forward, _backward, kept=_kept, early=_early, fresh=True)
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:

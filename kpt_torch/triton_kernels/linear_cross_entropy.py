@@ -138,7 +138,7 @@ def _times(gradient: torch.Tensor, factors: torch.Tensor, over: bool) -> torch.T
     if out.numel():
         width = out.numel() // len(factors)
         with launch.on(out):
-            scale_rows[(len(factors) * triton.cdiv(width, BLOCK),)](
+            launch.run(scale_rows, (len(factors) * triton.cdiv(width, BLOCK),),
                 gradient, factors.contiguous(), out, width, BLOCK=BLOCK, num_warps=WARPS
             )  # fmt: skip
     return out

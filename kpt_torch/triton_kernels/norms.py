@@ -31,7 +31,7 @@ def kernel(op: str, layer: bool) -> Any:
             tile = jitted.forward_tile(width) if width <= jitted.WHOLE_FORWARD else jitted.WIDE
             run = jitted.forward_whole if width <= jitted.WHOLE_FORWARD else jitted.forward_wide
             with launch.on(x):
-                run[(triton.cdiv(rows, tile.rows),)](
+                launch.run(run, (triton.cdiv(rows, tile.rows),),
                     x, residual, weight, bias, y, h, mean, left, rstd, rows, width, params["eps"], params.get("weight_offset", 0.0),
                     LAYER=layer, ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
                 )  # fmt: skip
@@ -60,13 +60,13 @@ def kernel(op: str, layer: bool) -> Any:
                 count = min(triton.cdiv(rows, tile.rows), tile.programs * launch.processors(h))
                 row_bytes = sum(t.element_size() for t in (h, dy, dh) if t is not None)
                 parts = partial(count)
-                jitted.backward_whole[(count,)](
+                launch.run(jitted.backward_whole, (count,),
                     h, weight, dy, dh, mean, left, rstd, *rowwise, *parts, rows, width, offset, LAYER=layer, ROWS=tile.rows,
                     BLOCK=tile.columns, STAGES=jitted.stages(tile, row_bytes, launch.shared_bytes(h)), num_warps=tile.warps,
                 )  # fmt: skip
             else:
                 if any(t is not None for t in rowwise):
-                    jitted.backward_wide[(rows,)](
+                    launch.run(jitted.backward_wide, (rows,),
                         h, weight, dy, dh, mean, left, rstd, *rowwise, rows, width, offset,
                         LAYER=layer, BLOCK=jitted.WIDE.columns, num_warps=jitted.WIDE.warps,
                     )  # fmt: skip
@@ -74,12 +74,12 @@ def kernel(op: str, layer: bool) -> Any:
                 count = min(triton.cdiv(rows, jitted.COLUMNS.rows), max(1, 8 * launch.processors(h) // across))
                 parts = partial(count)
                 if vectors:
-                    jitted.columns[(across, count)](
+                    launch.run(jitted.columns, (across, count),
                         h, dy, mean, left, rstd, *parts, rows, width,
                         LAYER=layer, ROWS=jitted.COLUMNS.rows, BLOCK=jitted.COLUMNS.columns, num_warps=jitted.COLUMNS.warps,
                     )  # fmt: skip
             if vectors:
-                jitted.sums[(triton.cdiv(width, jitted.SUMS.columns),)](
+                launch.run(jitted.sums, (triton.cdiv(width, jitted.SUMS.columns),),
                     *parts, found.get("weight"), found.get("bias"), count, width,
                     ROWS=jitted.SUMS.rows, BLOCK=jitted.SUMS.columns, num_warps=jitted.SUMS.warps,
                 )  # fmt: skip
@@ -88,4 +88,4 @@ def kernel(op: str, layer: bool) -> Any:
     def kept(specs: dict[str, Spec], params: dict[str, Any]) -> Sequence[Spec]:
         return (Spec(specs["x"].shape[:-1], "float32"),) * (3 if layer else 1)
 
-    return library.kernel(op, "triton", forward, backward, kept=kept)
+    return library.kernel(op, "triton", forward, backward, kept=kept, fresh=True)

@@ -16,7 +16,7 @@ def put_product(
     (rows, columns), inner, t = y.shape, x.shape[1], jitted.tile(launch.family(x), x.element_size())
     if y.numel():
         with launch.on(y):
-            jitted.product_blocks[(triton.cdiv(rows, t.rows) * triton.cdiv(columns, t.columns),)](
+            launch.run(jitted.product_blocks, (triton.cdiv(rows, t.rows) * triton.cdiv(columns, t.columns),),
                 x, w, b, z, y, rows, columns, inner, *x.stride(), *w.stride(),
                 ACTIVATION=activation, BIAS=b is not None, KEEP=z is not None, ROWS=t.rows, COLUMNS=t.columns, INNER=t.inner,
                 GROUP=jitted.GROUP, num_warps=t.warps, num_stages=t.stages,
@@ -27,6 +27,6 @@ def put_gradients(z: torch.Tensor, dy: torch.Tensor, dz: torch.Tensor, activatio
     """Writes the gradients of the sums `z`, which may be where these are; all arrays are contiguous."""
     if z.numel():
         with launch.on(z):
-            jitted.slope_blocks[(triton.cdiv(z.numel(), jitted.BLOCK),)](
+            launch.run(jitted.slope_blocks, (triton.cdiv(z.numel(), jitted.BLOCK),),
                 z, dy, dz, z.numel(), ACTIVATION=activation, BLOCK=jitted.BLOCK, num_warps=jitted.WARPS
             )  # fmt: skip

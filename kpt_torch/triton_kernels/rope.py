@@ -25,7 +25,7 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dty
     if y.numel():
         tile, half, tail = jitted.tile(size, width, heads)
         with launch.on(x):
-            jitted.turn[(batch * times * triton.cdiv(heads, tile),)](
+            launch.run(jitted.turn, (batch * times * triton.cdiv(heads, tile),),
                 x, cos.contiguous(), sin.contiguous(), y, *x.stride(), times * size if cos.shape[0] > 1 else 0, times, heads, size, width,
                 INTERLEAVED=interleaved, BACKWARD=backward, HEADS=tile, BLOCK=half, TAIL=tail, num_warps=jitted.WARPS,
             )  # fmt: skip
@@ -42,7 +42,7 @@ def _run_both(
         return tuple(_run(t, cos, sin, dtype, interleaved, backward) for t in (x, other))  # type: ignore[return-value]
     (tile, half, tail), (other_tile, _, _) = jitted.tile(size, width, heads), jitted.tile(size, width, more)
     with launch.on(x):
-        jitted.turn_both[(batch * times * (triton.cdiv(heads, tile) + triton.cdiv(more, other_tile)),)](
+        launch.run(jitted.turn_both, (batch * times * (triton.cdiv(heads, tile) + triton.cdiv(more, other_tile)),),
             x, other, cos.contiguous(), sin.contiguous(), y, z, *x.stride(), *other.stride(),
             times * size if cos.shape[0] > 1 else 0, times, heads, more, size, width,
             INTERLEAVED=interleaved, BACKWARD=backward, HEADS=tile, OTHER_HEADS=other_tile, BLOCK=half, TAIL=tail, num_warps=jitted.WARPS,
@@ -86,7 +86,7 @@ def _rotated(z: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.stack((-b, a), -1 if interleaved else -2).reshape(z.shape)
 
 
-rope = library.kernel("rope", "triton", _forward, _backward)
+rope = library.kernel("rope", "triton", _forward, _backward, fresh=True)
 
 
 def _both_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -134,5 +134,5 @@ BOTH = dataclasses.replace(
     cost=_cost_of_both,
 )  # fmt: skip
 """Two calls of the op by one pair of tables: no op that programs are searched for, but how two sites of one are run."""
-rope_pair = library.kernel(BOTH, "triton", _both_forward, _both_backward)
+rope_pair = library.kernel(BOTH, "triton", _both_forward, _both_backward, fresh=True)
 rope.pair = rope_pair  # type: ignore[attr-defined]  # see kpt_torch/pairs.py

@@ -1,0 +1,112 @@
+"""Launches that pass Triton by: what one compilation is for, and what is handed to it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="launches of the Triton kernels are tested; it comes with PyTorch for Linux")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from kpt_torch.triton_kernels import launch
+from kpt_torch.triton_kernels.jitted import rope
+
+BUFFER = torch.zeros(64, dtype=torch.float32)
+ARGUMENTS = [
+    None, 0, 1, 2, 16, 17, 32, -16, 2**31 - 1, 2**31, 2**31 + 16, 2**40, -(2**31) - 16, 1.0, 0.5, True, False,
+    BUFFER, BUFFER[1:], BUFFER[4:], BUFFER.to(torch.bfloat16), BUFFER.to(torch.int64), torch.nn.Parameter(BUFFER),
+]  # fmt: skip
+
+
+def test_what_triton_compiles_anew_for_is_told_apart():
+    def kernel(x):
+        pass
+
+    fn = triton.jit(kernel)
+    bind = create_function_from_signature(fn.signature, fn.params, make_backend(GPUTarget("cuda", 90, 32)))
+    seen = [(repr(bind(a, debug=False)[1]), launch._kind(a)) for a in ARGUMENTS]
+    apart = [(a, b) for a, b in itertools.combinations(seen, 2) if a[0] != b[0]]
+    assert len(apart) > 100
+    assert not [(a, b) for a, b in apart if a[1] == b[1]]
+
+
+class Compiled:
+    def __init__(self):
+        self.launches = []
+        self.function, self.packed_metadata = "function", "metadata"
+
+    def run(self, *given):
+        self.launches.append(given)
+
+
+class Kernel:
+    """As Triton's, of arguments `x`, `n` and `SIZE`."""
+
+    arg_names = ("x", "n", "SIZE")
+
+    def __init__(self):
+        self.made, self.asked = [], 0
+
+    def __getitem__(self, grid):
+        def start(*args, **constants):
+            self.asked += 1
+            self.made.append(Compiled())
+            return self.made[-1]
+
+        return start
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(launch, "_LAUNCHES", True)
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+
+
+def test_the_second_launch_is_of_what_the_first_one_compiled(on_gpu):
+    kernel, x = Kernel(), BUFFER
+    launch.run(kernel, (3,), x, 20, SIZE=64, num_warps=4)
+    launch.run(kernel, (5, 2), x, 36, SIZE=64, num_warps=4)
+    assert kernel.asked == 1
+    assert kernel.made[0].launches == [(5, 2, 1, 7, "function", "metadata", None, None, None, x, 36, 64)]
+
+
+@pytest.mark.parametrize(
+    "other", [{"x": BUFFER[1:]}, {"x": BUFFER.half()}, {"n": 16}, {"n": 1}, {"n": 2**33 + 1}, {"SIZE": 32}, {"num_warps": 8}], ids=str
+)
+def test_what_is_another_compilation_goes_to_triton(on_gpu, other):
+    kernel, at = Kernel(), {"x": BUFFER, "n": 20, "SIZE": 64, "num_warps": 4}
+    for given in (at, at | other):
+        launch.run(kernel, (1,), given["x"], given["n"], SIZE=given["SIZE"], num_warps=given["num_warps"])
+    assert kernel.asked == 2
+
+
+def test_a_profiler_of_triton_sees_every_launch(on_gpu, monkeypatch):
+    kernel = Kernel()
+    monkeypatch.setattr(launch, "_is_watched", lambda: True)
+    for _ in range(3):
+        launch.run(kernel, (1,), BUFFER, 20, SIZE=64)
+    assert kernel.asked == 3
+
+
+def test_hooks_are_seen():
+    hooks = triton.knobs.runtime.launch_enter_hook
+    assert not launch._is_watched()
+    watch = lambda metadata: None  # noqa: E731
+    hooks.add(watch)
+    try:
+        assert launch._is_watched()
+    finally:
+        hooks.remove(watch)
+
+
+def test_constants_are_the_last_arguments_of_each_kernel():
+    """What comes behind what is handed over is found by name."""
+    assert rope.turn.arg_names[-5:] == ["INTERLEAVED", "BACKWARD", "HEADS", "BLOCK", "TAIL"]
