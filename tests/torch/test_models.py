@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,21 @@ def test_model(name, train):
         assert site.error is not None
     if expected[train] is not None:
         assert found == expected[train], "\n".join(p.explain() for p in plans)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama padded", "deberta", "opt", "swin"])
+def test_model_under_autocast(name):
+    """No further from float32 than the model itself is under autocast, all graphs planned."""
+    model, inputs, _ = make(name)
+    model.train()
+    exact, fast = numbers(model, inputs), kpt_torch.optimize(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, got = numbers(model, inputs), numbers(fast, inputs)
+    for n, true in exact.items():
+        size = np.linalg.norm(true)
+        assert np.linalg.norm(got[n] - true) <= 2 * np.linalg.norm(own[n] - true) + 1e-2 * size + 1e-6, n
+    assert not [n for p in fast._kpt_backend.plans for n in p.notes if "as it was written" in n]
 
 
 @pytest.mark.slow
