@@ -58,6 +58,8 @@ MODELS = {
               {"attention": 2}, {"attention": 2}),  # its mask is written into a view
     "deberta": ("DebertaV2ForMaskedLM", "DebertaV2Config", SMALL | dict(vocab_size=V, max_position_embeddings=64, relative_attention=True,
                                                                         pos_att_type=["p2c", "c2p"]), "eager", TEXT, {"attention": 2}, {}),
+    "deberta padded": ("DebertaV2ForMaskedLM", "DebertaV2Config", SMALL | dict(vocab_size=V, max_position_embeddings=64, relative_attention=True,
+                                                                               pos_att_type=["p2c", "c2p"]), "eager", PADDED, {"attention": 2}, {}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", LLAMA | dict(original_max_position_embeddings=64, **TOKENS), "eager", PADDED,
              ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
     "falcon": ("FalconForCausalLM", "FalconConfig", dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **TOKENS), "eager",

@@ -457,6 +457,25 @@ def test_graph_breaks_are_tolerated_and_named():
 # -- torch.compile ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sizes_may_change")
+def test_a_graph_that_reads_no_tensor_is_planned():
+    """A mask made of positions alone, between two breaks; in place, so that ops of it are computed anew."""
+
+    def program(x):
+        torch._dynamo.graph_break()
+        t = x.shape[-2]
+        mask = torch.full((t, t), -1e30)
+        mask.masked_fill_(torch.arange(t) < (torch.arange(t) + 1).view(t, 1), 0.0)
+        torch._dynamo.graph_break()
+        return (x @ x.mT + mask).softmax(-1) @ x
+
+    fast = kpt_torch.optimize(program)
+    for t in (5, 7, 8):
+        x = torch.randn(2, t, 4)
+        close(fast(x), program(x))
+        assert not [n for n in fast.plan(x).notes if "as it was written" in n], fast.plan(x).notes
+
+
 def test_every_layer_has_kernels_where_each_is_a_graph_of_its_own():
     class Layer(nn.Module):
         def __init__(self, index):
