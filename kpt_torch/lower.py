@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -46,8 +47,8 @@ def lower(gm: fx.GraphModule, example: Sequence[Any]) -> fx.GraphModule:
 
 def _traced(gm: fx.GraphModule, example: Sequence[Any], mode: FakeTensorMode, pre_dispatch: bool) -> fx.GraphModule:
     run = _Lowering(gm)
-    # The graph is traced beside whatever compiles it: its fake tensors are its own.
-    with torch._guards.tracing(None), mode, fx.traceback.preserve_node_meta():
+    # The graph is traced beside whatever compiles it: its fake tensors are its own. Dynamo lets numbers out of tensors for `tolist` alone.
+    with torch._guards.tracing(None), mode, mock.patch.object(mode, "allow_scalar_outputs", True), fx.traceback.preserve_node_meta():
         try:
             return make_fx(run.run, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
         finally:

@@ -68,6 +68,8 @@ MODELS = {
                {"layer_norm": 3, "rope": 4, "attention": 2}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", LLAMA | dict(attention_multiplier=0.3, logits_scaling=2.0, **TOKENS), "eager", LEFT,
                 ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
+    "granite moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, **TOKENS), "eager", TEXT,
+                    ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),  # sizes that depend on data
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA | TOKENS, "eager", TEXT, {"rms_norm": 9, "rope": 4, "attention": 2},
               {"rms_norm": 9, "rope": 4, "attention": 2}),
     "glm": ("GlmForCausalLM", "GlmConfig", LLAMA | dict(head_dim=8, **TOKENS), "eager", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
