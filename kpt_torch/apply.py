@@ -226,6 +226,8 @@ class Eager(Emission):
     def copied(self, n: fx.Node) -> Any:
         val = n.meta.get("val")
         if isinstance(val, torch.SymInt):
+            if val.node.hint is None:
+                raise Unavailable(f"{n} depends on data")
             return self.captured.sizes(val)
         if n.op == "get_attr":
             return operator.attrgetter(str(n.target))(self.module)

@@ -219,7 +219,7 @@ def _other_sizes(module: fx.GraphModule) -> tuple[Sizes, Sizes]:
         dims: list[Any] = list(val.shape) if isinstance(val, torch.Tensor) else [val]
         for s in dims:
             if is_symbolic(s):
-                for symbol in s.node.expr.free_symbols:
+                for symbol in s.node.expr.free_symbols if s.node.hint is not None else ():  # else it depends on data
                     symbols.setdefault(symbol, int(s.node.shape_env.size_hint(symbol)))
             elif isinstance(s, int):
                 taken.add(int(s))

@@ -404,14 +404,23 @@ def _check(b: Builder, n: fx.Node, out: Any, val: Any) -> None:
 def _opaque(b: Builder, n: fx.Node, val: Any, made: dict, values: dict[fx.Node, Any] | None = None) -> Any:
     inputs = [v for a in n.all_input_nodes for v in pytree.tree_leaves((values or {}).get(a)) if isinstance(v, V)]
     flat, tree = pytree.tree_flatten(val)
-    outs = [b.value(b.sizes.spec(t)) if isinstance(t, torch.Tensor) else None for t in flat]
+    outs = [_of_known_size(b, t) if isinstance(t, torch.Tensor) else None for t in flat]
     known = tuple(v.id for v in outs if v is not None)
-    if known or effectful(n):
-        effect = effectful(n) and n.op == "call_function"
+    lost = any(v is None and isinstance(t, torch.Tensor) for v, t in zip(outs, flat, strict=True))
+    if known or lost or effectful(n):
+        effect = (effectful(n) or lost) and n.op == "call_function"  # who reads what is lost is not seen: it is taken to be read
         b.graph.nodes.append(Node(f"opaque:{_name(n)}", tuple(v.id for v in inputs), known, {}, b.source, effect, payload=n))
     if isinstance(val, torch.Tensor):
         return outs[0]
     return list(outs) if isinstance(val, list | tuple) and len(flat) == len(val) else None
+
+
+def _of_known_size(b: Builder, t: torch.Tensor) -> V | None:
+    """A value; None where a size depends on data, as the number of tokens that go to an expert: no pattern looks at that."""
+    try:
+        return b.value(b.sizes.spec(t))
+    except Unknown:
+        return None
 
 
 def _stopped(b: Builder, v: Any) -> Any:

@@ -11,13 +11,14 @@ differentiates the graph as it would have differentiated the program. Three thin
 
 from __future__ import annotations
 
-import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -36,7 +37,7 @@ def lower(gm: fx.GraphModule, example: Sequence[Any]) -> fx.GraphModule:
     Args:
       example: fake tensors and symbolic numbers for its placeholders.
     """
-    lowered = _traced(gm, example, pre_dispatch=True)
+    lowered = _traced(gm, example, _mode_of(example), pre_dispatch=True)
     _carry_out_vmap(lowered)
     _functional(lowered)
     drop_dead(lowered.graph)
@@ -44,10 +45,10 @@ def lower(gm: fx.GraphModule, example: Sequence[Any]) -> fx.GraphModule:
     return lowered
 
 
-def _traced(gm: fx.GraphModule, example: Sequence[Any], pre_dispatch: bool) -> fx.GraphModule:
+def _traced(gm: fx.GraphModule, example: Sequence[Any], mode: FakeTensorMode, pre_dispatch: bool) -> fx.GraphModule:
     run = _Lowering(gm)
-    # The graph is traced beside whatever compiles it: its fake tensors are its own.
-    with torch._guards.tracing(None), _mode_of(example), fx.traceback.preserve_node_meta():
+    # The graph is traced beside whatever compiles it: its fake tensors are its own. Dynamo lets numbers out of tensors for `tolist` alone.
+    with torch._guards.tracing(None), mode, mock.patch.object(mode, "allow_scalar_outputs", True), fx.traceback.preserve_node_meta():
         try:
             return make_fx(run.run, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
         finally:
@@ -55,9 +56,10 @@ def _traced(gm: fx.GraphModule, example: Sequence[Any], pre_dispatch: bool) -> f
                 region.__exit__(None, None, None)
 
 
-def _mode_of(example: Sequence[Any]) -> Any:
-    mode = next((x.fake_mode for x in example if isinstance(x, torch._subclasses.FakeTensor)), None)
-    return mode or contextlib.nullcontext()
+def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
+    """That of the fake tensors among these; one of its own for a graph that reads none (a mask made of positions, after a graph break)."""
+    mode = next((x.fake_mode for x in values if isinstance(x, torch._subclasses.FakeTensor)), None)
+    return mode or FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Lowering(fx.Interpreter):
@@ -192,7 +194,8 @@ def _inline_batched(gm: fx.GraphModule, stretch: list[fx.Node]) -> None:
                 to[a] = part.node_copy(a)
         to[n] = part.node_copy(n, lambda a: to[a])
     part.output(tuple(to[n] for n in wanted))
-    small = _traced(fx.GraphModule(gm, part), [a.meta["val"] for a in given], pre_dispatch=False)
+    mode = _mode_of(n.meta.get("val") for n in gm.graph.nodes)
+    small = _traced(fx.GraphModule(gm, part), [a.meta["val"] for a in given], mode, pre_dispatch=False)
     local: dict[fx.Node, Any] = {}
     with gm.graph.inserting_before(stretch[0]):
         for p, a in zip((n for n in small.graph.nodes if n.op == "placeholder"), given, strict=True):

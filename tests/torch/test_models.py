@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +58,8 @@ MODELS = {
               {"attention": 2}, {"attention": 2}),  # its mask is written into a view
     "deberta": ("DebertaV2ForMaskedLM", "DebertaV2Config", SMALL | dict(vocab_size=V, max_position_embeddings=64, relative_attention=True,
                                                                         pos_att_type=["p2c", "c2p"]), "eager", TEXT, {"attention": 2}, {}),
+    "deberta padded": ("DebertaV2ForMaskedLM", "DebertaV2Config", SMALL | dict(vocab_size=V, max_position_embeddings=64, relative_attention=True,
+                                                                               pos_att_type=["p2c", "c2p"]), "eager", PADDED, {"attention": 2}, {}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", LLAMA | dict(original_max_position_embeddings=64, **TOKENS), "eager", PADDED,
              ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
     "falcon": ("FalconForCausalLM", "FalconConfig", dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **TOKENS), "eager",
@@ -65,6 +68,8 @@ MODELS = {
                {"layer_norm": 3, "rope": 4, "attention": 2}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", LLAMA | dict(attention_multiplier=0.3, logits_scaling=2.0, **TOKENS), "eager", LEFT,
                 ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
+    "granite moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LLAMA | dict(num_local_experts=4, num_experts_per_tok=2, **TOKENS), "eager", TEXT,
+                    ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),  # sizes that depend on data
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA | TOKENS, "eager", TEXT, {"rms_norm": 9, "rope": 4, "attention": 2},
               {"rms_norm": 9, "rope": 4, "attention": 2}),
     "glm": ("GlmForCausalLM", "GlmConfig", LLAMA | dict(head_dim=8, **TOKENS), "eager", TEXT, ROTARY | {"attention": 2}, ROTARY | {"attention": 2}),
@@ -119,6 +124,21 @@ def test_model(name, train):
         assert site.error is not None
     if expected[train] is not None:
         assert found == expected[train], "\n".join(p.explain() for p in plans)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama padded", "deberta", "opt", "swin"])
+def test_model_under_autocast(name):
+    """No further from float32 than the model itself is under autocast, all graphs planned."""
+    model, inputs, _ = make(name)
+    model.train()
+    exact, fast = numbers(model, inputs), kpt_torch.optimize(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, got = numbers(model, inputs), numbers(fast, inputs)
+    for n, true in exact.items():
+        size = np.linalg.norm(true)
+        assert np.linalg.norm(got[n] - true) <= 2 * np.linalg.norm(own[n] - true) + 1e-2 * size + 1e-6, n
+    assert not [n for p in fast._kpt_backend.plans for n in p.notes if "as it was written" in n]
 
 
 @pytest.mark.slow

@@ -457,6 +457,46 @@ def test_graph_breaks_are_tolerated_and_named():
 # -- torch.compile ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sizes_may_change")
+def test_a_graph_that_reads_no_tensor_is_planned():
+    """A mask made of positions alone, between two breaks; in place, so that ops of it are computed anew."""
+
+    def program(x):
+        torch._dynamo.graph_break()
+        t = x.shape[-2]
+        mask = torch.full((t, t), -1e30)
+        mask.masked_fill_(torch.arange(t) < (torch.arange(t) + 1).view(t, 1), 0.0)
+        torch._dynamo.graph_break()
+        return (x @ x.mT + mask).softmax(-1) @ x
+
+    fast = kpt_torch.optimize(program)
+    for t in (5, 7, 8):
+        x = torch.randn(2, t, 4)
+        close(fast(x), program(x))
+        assert not [n for n in fast.plan(x).notes if "as it was written" in n], fast.plan(x).notes
+
+
+def test_sizes_that_depend_on_data_cost_no_sites_beside_them():
+    """As many tokens as chose an expert, told by `tolist`, which Dynamo keeps in the graph."""
+    experts = [nn.Linear(32, 32) for _ in range(3)]
+
+    def program(x):
+        y = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).flatten(0, -2)
+        chosen = y[:, :3].argmax(-1)
+        order, sizes = chosen.argsort(), torch.nn.functional.one_hot(chosen, 3).sum(0).tolist()
+        parts = [e(part) for e, part in zip(experts, y[order].split(sizes), strict=True)]
+        return torch.zeros_like(y).index_add(0, order, torch.cat(parts))
+
+    fast, x = kpt_torch.optimize(program), inputs().requires_grad_()
+    plan = fast.plan(x)
+    assert [s.op for s in plan.sites] == ["rms_norm"], plan.explain()
+    for x in (inputs(), inputs().flip(-1) + 1):
+        x.requires_grad_()
+        want, got = program(x), fast(x)
+        close(got, want)
+        close(*(torch.autograd.grad(y.square().sum(), x) for y in (got, want)))
+
+
 def test_every_layer_has_kernels_where_each_is_a_graph_of_its_own():
     class Layer(nn.Module):
         def __init__(self, index):
