@@ -127,7 +127,8 @@ class Reference:
 
     def _held(self, got: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray] | None) -> Certificate:
         gradients = [n for n in self.want if n.startswith("d")]
-        return compare(got, self.want, self.dtype, self.terms, gradients=gradients, sensitivity=moved, where="the example inputs")
+        return compare(got, self.want, self.dtype, self.terms, gradients=gradients, sensitivity=moved, where="the example inputs",
+                       chain=len(self.plan.sites))  # fmt: skip
 
     def _compiled(self, fn: Callable[..., Any]) -> Callable[[Sequence[Any]], dict[str, np.ndarray]]:
         def results(inputs: Sequence[Any]) -> list[Any]:

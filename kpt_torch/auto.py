@@ -181,7 +181,7 @@ def _verdict(original: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Te
         return OnDevice(on).metrics(a.to(on), r.to(on))
 
     return compare(actual, original, narrowest(dtypes), length, gradients=gradients, terms=dict.fromkeys(gradients, usual),
-                   where="the example inputs", measure=measure)  # fmt: skip
+                   where="the example inputs", measure=measure, chain=len(plan.sites))  # fmt: skip
 
 
 def _loss(out: Any) -> torch.Tensor | None:

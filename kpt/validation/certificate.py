@@ -171,6 +171,7 @@ def compare(
     terms: Mapping[str, np.ndarray | float] | None = None,
     where: str = "",
     measure: Callable[[Any, Any], ErrorMetrics] = metrics,
+    chain: int = 1,
 ) -> Certificate:
     """Holds a kernel's arrays to those of the user's own code, both in `dtype`.
 
@@ -178,11 +179,12 @@ def compare(
     triangle inequality, so the tolerance is that of `certify`, doubled. User code also rounds inner results to `dtype`
     that a kernel keeps in float32, so the terms that cancel count with rtol_l2 in place of rtol_sum. Arguments and
     result are as there, and `measure` is what compares two arrays: of a front end's own, which NumPy need not know
-    where neither sensitivity nor terms are given.
+    where neither sensitivity nor terms are given. `chain` is the number of kernels in a whole program, each held to its
+    own code before.
     """
 
     def tolerances(name: str) -> Tolerance:
-        one = tolerance(dtype, _length(reduction_length, name), gradient=name in gradients)
+        one = tolerance(dtype, _length(reduction_length, name), gradient=name in gradients, chain=chain)
         return Tolerance(2 * one.rtol_l2, 2 * one.atol_max, 2 * one.rtol_l2, 2 * one.atol)
 
     return _hold(actual, original, dtype, tolerances, gradients, sensitivity, terms, where, "the original", measure)

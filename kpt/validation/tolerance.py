@@ -5,7 +5,8 @@ epsilon of the dtype that sums run in: float32 for everything narrower, else `d`
 
 1. Storing in `d`. One rounding has a relative error below `u`, about 0.4 u in the root mean square over random
    mantissas. Independent roundings add in squares, so a chain of some twenty of them stays below `2 u = eps` in
-   relative L2. This term is there only where `d` is narrower than the accumulator.
+   relative L2. This term is there only where `d` is narrower than the accumulator. Where `chain` such computations
+   follow each other, each proved by itself, their errors add in squares, too: `sqrt(chain) eps`.
 2. Summing. A running sum of `n` terms commits `n` roundings, each relative to a partial sum. For terms of random sign
    the partial sums grow as `sqrt(k)`, for terms of one sign as `k`; either way the errors, relative to the final sum,
    add to about `sqrt(n) u / 2` (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019:
@@ -13,7 +14,7 @@ epsilon of the dtype that sums run in: float32 for everything narrower, else `d`
 3. Elementary functions. exp, tanh, erf, rsqrt of vectorised libraries err by a few ulp, and an operation chains a few
    of them. Allowed: `8 eps_acc`.
 
-    rtol_l2 = g * (eps_d [d narrower than the accumulator] + (8 + sqrt(n)) * eps_acc)
+    rtol_l2 = g * (sqrt(chain) * eps_d [d narrower than the accumulator] + (8 + sqrt(n)) * eps_acc)
 
 with `g = 1` for outputs, and `g = 2` for gradients: a backward pass reads forward results that were already rounded,
 and then does as much arithmetic again.
@@ -91,13 +92,14 @@ def epsilon(dtype: str) -> float:
     return _EPS[dtype][0]
 
 
-def tolerance(dtype: str, reduction_length: int, *, gradient: bool = False) -> Tolerance:
+def tolerance(dtype: str, reduction_length: int, *, gradient: bool = False, chain: int = 1) -> Tolerance:
     """Tolerance against an exact reference; the module's docstring derives it.
 
     Args:
       dtype: what the arrays are stored in. "tfloat32" is for float32 arrays whose products run on tensor cores.
       reduction_length: number of terms summed into one element.
       gradient: whether the array is a gradient.
+      chain: how many computations follow each other, of which each is within this tolerance by itself.
 
     Raises:
       ValidationError: for a dtype without a tolerance or a negative length.
@@ -108,7 +110,7 @@ def tolerance(dtype: str, reduction_length: int, *, gradient: bool = False) -> T
             f"A tolerance was asked for reduction length {reduction_length}", advice="Pass the number of terms summed"
         )
     accumulator = min(eps, _EPS["float32"][0])
-    storage = eps if eps > accumulator else 0.0
+    storage = math.sqrt(max(1, chain)) * eps if eps > accumulator else 0.0
     twice = 2.0 if gradient else 1.0
     sums = twice * (8 + math.sqrt(reduction_length)) * accumulator
     rtol = twice * storage + sums

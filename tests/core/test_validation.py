@@ -147,6 +147,37 @@ def test_compare_allows_twice_what_certify_does():
     assert two.checks[0].allowed_max == pytest.approx(2 * one.checks[0].allowed_max)
 
 
+def deep(layers, inner, left_out=None):
+    """A network with a residual stream, stored in bfloat16; its layers compute in `inner`."""
+    rng, store = np.random.default_rng(0), DTYPES["bfloat16"]
+    x = rng.standard_normal((64, 128)).astype(store)
+    for layer in range(layers):
+        w = (rng.standard_normal((128, 128)) * 128**-0.5).astype(store)
+        if layer == left_out:
+            continue
+        h = x.astype(inner)
+        scale = (1 / np.sqrt(np.mean(h.astype(np.float32) ** 2, -1, keepdims=True))).astype(inner)
+        h = (h * scale).astype(inner)
+        h = (h.astype(np.float32) @ w.astype(np.float32)).astype(inner)
+        x = (x + np.tanh(h).astype(store)).astype(store)
+    return {"y": x}
+
+
+def test_roundings_of_computations_in_sequence_add_in_squares():
+    layers = 96
+    written, kernels = (deep(layers, DTYPES[d]) for d in ("bfloat16", "float32"))
+    assert not compare(kernels, written, "bfloat16", 128).passed
+    found = compare(kernels, written, "bfloat16", 128, chain=layers)
+    assert found.passed, found.summary()
+    assert not compare(deep(layers, DTYPES["float32"], left_out=40), written, "bfloat16", 128, chain=layers).passed
+
+
+def test_a_chain_is_of_roundings_in_a_narrow_dtype():
+    assert tolerance("bfloat16", 0, chain=16).rtol_l2 == pytest.approx(4 * tolerance("bfloat16", 0).rtol_l2, rel=1e-3)
+    assert tolerance("float32", 100, chain=16) == tolerance("float32", 100)
+    assert tolerance("bfloat16", 100, chain=0) == tolerance("bfloat16", 100)
+
+
 def confident_loss(seed):
     """logsumexp - logit where the label's logit is near 30: 1e-11 left over, float32 keeps none of its digits."""
     logits = np.random.default_rng(seed).standard_normal((64, 100)).astype(np.float32)
