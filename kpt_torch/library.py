@@ -163,7 +163,7 @@ def nobody_watches(tensors: Sequence[torch.Tensor | None]) -> bool:
     """
     if _is_compiling() or _is_tracing() or _modes() or _function_modes() or _early_modes() or _transformed() is not None:
         return False
-    for t in tensors:  # noqa: SIM110  (a generator takes twice as long, and this is on the way of every call)
+    for t in tensors:  # no generator: that takes twice as long, and this is on the way of every call
         if t is not None and (type(t) not in PLAIN or _keys(t).raw_repr() not in _PLAIN_KEYS and not _is_memory(t)):
             return False
     return True

@@ -62,6 +62,19 @@ def _hopper_wide(op: str) -> KernelSpec:
     return dataclasses.replace(spec, name=f"{op}.pallas_gpu_wide", accepts=f"pallas_kernels.{op}.gpu:refusal_shared")
 
 
+def _hopper_attention(name: str, accepts: str, efficiency: float) -> KernelSpec:
+    """Attention with head dims up to 128, or above: two, for one figure of efficiency does not suit both."""
+    spec = _hopper(
+        "attention",
+        HALVES,
+        jax="0.11.2",
+        masks=frozenset({"causal", "window", "segments", "lengths"}),
+        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
+        efficiency=efficiency,
+    )
+    return dataclasses.replace(spec, name=name, accepts=f"pallas_kernels.attention.gpu:{accepts}")
+
+
 def _tpu(
     op: str, level: str = "conservative", version: int = 1, dtypes: tuple[str, ...] = ("bfloat16", "float32"), **honours: Any
 ) -> KernelSpec:
@@ -190,17 +203,11 @@ def _sum_outside(specs: Specs, params: Mapping[str, Any]) -> str | None:
 KERNELS: tuple[KernelSpec, ...] = (
     # Its blocks suit the caches of a CPU: 18 TFLOP/s on an H100, a third of plain code's.
     _xla("attention", version=2, masks=EVERY_MASK, additive=True, efficiency_on={"cuda": 0.02}),
-    # No estimate chooses it yet: its last backward pass ran on a chip at two shapes only, and was slower than cuDNN's at one of them; with
-    # head dims above 128 it has not run on one (docs/benchmarks/hopper-notes-attention.md). `auto_optimize` and `kpt tune` measure it, in a
-    # process of its own, and then it counts.
-    _hopper(
-        "attention",
-        HALVES,
-        jax="0.11.2",
-        masks=frozenset({"causal", "window", "segments", "lengths"}),
-        arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
-        efficiency=0.05,
-    ),
+    # Beside cuDNN, which is taken where it can compute a call, neither is faster at all lengths. What cuDNN cannot, such as documents that
+    # are packed together, was 35 times as fast as plain code on an H100, both passes (docs/benchmarks/hopper-attention.json).
+    _hopper_attention("attention.pallas_gpu", "refusal", 0.55),
+    # Not timed on a chip yet: no estimate chooses it. `auto_optimize` and `kpt tune` measure it, in a process of its own, and then it counts.
+    _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.05),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refused_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refused_to_256"),
     # On a CPU its forward pass is no faster than plain code's: XLA compiles both to the same. A loss with gradients was 1.14 and 1.32 times

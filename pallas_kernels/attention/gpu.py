@@ -26,9 +26,25 @@ from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
 
+NARROW = HEADS[-2]
+
+
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
-    """Why these arrays cannot be taken, or None."""
+    """Why these arrays cannot be taken, or None; with wide heads, by `attention.pallas_gpu_wide`."""
+    if (head := _widest(specs)) > NARROW:
+        return f"takes head dims up to {NARROW}, and attention.pallas_gpu_wide those above, and this is {head}"
     return unpartitioned() or refused_on_one_hopper(specs, params)
+
+
+def refusal_wide(specs: Specs, params: Mapping[str, Any]) -> str | None:
+    """As `refusal`, for head dims above those."""
+    if (head := _widest(specs)) <= NARROW:
+        return f"takes head dims above {NARROW}, and attention.pallas_gpu those below, and this is {head}"
+    return unpartitioned() or refused_on_one_hopper(specs, params)
+
+
+def _widest(specs: Specs) -> int:
+    return max(specs[n].shape[3] for n in "qkv")
 
 
 def attention(

@@ -281,7 +281,8 @@ REFUSED = [
 
 
 def refused(specs, params, hardware):
-    spec = kpt.registry.get("attention.pallas_gpu")
+    wide = max(specs[n].shape[3] for n in "qkv") > 128
+    spec = kpt.registry.get("attention.pallas_gpu_wide" if wide else "attention.pallas_gpu")
     return refusal(spec, spec.op, hardware, specs["q"].dtype, specs, params, "conservative", "jax")
 
 
@@ -295,6 +296,12 @@ def test_refused(specs, params, hardware, why):
 )
 def test_accepted(mask, h):
     assert refused(attended(mask=mask, h=h), {"mask": mask}, H100) is None
+
+
+@pytest.mark.parametrize(("h", "name"), [(128, "attention.pallas_gpu_wide"), (136, "attention.pallas_gpu")])
+def test_narrow_and_wide_heads_are_two_kernels(h, name):
+    specs, spec = attended(mask=CAUSAL, h=h), kpt.registry.get(name)
+    assert f"this is {h}" in refusal(spec, spec.op, H100, "bfloat16", specs, {"mask": CAUSAL}, "conservative", "jax")
 
 
 def test_refused_where_xla_may_partition(monkeypatch):
@@ -311,16 +318,21 @@ def test_refused_where_xla_may_partition(monkeypatch):
         (Mask(), 128, "attention.cudnn"),
         (CAUSAL, 256, "attention.cudnn_wide"),
         (DOCUMENTS, 256, None),
+        (DOCUMENTS, 128, "attention.pallas_gpu"),
+        (Mask((Window(64, 64),)), 64, "attention.pallas_gpu"),
     ],
 )
-def test_no_estimate_takes_it(mask, h, kernel):
+def test_estimates_take_it_where_cudnn_cannot_compute_a_call(mask, h, kernel):
     chosen, _, _ = choose("attention", attended(t=4096, h=h, mask=mask), {"mask": mask}, hardware=H100, level="conservative")
     assert (chosen and chosen.name) == kernel
 
 
-@pytest.mark.parametrize(("h", "other"), [(128, "attention.cudnn"), (256, "attention.cudnn_wide")])
-def test_a_measurement_takes_it(h, other):
-    times = {"attention.pallas_gpu": 0.425e-3, other: 0.473e-3}
+@pytest.mark.parametrize(
+    ("h", "name", "other"),
+    [(128, "attention.pallas_gpu", "attention.cudnn"), (256, "attention.pallas_gpu_wide", "attention.cudnn_wide")],
+)
+def test_a_measurement_takes_it(h, name, other):
+    times = {name: 0.425e-3, other: 0.473e-3}
     chosen, why, _ = choose("attention", attended(t=4096, h=h, mask=CAUSAL), {"mask": CAUSAL}, hardware=H100, level="conservative",
                             measurements=times)  # fmt: skip
-    assert chosen.name == "attention.pallas_gpu" and why.startswith("Measured")
+    assert chosen.name == name and why.startswith("Measured")
