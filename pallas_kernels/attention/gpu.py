@@ -25,7 +25,6 @@ from pallas_kernels.attention.hopper_backward import WIDEST, gradient_of_queries
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
-
 NARROW = HEADS[-2]
 
 
