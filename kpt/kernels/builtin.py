@@ -206,7 +206,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     # Beside cuDNN, which is taken where it can compute a call, neither is faster at all lengths. What cuDNN cannot, such as documents that
     # are packed together, was 35 times as fast as plain code on an H100, both passes (docs/benchmarks/hopper-attention.json).
     _hopper_attention("attention.pallas_gpu", "refusal", 0.55),
-    # Not timed on a chip yet, so that no estimate chooses it: `auto_optimize` and `kpt tune` measure it in a process of its own, and then it
+    # Not timed on a chip yet, so that no estimate chooses it: `auto_optimize` and `kpt tune` measure it in a process of its own; then it
     # counts.
     _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.05),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refused_to_128"),
