@@ -168,7 +168,7 @@ def seen(
     mask: Mask, q: torch.Tensor, k: torch.Tensor, keep: Any, q_segment_ids: Any, kv_segment_ids: Any, kv_lengths: Any
 ) -> tuple[torch.Tensor | None, bool]:
     """(a boolean array that broadcasts to [B, N, T, S], or None for all; whether a query may see nothing)."""
-    if not mask.terms or mask.terms == (Causal(0),):  # the flag says it
+    if not mask.terms:
         return None, False
     queries, keys = q.shape[1], k.shape[1]
     i = torch.arange(queries, device=q.device)[:, None]
