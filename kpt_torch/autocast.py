@@ -31,7 +31,8 @@ class State:
         """Whether `n` is a marker; takes note of it."""
         name = getattr(n.target, "__name__", "") if not isinstance(n.target, str) else n.target
         if name == "_enter_autocast":
-            device, dtype, on, _ = n.args
+            given: Any = n.args
+            device, dtype, on, _ = given
             self.left[n] = dict(self.autocast)
             self.autocast.pop(str(device), None)
             if on:

@@ -255,7 +255,7 @@ def _functional(gm: fx.GraphModule) -> None:
 
 
 def _twin(target: Any) -> Any:
-    """`aten.add.Tensor` for `aten.add_.Tensor`, and `aten.pow.Tensor_Scalar` for `aten.pow_.Scalar`, or None: it takes what the op takes."""
+    """`aten.add.Tensor` for `aten.add_.Tensor`, `aten.pow.Tensor_Scalar` for `aten.pow_.Scalar`, or None: by what they take."""
     name = target._schema.name.removeprefix("aten::")
     if not name.endswith("_") or target.namespace != "aten":
         return None
