@@ -1,8 +1,11 @@
-"""What autocast does to the arguments of an op: asked of autocast itself, by running the op on fake tensors and seeing what is cast."""
+"""Where autocast is in force, and what it does to the arguments of an op: asked of autocast itself, by running the op on fake tensors."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +15,51 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kpt_torch.library import dtype_name
+
+KINDS = tuple(k for k in ("cpu", "cuda", "xpu", "mps", "xla") if torch.amp.is_autocast_available(k))
+
+
+@dataclasses.dataclass
+class State:
+    """What the markers in a graph have switched: autocast by device, gradients."""
+
+    autocast: dict[str, torch.dtype]
+    gradients: bool
+    left: dict[fx.Node, dict[str, torch.dtype]] = dataclasses.field(default_factory=dict)
+
+    def enters(self, n: fx.Node) -> bool:
+        """Whether `n` is a marker; takes note of it."""
+        name = getattr(n.target, "__name__", "") if not isinstance(n.target, str) else n.target
+        if name == "_enter_autocast":
+            given: Any = n.args
+            device, dtype, on, _ = given
+            self.left[n] = dict(self.autocast)
+            self.autocast.pop(str(device), None)
+            if on:
+                self.autocast[str(device)] = dtype or torch.get_autocast_dtype(str(device))
+        elif name == "_exit_autocast":
+            region: Any = n.args[0]
+            self.autocast = self.left[region]
+        elif name == "_set_grad_enabled":
+            self.gradients = bool(n.args[0])
+        else:
+            return False
+        return True
+
+
+def in_force() -> dict[str, torch.dtype]:
+    """What autocast is set to here: device type -> dtype."""
+    return {kind: torch.get_autocast_dtype(kind) for kind in KINDS if torch.is_autocast_enabled(kind)}
+
+
+@contextlib.contextmanager
+def under(autocast: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Autocast as it is in force elsewhere."""
+    with contextlib.ExitStack() as regions:
+        if autocast != (here := in_force()):
+            for kind in {**here, **autocast}:
+                regions.enter_context(torch.autocast(kind, autocast.get(kind), enabled=kind in autocast))
+        yield
 
 
 class _Casts(TorchDispatchMode):

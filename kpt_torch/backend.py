@@ -24,6 +24,7 @@ from kpt.kernels import registry
 from kpt.strategy import Plan, Site, level_named
 from kpt.strategy.planner import Planner
 from kpt_torch.apply import is_symbolic
+from kpt_torch.autocast import in_force, under
 from kpt_torch.capture import Sizes, capture, mutated_storages, to_numpy
 from kpt_torch.direct import direct
 from kpt_torch.held import Held, held, while_held
@@ -142,9 +143,9 @@ def transformed(
         del values[i]
     known = {n: values[i] for i, n in enumerate(holders) if i in values}
     sizes = _other_sizes(module)
-    on = {d: torch.get_autocast_dtype(d) for d in {device.type} if torch.is_autocast_enabled(d)}
+    on = in_force()
     captured = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[0], known)
-    changed = _bodies(planner, module, device, path, known)
+    changed = _bodies(planner, module, device, path, known, captured.autocast)
     front = Front(module, captured, device)
     if not sizes[0].at:
         made = rewritten(planner, front, path, real)
@@ -187,8 +188,11 @@ def planner_name(path: str) -> str:
     return path or "graph"
 
 
-def _bodies(planner: Planner, module: fx.GraphModule, device: torch.device, path: str, known: Mapping[fx.Node, np.ndarray]) -> bool:
-    """Rewrites the bodies of checkpointed regions where they are kept."""
+def _bodies(
+    planner: Planner, module: fx.GraphModule, device: torch.device, path: str, known: Mapping[fx.Node, np.ndarray],
+    autocast: Mapping[fx.Node, Mapping[str, torch.dtype]],
+) -> bool:  # fmt: skip
+    """Rewrites the bodies of checkpointed regions where they are kept, under the autocast that they run under."""
     changed, count = False, 0
     for n in list(module.graph.nodes):
         if n.op != "call_function" or n.target is not torch.ops.higher_order.tag_activation_checkpoint:
@@ -199,7 +203,8 @@ def _bodies(planner: Planner, module: fx.GraphModule, device: torch.device, path
         where = f"{path}/remat{count}" if path else f"remat{count}"
         count += 1
         values = {i: known[a] for i, a in enumerate(n.args[1:]) if isinstance(a, fx.Node) and a in known}
-        made = transformed(planner, getattr(module, str(body.target)), fakes, None, device, where, values)
+        with under(autocast[n]):
+            made = transformed(planner, getattr(module, str(body.target)), fakes, None, device, where, values)
         if made is not None:
             setattr(module, str(body.target), made)
             changed = True

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from kpt.graph.graph import Graph, Node, Region
 from kpt.ops.base import Spec
-from kpt_torch.autocast import casts
+from kpt_torch.autocast import State, casts
 from kpt_torch.library import dtype_name
 from kpt_torch.lower import effectful, mutates, storage
 from kpt_torch.vocabulary import TABLE, Unknown
@@ -198,7 +198,7 @@ def capture(
     _spec = b.sizes.spec
     made: dict[int, tuple[fx.Node, int | None]] = {}
     values: dict[fx.Node, Any] = {}
-    state = _State(dict(autocast or {}), gradients)
+    state = State(dict(autocast or {}), gradients)
     spoilt = mutated_storages(gm)
     inputs: list[int] = []
     where: dict[fx.Node, dict[str, torch.dtype]] = {}
@@ -244,34 +244,8 @@ def capture(
     return Captured(b.graph.without_dead_nodes(), made, values, where, marks, b.sizes)
 
 
-@dataclasses.dataclass
-class _State:
-    """What the markers in a graph have switched: autocast by device, gradients."""
-
-    autocast: dict[str, torch.dtype]
-    gradients: bool
-    left: dict[fx.Node, dict[str, torch.dtype]] = dataclasses.field(default_factory=dict)
-
-    def enters(self, n: fx.Node) -> bool:
-        """Whether `n` is a marker; takes note of it."""
-        name = getattr(n.target, "__name__", "") if not isinstance(n.target, str) else n.target
-        if name == "_enter_autocast":
-            device, dtype, on, _ = map(_any, n.args)
-            self.left[n] = dict(self.autocast)
-            self.autocast.pop(str(device), None)
-            if on:
-                self.autocast[str(device)] = dtype or torch.get_autocast_dtype(str(device))
-        elif name == "_exit_autocast":
-            self.autocast = self.left[_any(n.args[0])]
-        elif name == "_set_grad_enabled":
-            self.gradients = bool(n.args[0])
-        else:
-            return False
-        return True
-
-
 def _node(
-    b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: _State, spoilt: set[int], written: set[int], made: dict
+    b: Builder, n: fx.Node, values: dict[fx.Node, Any], state: State, spoilt: set[int], written: set[int], made: dict
 ) -> Any:  # fmt: skip
     """What a node makes. `spoilt` is memory that is written into from here on, `written` that which is anywhere in the graph."""
     val = n.meta.get("val")
@@ -343,7 +317,7 @@ def _everywhere(b: Builder, n: fx.Node, val: torch.Tensor, written: set[int]) ->
         return None
 
 
-def _spelled(b: Builder, n: fx.Node, emit: Any, values: dict[fx.Node, Any], state: _State) -> Any:
+def _spelled(b: Builder, n: fx.Node, emit: Any, values: dict[fx.Node, Any], state: State) -> Any:
     def given(a: Any) -> Any:
         if not isinstance(a, fx.Node):
             return a
@@ -374,7 +348,7 @@ def _spelled(b: Builder, n: fx.Node, emit: Any, values: dict[fx.Node, Any], stat
     return out
 
 
-def _autocast(b: Builder, n: fx.Node, args: Any, kwargs: Any, state: _State) -> Any:
+def _autocast(b: Builder, n: fx.Node, args: Any, kwargs: Any, state: State) -> Any:
     """The arguments as autocast hands them on."""
     val = n.meta["val"]
     tensor = val if isinstance(val, torch.Tensor) else next(t for t in pytree.tree_leaves(val) if isinstance(t, torch.Tensor))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from kpt import ops
 from kpt.errors import KernelError
@@ -51,7 +52,7 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 
 def kernel(
     op: str | Op, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
-    early: Early | None = None, results: bool = True, fresh: bool = False,
+    early: Early | None = None, reads: Sequence[int] = (), fresh: bool = False,
 ) -> Callable[..., Any]:
     """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
 
@@ -66,7 +67,8 @@ def kernel(
         some of them made already, perhaps. It is told by `params["early"]`, "" where there will be no gradients. `backward` may write
         over what was kept where `params["last"]`: autograd is about to free it, and nobody else has it. Gradients are in the layout of
         their arrays.
-      results: whether `backward` reads the results; else they are not saved for it, and it is given none.
+      reads: the numbers of the results that `backward` reads, by which it is given them, where there are so many. Others are not saved
+        for it: the program may write into them.
       fresh: results, what is kept and gradients are new memory, each its own, whatever the arrays are; else that is looked after.
 
     `forward` and `backward` run with autocast off and gradients off, on tensors as they come: strided, on any device.
@@ -96,7 +98,7 @@ def kernel(
     definition.register_fake(fake)
     straight: Callable[..., Any] = definition
     if backward is not None:
-        keep, pull = _differentiable(definition, meaning, names, tensors, backward, early is not None, results, fresh, read)
+        keep, pull = _differentiable(definition, meaning, names, tensors, backward, early is not None, reads, fresh, read)
         straight = _straight(name, run, keep, pull)
 
     def bind(**chosen: Any) -> Callable[..., Any]:
@@ -188,7 +190,7 @@ def _is_memory(t: torch.Tensor) -> bool:
 
 
 def _differentiable(
-    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool, results: bool, fresh: bool,
+    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool, reads: Sequence[int], fresh: bool,
     read: Callable[[str], dict[str, Any]],
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
     """Gives the custom op its derivative; returns what keeps for it, `keep(ctx, inputs, output)`, and `pull(ctx, cotangents)`."""
@@ -196,13 +198,17 @@ def _differentiable(
 
     def split(given: Sequence[Any]) -> Any:
         arrays, (made, cotangents, params, wanted) = _arrays(names, given[: len(names)]), given[len(names) :]
-        count = len(cotangents) if results else 0
-        return arrays, read(params), made[:count], made[count:], cotangents, tuple(wanted.split())
+        return arrays, read(params), *parted(made, len(cotangents)), cotangents, tuple(wanted.split())
+
+    def parted(made: Sequence[torch.Tensor], count: int) -> tuple[dict[int, torch.Tensor], Sequence[torch.Tensor]]:
+        """What was saved: (the results that are read, of `count`, by number; what was kept)."""
+        numbers = [i for i in reads if i < count]
+        return dict(zip(numbers, made, strict=False)), made[len(numbers) :]
 
     def run(*given: Any) -> list[torch.Tensor]:
         arrays, params, outs, kept, cotangents, wanted = split(given)
         found = pulled_back(arrays, params, outs, kept, cotangents, wanted)
-        return _apart(found, [*arrays.values(), *outs, *kept, *cotangents])
+        return _apart(found, [*arrays.values(), *outs.values(), *kept, *cotangents])
 
     def pulled_back(
         arrays: Tensors, params: dict[str, Any], outs: Any, kept: Any, cotangents: Any, wanted: Sequence[str]
@@ -251,24 +257,24 @@ def _differentiable(
         return (*(of.get(n) for n in names), [None] * ctx.made, list(found[len(floats) :]), None, None)
 
     pulled.register_autograd(twice, setup_context=hold)
+    pulled.register_vmap(functools.partial(_one_by_one, pulled))
 
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor], alone: bool = False) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
         ctx.params, ctx.present = inputs[-1], [n for n, t in zip(names, inputs, strict=False) if t is not None]
         ctx.count, ctx.spent = _results(ctx.present), False
-        assert results or ctx.count == 1
         ctx.alone = output[ctx.count :] if alone else None
-        seen = [*(output[: ctx.count] if results else ()), *(() if alone else output[ctx.count :])]
+        ctx.like = [(t.shape, t.dtype, t.device) for t in output[: ctx.count]] if ctx.count > 1 else ()
+        seen = [*(output[i] for i in reads if i < ctx.count), *(() if alone else output[ctx.count :])]
         ctx.save_for_backward(*(t for t in inputs[:-1] if t is not None), *seen)
 
     def plainly(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         arrays = dict(zip(ctx.present, saved, strict=False))
         made = [*saved[len(ctx.present) :], *(ctx.alone or ())]
-        count = ctx.count if results else 0  # of what is saved, results
-        if not results and cotangents[0] is None:  # nothing depends on the one result
+        if all(c is None for c in cotangents[: ctx.count]):  # nothing depends on a result
             return (None,) * (len(names) + 1)
-        given = [torch.zeros_like(made[i]) if c is None else c for i, c in enumerate(cotangents[: ctx.count])]
+        given = [zeros(*ctx.like[i]) if c is None else c for i, c in enumerate(cotangents[: ctx.count])]
         wanted = [n for n, need in zip(names, ctx.needs_input_grad, strict=False) if need and n in arrays and n in moving]
         if ctx.spent:
             raise KernelError(f"A second backward pass was run through {definition._qualname}", "The first one failed half way, and had "
@@ -277,15 +283,19 @@ def _differentiable(
         # What stayed with the node of autograd is what the forward pass had looked at.
         if not torch.is_grad_enabled() and nobody_watches(given if ctx.alone is not None else [*made, *arrays.values(), *given]):
             ctx.spent = freed and ctx.alone is not None
-            gradients = pulled_back(arrays, read(ctx.params) | {"last": ctx.spent}, made[:count], made[count:], given, wanted)
+            outs, kept = parted(made, ctx.count)
+            gradients = pulled_back(arrays, read(ctx.params) | {"last": ctx.spent}, outs, kept, given, wanted)
             if not fresh:
-                gradients = _apart(gradients, [*arrays.values(), *made[:count], *given])
-            if freed:
-                ctx.alone = None  # as autograd frees what it saved
+                gradients = _apart(gradients, [*arrays.values(), *outs.values(), *given])
         else:
             gradients = pulled(*(arrays.get(n) for n in names), made, given, ctx.params, " ".join(wanted))
+        if freed:
+            ctx.alone = None  # as autograd frees what it saved
         found = dict(zip(wanted, gradients, strict=True))
         return (*(found.get(n) for n in names), None)
+
+    def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     untold = torch.compiler.disable(plainly)
 
@@ -315,6 +325,17 @@ def _about_to_be_freed() -> bool:
     """Whether this is the last that anyone sees of what a node of autograd saved: there will be no second backward pass."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private; without it nothing is written over
     return keeps is not None and not keeps()
+
+
+def _one_by_one(pulled: Any, info: Any, dims: tuple, *given: Any) -> tuple[list[torch.Tensor], list[int]]:
+    """A backward pass under vmap, as of several cotangents at once (`is_grads_batched`): one pass for each."""
+    flat, tree = pytree.tree_flatten(given)
+    along = pytree.tree_leaves(dims)
+    made = [
+        pulled(*pytree.tree_unflatten([t if d is None else t.select(d, i) for t, d in zip(flat, along, strict=True)], tree))
+        for i in range(info.batch_size)
+    ]
+    return [torch.stack(each) for each in zip(*made, strict=True)], [0] * len(made[0])
 
 
 def _laid_out(gradient: torch.Tensor, array: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from kpt_torch.autocast import State, casts, in_force, under
+
 aten = torch.ops.aten
 
 
@@ -169,8 +171,9 @@ def _level(n: fx.Node) -> int:
 def _carry_out_vmap(gm: fx.GraphModule) -> None:
     """Every outermost stretch between vmap's markers, traced again below vmap."""
     stretch: list[fx.Node] = []
-    depth = 0
+    depth, state = 0, State(in_force(), True)
     for n in list(gm.graph.nodes):
+        state.enters(n)
         if getattr(n.target, "__name__", "") == "lazy_load_decompositions":
             gm.graph.erase_node(n)
             continue
@@ -178,7 +181,8 @@ def _carry_out_vmap(gm: fx.GraphModule) -> None:
             stretch.append(n)
         depth += _level(n)
         if stretch and depth == 0:
-            _inline_batched(gm, stretch)
+            with under(state.autocast):
+                _inline_batched(gm, stretch)
             stretch = []
 
 
@@ -223,9 +227,9 @@ def _functional(gm: fx.GraphModule) -> None:
     """`x.add_(y)` becomes `x = x.add(y)` where `x` is made here and is looked into under no other name afterwards."""
     if not any(mutates(n) for n in gm.graph.nodes):
         return
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    order, state = {n: i for i, n in enumerate(gm.graph.nodes)}, State(in_force(), True)
     for n in list(gm.graph.nodes):
-        if not mutates(n) or not n.args or not isinstance(n.args[0], fx.Node):
+        if state.enters(n) or not mutates(n) or not n.args or not isinstance(n.args[0], fx.Node):
             continue
         x = n.args[0]
         if n.target is aten.detach_.default:
@@ -237,6 +241,10 @@ def _functional(gm: fx.GraphModule) -> None:
         later = [u for u in x.users if u is not n and order.get(u, -1) > order[n]]
         with gm.graph.inserting_before(n):
             made = _placed(gm, twin, n.args, n.kwargs, n)
+            kind = x.meta["val"].device.type
+            if kind in state.autocast and any(casts(made, kind, state.autocast[kind])):  # which casts nothing that is written into
+                gm.graph.erase_node(made)
+                continue
             if made.meta["val"].dtype != x.meta["val"].dtype:
                 made = _placed(gm, aten.to.dtype, (made, x.meta["val"].dtype), {}, n)
         order[made] = order[n]
@@ -247,12 +255,17 @@ def _functional(gm: fx.GraphModule) -> None:
 
 
 def _twin(target: Any) -> Any:
-    """`aten.add.Tensor` for `aten.add_.Tensor`, or None."""
+    """`aten.add.Tensor` for `aten.add_.Tensor`, `aten.pow.Tensor_Scalar` for `aten.pow_.Scalar`, or None: by what they take."""
     name = target._schema.name.removeprefix("aten::")
     if not name.endswith("_") or target.namespace != "aten":
         return None
     packet = getattr(aten, name[:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
+    twins = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return next((t for t in twins if not t._schema.is_mutable and _takes(t) == _takes(target)), None)
+
+
+def _takes(target: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in target._schema.arguments]
 
 
 def _placed(gm: fx.GraphModule, target: Any, args: Any, kwargs: Any, like: fx.Node) -> fx.Node:

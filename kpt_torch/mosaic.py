@@ -248,7 +248,7 @@ def _sums_of_queries(specs: dict[str, Spec], params: dict[str, Any]) -> Sequence
     return (Spec((b, n, -(-t // tile) * tile), "float32"),)
 
 
-attention = library.kernel("attention", "mosaic", _attend, _attend_backward, kept=_sums_of_queries)
+attention = library.kernel("attention", "mosaic", _attend, _attend_backward, kept=_sums_of_queries, reads=(0,))
 
 
 def refuse_attention(specs: Specs, params: Mapping[str, Any]) -> str | None:

@@ -134,7 +134,9 @@ def _patch() -> Any:
 def _captured(fn: Callable[..., Any], backend: Backend, dynamic: bool | None = None) -> Callable[..., Any]:
     """`torch.compile(fn, backend=backend)`, under Dynamo's settings as above while it captures: a call that it knows pays nothing."""
     context: Any = torch._dynamo.optimize(backend=backend, dynamic=dynamic)
-    capture = context.callback
+    capture = getattr(context, "callback", None)
+    if capture is None:  # TORCHDYNAMO_DISABLE is set: programs run as they were written
+        return fn
 
     @functools.wraps(capture)
     def told(*frame: Any) -> Any:

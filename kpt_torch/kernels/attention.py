@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from kpt.errors import KernelError
 from kpt.ops.base import Specs
@@ -63,12 +64,12 @@ def attention(
             added = torch.where(drowned, 0.0, added)
         else:
             added = torch.where(shown, added, torch.full((), float("-inf"), dtype=q.dtype, device=q.device))
+    given = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if causal else added)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=None if causal else added, is_causal=causal, scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        *given[:3], attn_mask=given[3], is_causal=causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
     )  # fmt: skip
     if out.requires_grad and not torch.compiler.is_compiling():
-        _can_be_differentiated_again(out)
+        out = _can_be_differentiated_again(out, given, scale, causal)
     if empty is not None and not mask.additive:
         out = torch.where(empty, _unseen(mask, v, out), out)
     if drowned is not None:
@@ -80,14 +81,26 @@ def attention(
     return out if out_dtype is None else out.to(torch_dtype(out_dtype))
 
 
-def _can_be_differentiated_again(out: torch.Tensor) -> None:
+def _can_be_differentiated_again(
+    out: torch.Tensor, given: Sequence[torch.Tensor | None], scale: float | None, causal: bool
+) -> torch.Tensor:
     """Gives torch's back end a second derivative, where it has none."""
+    if _is_checkpointed():
+        return cast(torch.Tensor, _ByFormula.apply(out, *given, scale, causal))
     node: Any = out.grad_fn
     for _ in range(3):  # views stand before it where heads were padded
         if node is not None and "ScaledDotProduct" in node.name():
             node.register_hook(_twice)
-            return
+            break
         node = node.next_functions[0][0] if node is not None and node.next_functions else None
+    return out
+
+
+def _is_checkpointed() -> bool:
+    """Whether a checkpoint looks after what is saved here: it hands each tensor out once, which leaves none for a hook of the node."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # private
+    hooks = None if top is None else top(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 def _twice(gradients: Sequence[torch.Tensor | None], cotangents: Sequence[torch.Tensor | None]) -> Any:
@@ -95,22 +108,47 @@ def _twice(gradients: Sequence[torch.Tensor | None], cotangents: Sequence[torch.
     g, node = cotangents[0], cast(Any, torch._C._current_autograd_node())
     if g is None or not torch.is_grad_enabled():
         return None
+    bias = getattr(node, "_saved_attn_mask", getattr(node, "_saved_attn_bias", None))
+    found = _of_formula(g, [node._saved_query, node._saved_key, node._saved_value, bias], node._saved_scale, node._saved_is_causal)
+    return tuple(None if old is None else new for old, new in zip(gradients, found, strict=False))
+
+
+def _of_formula(g: torch.Tensor, given: Sequence[torch.Tensor | None], scale: float | None, causal: bool) -> Sequence[torch.Tensor]:
+    """Gradients of queries, keys, values and what was added to scores, if it is numbers: in torch's own order, [B, N, T, H]."""
     from kpt_torch.formulas import pulled_back, weighed
 
-    bias = getattr(node, "_saved_attn_mask", getattr(node, "_saved_attn_bias", None))
-    given = [node._saved_query, node._saved_key, node._saved_value, *(() if bias is None else (bias,))]
+    q, k, v, added = given
+    hides = added is not None and added.dtype == torch.bool
 
-    def change(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        scores = scores if bias is None else scores + bias
+    def change(scores: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
+        if added is not None:
+            scores = torch.where(added, scores, float("-inf")) if hides else scores + added
         above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(above, float("-inf")) if node._saved_is_causal else scores
+        return scores.masked_fill(above, float("-inf")) if causal else scores
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
-        return [weighed(q, k, v, node._saved_scale, lambda s: change(s, bias))]
+        return [weighed(q, k, v, scale, lambda s: change(s, added if hides else bias))]
 
+    moving = [t for t in (q, k, v, None if hides else added) if t is not None]
     with torch.autocast(g.device.type, enabled=False):
-        found = pulled_back(attend, given, [g])
-    return tuple(None if old is None else new.to(old.dtype) for old, new in zip(gradients, found, strict=False))
+        return [new.to(t.dtype) for t, new in zip(moving, pulled_back(attend, moving, [g]), strict=True)]
+
+
+class _ByFormula(torch.autograd.Function):
+    """A back end's result, whose gradients are the back end's, and where autograd keeps a graph of them the formula's."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *given: Any) -> torch.Tensor:
+        *arrays, ctx.scale, ctx.causal = given
+        ctx.save_for_backward(*arrays)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return (g, *[None] * 6)
+        found = _of_formula(g, ctx.saved_tensors, ctx.scale, ctx.causal)
+        return (None, *found, *[None] * (6 - len(found)))
 
 
 class _Once(torch.autograd.Function):
@@ -168,7 +206,7 @@ def seen(
     mask: Mask, q: torch.Tensor, k: torch.Tensor, keep: Any, q_segment_ids: Any, kv_segment_ids: Any, kv_lengths: Any
 ) -> tuple[torch.Tensor | None, bool]:
     """(a boolean array that broadcasts to [B, N, T, S], or None for all; whether a query may see nothing)."""
-    if not mask.terms or mask.terms == (Causal(0),):  # the flag says it
+    if not mask.terms:
         return None, False
     queries, keys = q.shape[1], k.shape[1]
     i = torch.arange(queries, device=q.device)[:, None]

@@ -78,7 +78,7 @@ def _row_specs(count: int) -> library.Kept:
     return lambda specs, params: (Spec(specs["x"].shape[:-1], _acc(specs["x"].dtype)),) * count
 
 
-rms_norm = library.kernel("rms_norm", "torch", rms_forward, _rms_backward, kept=_row_specs(1))
+rms_norm = library.kernel("rms_norm", "torch", rms_forward, _rms_backward, kept=_row_specs(1), reads=(1,))
 
 
 def layer_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -113,7 +113,7 @@ def _layer_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotan
     return _norm_inputs(found, dz, arrays, cotangents)
 
 
-_layer_norm = library.kernel("layer_norm", "torch", layer_forward, _layer_backward, kept=_row_specs(3))
+_layer_norm = library.kernel("layer_norm", "torch", layer_forward, _layer_backward, kept=_row_specs(3), reads=(1,))
 
 
 def layer_norm(**given: Any) -> Any:

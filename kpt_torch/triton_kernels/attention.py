@@ -55,7 +55,7 @@ def _forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Te
 def _backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
     (q, k, v), ids, sizes, constants = _common(arrays, params)
     (lse, *wide), g = kept, _rows_last(cotangents[0].to(q.dtype))
-    (out,) = wide or results
+    out = wide[0] if wide else results[0]
     batch, queries, heads, _ = q.shape
     keys, shared = k.shape[1:3]
     delta = torch.empty_like(lse)
@@ -98,4 +98,4 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "result"
 
 
-attention = library.kernel("attention", "triton", _forward, _backward, kept=_kept, early=_early, fresh=True)
+attention = library.kernel("attention", "triton", _forward, _backward, kept=_kept, early=_early, reads=(0,), fresh=True)

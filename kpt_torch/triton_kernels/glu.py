@@ -107,7 +107,7 @@ def _early(arrays: Tensors, names: Sequence[str]) -> str:
     return "factors"
 
 
-glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early, results=False, fresh=True)
+glu = library.kernel("glu", "triton", _forward, _backward, kept=_kept, early=_early, fresh=True)
 
 
 def _linear_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
@@ -160,7 +160,7 @@ LINEAR = dataclasses.replace(
     reference=_reference, reference_vjp=_reference_vjp, cost=_cost,
 )  # fmt: skip
 """`glu(x) w_down`: no op that programs are searched for, but how a site and the linear layer that reads it are run."""
-glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, results=False, fresh=True)
+glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, fresh=True)
 
 
 def _then_linear(*, w_down: torch.Tensor, **rest: Any) -> Any:

@@ -88,4 +88,4 @@ def kernel(op: str, layer: bool) -> Any:
     def kept(specs: dict[str, Spec], params: dict[str, Any]) -> Sequence[Spec]:
         return (Spec(specs["x"].shape[:-1], "float32"),) * (3 if layer else 1)
 
-    return library.kernel(op, "triton", forward, backward, kept=kept, fresh=True)
+    return library.kernel(op, "triton", forward, backward, kept=kept, reads=(1,), fresh=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kpt_torch
 from kpt.ops.mask import Causal, Segments
@@ -100,3 +101,53 @@ def test_calls_that_autocast_casts_for_stay_calls():
         torch.compile(model, backend=backend)(torch.randn(4, 64), torch.ones(64), torch.randn(64, 64))
     assert [s.op for s in backend.plans[0].sites] == ["rms_norm"] and backend.plans[0].sites[0].params["out_dtype"] == "bfloat16"
     assert sum(n.target is torch.ops.aten.linear.default for n in graphs[0].graph.nodes) == 2
+
+
+X, W = (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((512, 64), (64, 64)))
+
+
+def rounded_on_the_way(x):
+    """The product is bfloat16 in a region, and what follows is not."""
+    return F.linear(x, W).float() * 1.001
+
+
+def recomputed(x):
+    def body(x):
+        return rounded_on_the_way(x) + F.rms_norm(x, (64,), None, 1e-6)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        return checkpoint(body, x, use_reentrant=False)
+
+
+def left_for_a_while(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = recomputed(x)
+        with torch.autocast("cpu", enabled=False):
+            return inside + checkpoint(rounded_on_the_way, x, use_reentrant=False)
+
+
+def batched(x):
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = torch.vmap(lambda row: rounded_on_the_way(row[None])[0])(x)
+    return rows + F.rms_norm(x, (64,), None, 1e-6)
+
+
+def in_place(x):
+    """Autocast casts for no op that writes into its argument, and does for its twin."""
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.zeros(512, 64)
+        y.addmm_(x, W)
+        y.pow_(2)
+        return y + F.rms_norm(x, (64,), None, 1e-6)
+
+
+@pytest.mark.parametrize("program", [recomputed, left_for_a_while, batched, in_place])
+def test_regions_hold_for_what_is_traced_again(program):
+    torch._dynamo.reset()
+    fast, given, own = kpt_torch.optimize(program), X.clone().requires_grad_(), X.clone().requires_grad_()
+    assert [s.op for s in fast.plan(X).sites] == ["rms_norm"]
+    want, got = program(own), fast(given)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for out in (want, got):
+        out.sum().backward()
+    torch.testing.assert_close(given.grad, own.grad, rtol=1e-4, atol=1e-4)

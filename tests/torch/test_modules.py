@@ -311,6 +311,14 @@ def test_autocast_inside():
     close(got, want, rtol=2e-2, atol=2e-2)
 
 
+def test_where_dynamo_is_disabled_a_program_runs_as_it_was_written(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    module = block().eval()
+    fast = kpt_torch.optimize(module)
+    assert torch.equal(fast(inputs()), module(inputs()))
+    assert not fast.plan(inputs()).sites
+
+
 def test_a_checkpointed_region_stays_one():
     module = block(recompute=True)
     fast = kpt_torch.optimize(module)

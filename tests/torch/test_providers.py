@@ -304,3 +304,42 @@ def test_gradients_have_memory_of_their_own():
     y, h = rows.rms_norm(x=x, weight=w, residual=r)
     (dx, dr) = torch.autograd.grad(y.sum() + h.sum(), (x, r))
     assert torch.equal(dx, dr) and dx.data_ptr() != dr.data_ptr()
+
+
+def test_a_result_that_no_backward_pass_reads_may_be_written_into():
+    """As that of the code: a program may scale what a norm returns, or a loss, and differentiate it."""
+    x, w, r = normal(4, D), normal(D), normal(4, D)
+    for arrays in ({"x": x, "weight": w}, {"x": x, "weight": w, "residual": r}):
+        (want,) = torch.autograd.grad(3 * y.sum() if torch.is_tensor(y := rows.rms_norm(**arrays)) else 3 * y[0].sum(), x)
+        y = rows.rms_norm(**arrays)
+        y = y if torch.is_tensor(y) else y[0]
+        y.mul_(3)
+        (got,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(got, want)
+    _, h = rows.rms_norm(x=x, weight=w, residual=r)
+    h.mul_(3)  # which is read
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+def test_several_cotangents_at_once():
+    x, w, r, g = normal(4, D), normal(D), normal(4, D), normal(3, 4, D).detach()
+    for y in (rows.rms_norm(x=x, weight=w), rows.rms_norm(x=x, weight=w, residual=r)[1]):
+        pulled = lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True)[0]  # noqa: E731
+        torch.testing.assert_close(torch.func.vmap(pulled)(g), torch.stack([pulled(v) for v in g]))
+
+
+def test_what_was_kept_is_freed_where_the_backward_pass_is_watched():
+    kept = []
+
+    def forward(arrays, params):
+        kept.append(torch.ones_like(arrays["x"]))
+        return [arrays["x"] * 2], [kept[-1]]
+
+    twice = kernel("rms_norm", "test_freed", forward, lambda arrays, params, results, kept, cotangents, wanted: {"x": cotangents[0] * 2},
+                   kept=lambda specs, params: (specs["x"],))  # fmt: skip
+    y = twice(x=normal(4, D))
+    held = weakref.ref(kept.pop())
+    with Seen():
+        y.sum().backward()
+    assert held() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import kpt
 import kpt_torch
@@ -116,8 +118,10 @@ def test_through_the_plain_kernels(op, arrays, params):
     (heads() | {"keep": KEEP}, {"mask": Mask((Explicit(),), -1e30, additive=True)}),
     (heads() | {"bias": normal(1, 2, 4, 4)}, {"mask": Mask((Bias(),))}), (heads() | {"bias": normal(1, 2, 4, 4).detach()}, {"mask": Mask((Bias(),))}),
 ])  # fmt: skip
-def test_through_attention_of_torch(arrays, params):
-    assert agree(kpt.registry.load("attention.sdpa"), arrays, params)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_through_attention_of_torch(arrays, params, recomputed):
+    fn = kpt.registry.load("attention.sdpa")
+    assert agree(functools.partial(checkpoint, fn, use_reentrant=False) if recomputed else fn, arrays, params)
 
 
 def penalty(loss, *given):
