@@ -155,7 +155,7 @@ class Reference:
             try:
                 told[name] = ROOM.metrics(array, self.want.get(name, array))
             except ValidationError as error:
-                told[name] = error
+                told[name] = error.with_traceback(None)  # whose frames hold the array
         return told
 
     def _held(self, told: Mapping[str, ErrorMetrics | ValidationError], moved: Mapping[str, Sensitivity] | None) -> Certificate:
