@@ -20,6 +20,7 @@ from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt.validation.certificate import Sensitivity
 from kpt.validation.conditioning import COARSE, draws, sensitivity
 from kpt_jax import _compat
+from kpt_jax.measure import Timed
 from kpt_jax.on_device import ROOM, on_gpu
 from kpt_jax.optimize import Optimized
 
@@ -28,11 +29,16 @@ Run = Callable[[Sequence[Any]], dict[str, Any]]
 _GUILTY = "The whole program disagreed with the original while this site was in; a bisection found it."
 
 
-def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> tuple[Plan, float | None]:
+def certify_whole(
+    optimized: Optimized, args: tuple, kwargs: dict, timed: Callable[[Callable[..., Any]], Timed] | None = None
+) -> tuple[Plan, float | None]:
     """Holds the rewritten function to the original on these arguments.
 
     Where they disagree although each site agreed alone, halves of the sites are tried until the guilty one is
     found; it runs as it was written from then on.
+
+    Args:
+      timed: the program that is timed of a function. Where it makes what is compared it is run, and nothing is compiled for the proof.
 
     Returns:
       The plan in force afterwards, whose notes hold the outcome, and whose `skipped` names what was taken out; and the largest relative L2
@@ -42,7 +48,7 @@ def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> tuple[Plan
       ValidationError: the two disagree with no kernel in place.
     """
     plan = optimized.plan(*args, **kwargs)
-    reference = Reference(optimized, args, kwargs, plan)
+    reference = Reference(optimized, args, kwargs, plan, timed)
     verdict = reference.compare(optimized)
     guilty: list[str] = []
     if not verdict.passed and not reference.compare(optimized.without(_paths(s.path for s in plan.sites))).passed:
@@ -89,8 +95,10 @@ class Reference:
     What a training step returns is as large as its state: of all else that has such results, each goes as soon as it was compared.
     """
 
-    def __init__(self, optimized: Optimized, args: tuple, kwargs: dict, plan: Plan):
-        self.plan = plan
+    def __init__(
+        self, optimized: Optimized, args: tuple, kwargs: dict, plan: Plan, timed: Callable[[Callable[..., Any]], Timed] | None = None
+    ):
+        self.plan, self.timed = plan, timed
         self.key, self.inputs = optimized.split(args, kwargs)
         if any(_compat.is_tracer(x) for x in self.inputs):
             raise ValidationError(f"certify was called on {plan.function} inside of a trace", "Values are compared",
@@ -165,8 +173,7 @@ class Reference:
 
     def _compiled(self, fn: Callable[..., Any]) -> Run:
         def results(inputs: Sequence[Any]) -> list[Any]:
-            leaves = jax.tree.leaves(self.key.call(fn, inputs))
-            return [jax.random.key_data(x) if _is_key(x) else x for x in leaves if hasattr(x, "dtype")]
+            return [x for x in map(_numbers, jax.tree.leaves(self.key.call(fn, inputs))) if hasattr(x, "dtype")]
 
         def both(inputs: list[Any]) -> tuple[list[Any], list[Any]]:
             def projected(diff: list[Any]) -> tuple[Any, list[Any]]:
@@ -185,10 +192,18 @@ class Reference:
             grads, outs = jax.grad(projected, has_aux=True)([jnp.asarray(inputs[i]) for i in self.diff])
             return outs, grads
 
+        timed = self.timed and self.timed(fn)
         jitted = jax.jit(both)
 
+        def made(inputs: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
+            if timed is None or timed.trained != self.gradients:
+                return jitted(list(inputs))  # type: ignore[no-any-return]
+            outs = timed.jitted(*inputs)
+            value, grads = outs if timed.trained else (None, ())
+            return [value] if timed.trained else list(map(_numbers, outs)), grads
+
         def run(inputs: Sequence[Any]) -> dict[str, Any]:
-            outs, grads = ROOM.fetched(jax.block_until_ready(jitted(list(inputs))))
+            outs, grads = ROOM.fetched(jax.block_until_ready(made(inputs)))
             return {f"result{i}": x for i, x in enumerate(outs)} | {f"d{i}": g for i, g in zip(self.diff, grads, strict=False)}
 
         return run
@@ -200,5 +215,6 @@ def _said(found: ErrorMetrics | ValidationError) -> ErrorMetrics:
     return found
 
 
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _numbers(x: Any) -> Any:
+    """Of random keys the numbers that they are."""
+    return jax.random.key_data(x) if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
