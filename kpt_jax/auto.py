@@ -20,7 +20,7 @@ from kpt.strategy.tune import Runner, Tuned, tune
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
-from kpt_jax.measure import Timing, loss_and_gradients, measure, sample
+from kpt_jax.measure import Timed, Timing, loss_and_gradients, measure, sample
 from kpt_jax.modules import function_of, is_linen, is_nnx
 from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize
 from kpt_jax.planner import FRONT
@@ -47,6 +47,7 @@ class Session:
         self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
         _, arrays = self.fast.split(self.args, self.kwargs)
         self.hardware, self.device = profile(hardware, arrays), device_of(arrays).device_kind
+        self._programs: dict[Any, Timed] = {}
 
     def plan(self) -> Plan:
         unproved = self.fast.unproved()
@@ -56,9 +57,8 @@ class Session:
 
     def tune(self, budget: float) -> Tuned:
         plan = self.plan()
-        signature, arrays = self.fast.split(self.args, self.kwargs)
-        trained = loss_and_gradients(_flat(signature, self.fast.original), arrays) is not None
-        passes = BOTH if trained else FORWARD
+        _, arrays = self.fast.split(self.args, self.kwargs)
+        passes = BOTH if self._timed(self.fast.original).trained else FORWARD
         with showing("timing kernels") as done:
             made = tune(plan.sites, self.hardware, runner(arrays), level=plan.level, passes=passes, budget=budget, done=done)
         if made.measured or made.dropped:
@@ -73,31 +73,29 @@ class Session:
     def leave_out(self, budget: float) -> tuple[Mapping[str, str], tuple[str, ...]]:
         if budget <= 0:
             return {}, ()
-        signature, arrays = self.fast.split(self.args, self.kwargs)
+        _, arrays = self.fast.split(self.args, self.kwargs)
 
         def ready(left: Mapping[str, str]) -> Callable[[int], float]:
-            program = _flat(signature, self.fast.without(left))
-            compiled = jax.jit(loss_and_gradients(program, arrays) or program).lower(*arrays).compile()
-            return functools.partial(sample, compiled, arrays)
+            program = self._timed(self.fast.without(left) if left else self.fast)
+            return functools.partial(sample, program.jitted.lower(*arrays).compile(), arrays)
 
         return leave_out(self.fast.plan(*self.args, **self.kwargs).sites, ready, budget)
 
     def leave(self, sites: Mapping[str, str]) -> None:
-        self.fast.ban(sites)
+        if sites:  # else what is planned and compiled holds
+            self.fast.ban(sites)
 
     def validate(self) -> tuple[Plan, float | None]:
-        plan, worst = certify_whole(self.fast, self.args, self.kwargs)
+        plan, worst = certify_whole(self.fast, self.args, self.kwargs, self._timed)
         return plan, worst if plan.sites else None
 
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         fast = self.fast
         signature, arrays = fast.split(self.args, self.kwargs)
-        programs: dict[str, Any] = {ORIGINAL: fast.original} | ({"every site": fast} if plan.sites else {})
-        programs = {n: _flat(signature, f) for n, f in programs.items()}
-        measured = FORWARD
-        trained: dict[str, Any] = {n: loss_and_gradients(f, arrays) for n, f in programs.items()}
-        if all(f is not None for f in trained.values()):
-            measured, programs = BOTH, trained
+        sides: dict[str, Any] = {ORIGINAL: fast.original} | ({"every site": fast} if plan.sites else {})
+        timed = {n: self._timed(f) for n, f in sides.items()}
+        measured = BOTH if all(t.trained for t in timed.values()) else FORWARD
+        programs = {n: t.jitted if t.trained == (measured == BOTH) else _flat(signature, sides[n]) for n, t in timed.items()}
         timings = measure(programs, arrays)
         before = timings[ORIGINAL]
         best = "every site" if plan.sites else ORIGINAL
@@ -106,6 +104,20 @@ class Session:
         after: Timing = timings[best]
         return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
                       error, kept, noise, chosen)  # fmt: skip
+
+    def _timed(self, fn: Callable[..., Any]) -> Timed:
+        """The program that is timed of a function: what it returns and its gradients, if it is a loss. Compiled once."""
+        fast = self.fast
+        key = (fn, frozenset(fast._banned), frozenset(fast._dropped)) if fn is fast else fn
+        found = self._programs.get(key)
+        if found is None:
+            signature, arrays = fast.split(self.args, self.kwargs)
+            program = _flat(signature, fn)
+            trained = loss_and_gradients(program, arrays)
+            found = Timed(jax.jit(trained or program), trained is not None)
+            if fn in (fast, fast.original):
+                self._programs[key] = found
+        return found
 
     def result(self, report: Report) -> Result:
         return Result(self.usable if report.kept else self.given, report.plan, report)

@@ -21,6 +21,7 @@ from kpt_jax import _compat
 from kpt_jax.apply import Rewrite, run
 from kpt_jax.bind import bind
 from kpt_jax.emit import emit
+from kpt_jax.on_device import ROOM
 
 
 def rules(program: Program, match: Match) -> list[Any]:
@@ -84,20 +85,20 @@ def _sides(program: Program, match: Match, kernel: Callable[..., Any]) -> Sides:
             outs, vjp = jax.vjp(forward, [leaves[v] for v in wrt])
             return outs, vjp(list(cotangents))[0]
 
-        def on_arrays(leaves: Leaves, cotangents: Sequence[np.ndarray]) -> Any:
-            return jax.device_get(both(dict(leaves), [jnp.asarray(c) for c in cotangents]))
+        def on_arrays(leaves: Leaves, cotangents: Sequence[Any]) -> Any:
+            return ROOM.fetched(both(dict(leaves), [jnp.asarray(c) for c in cotangents]))
 
         return on_arrays
 
-    def of_op(leaves: Leaves) -> dict[str, np.ndarray]:
+    def of_op(leaves: Leaves) -> dict[str, Any]:
         memo: dict[int, Any] = {}
 
         def known(e: Any) -> Any:
             return leaves.get(e.origins[0], program.graph.consts.get(e.origins[0])) if e.origins else None
 
-        return {name: np.asarray(emit(e, program.exprs, known, memo)) for name, e in match.arrays.items()}
+        return {name: emit(e, program.exprs, known, memo) for name, e in match.arrays.items()}
 
-    return Sides(side(Rewrite(g)), side(Rewrite(g, program, [(match, kernel)])), of_op)
+    return Sides(side(Rewrite(g)), side(Rewrite(g, program, [(match, kernel)])), of_op, ROOM)
 
 
 def certify_site(

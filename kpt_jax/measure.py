@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kpt.tuning import SECONDS, rounds
+from kpt_jax import _compat
 
 log = logging.getLogger("kpt")
 
@@ -25,11 +26,19 @@ class Timing:
     memory: int | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What is timed of a function: under jax.jit, of the arrays of a call; `trained`: as `loss_and_gradients`, else a list of results."""
+
+    jitted: Any
+    trained: bool
+
+
 def measure(
     programs: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], seconds: float = SECONDS
 ) -> dict[str, Timing]:
-    """Times functions of the same arrays, in turn (`kpt.tuning.rounds`)."""
-    compiled = {n: jax.jit(f).lower(*inputs).compile() for n, f in programs.items()}
+    """Times functions of the same arrays, jitted ones as they are, in turn (`kpt.tuning.rounds`)."""
+    compiled = {n: (f if _compat.is_jitted(f) else jax.jit(f)).lower(*inputs).compile() for n, f in programs.items()}
     taken = rounds({n: functools.partial(sample, run, inputs) for n, run in compiled.items()}, seconds)
     return {n: Timing(taken[n], _memory(compiled[n])) for n in compiled}
 
@@ -37,7 +46,9 @@ def measure(
 def sample(run: Callable[..., Any], inputs: Sequence[Any], repeats: int) -> float:
     """Seconds a call, over as many calls."""
     start = time.perf_counter()
+    out = None
     for _ in range(repeats):
+        del out  # a training step returns as much as it is given: there may be room for one such result
         out = run(*inputs)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / repeats

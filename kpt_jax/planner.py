@@ -18,7 +18,7 @@ from kpt.graph.graph import Graph
 from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
-from kpt.strategy.arrays import NUMPY, Arrays
+from kpt.strategy.arrays import Arrays
 from kpt.strategy.planner import FrontEnd, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -26,6 +26,7 @@ from kpt_jax import _compat
 from kpt_jax.apply import REBUILT, Rewrite, run
 from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, rules_text, uncertifiable
+from kpt_jax.on_device import ROOM
 from kpt_jax.settings import SETTINGS
 
 
@@ -34,7 +35,7 @@ class _Jax:
     packages: tuple[str, ...] = ("jax", "jaxlib", "flax", "numpy")
     compilers: tuple[str, ...] = ("jax", "jaxlib")
     settings: tuple[Setting, ...] = SETTINGS
-    arrays: Arrays = NUMPY
+    arrays: Arrays = ROOM
 
     def backend(self) -> str:
         return jax.default_backend()
@@ -136,7 +137,7 @@ class Example:
         part = dataclasses.replace(self.graph, outputs=wanted).without_dead_nodes()
         if any(n.effect for n in part.nodes):
             return None
-        got = jax.device_get(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
+        got = ROOM.fetched(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
         return dict(zip(wanted, got, strict=True))
 
 

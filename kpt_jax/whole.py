@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,20 +16,29 @@ import numpy as np
 from kpt.errors import ValidationError
 from kpt.strategy import Plan, Site
 from kpt.strategy.certify import narrowest, reduction_length
-from kpt.validation import Certificate, compare
-from kpt.validation.conditioning import COARSE, sensitivity
+from kpt.validation import Certificate, ErrorMetrics, compare
+from kpt.validation.certificate import Sensitivity
+from kpt.validation.conditioning import COARSE, draws, sensitivity
 from kpt_jax import _compat
+from kpt_jax.measure import Timed
+from kpt_jax.on_device import ROOM, on_gpu
 from kpt_jax.optimize import Optimized
 
 log = logging.getLogger("kpt")
+Run = Callable[[Sequence[Any]], dict[str, Any]]
 _GUILTY = "The whole program disagreed with the original while this site was in; a bisection found it."
 
 
-def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> tuple[Plan, float | None]:
+def certify_whole(
+    optimized: Optimized, args: tuple, kwargs: dict, timed: Callable[[Callable[..., Any]], Timed] | None = None
+) -> tuple[Plan, float | None]:
     """Holds the rewritten function to the original on these arguments.
 
     Where they disagree although each site agreed alone, halves of the sites are tried until the guilty one is
     found; it runs as it was written from then on.
+
+    Args:
+      timed: the program that is timed of a function. Where it makes what is compared it is run, and nothing is compiled for the proof.
 
     Returns:
       The plan in force afterwards, whose notes hold the outcome, and whose `skipped` names what was taken out; and the largest relative L2
@@ -38,7 +48,7 @@ def certify_whole(optimized: Optimized, args: tuple, kwargs: dict) -> tuple[Plan
       ValidationError: the two disagree with no kernel in place.
     """
     plan = optimized.plan(*args, **kwargs)
-    reference = Reference(optimized, args, kwargs, plan)
+    reference = Reference(optimized, args, kwargs, plan, timed)
     verdict = reference.compare(optimized)
     guilty: list[str] = []
     if not verdict.passed and not reference.compare(optimized.without(_paths(s.path for s in plan.sites))).passed:
@@ -80,10 +90,15 @@ def _guilty(reference: Reference, optimized: Optimized, sites: Sequence[Site]) -
 
 
 class Reference:
-    """Results and gradients of the original on given arguments, and how far those move with the inputs' last bits."""
+    """Results and gradients of the original on given arguments, and how far those move with the inputs' last bits.
 
-    def __init__(self, optimized: Optimized, args: tuple, kwargs: dict, plan: Plan):
-        self.plan = plan
+    What a training step returns is as large as its state: of all else that has such results, each goes as soon as it was compared.
+    """
+
+    def __init__(
+        self, optimized: Optimized, args: tuple, kwargs: dict, plan: Plan, timed: Callable[[Callable[..., Any]], Timed] | None = None
+    ):
+        self.plan, self.timed = plan, timed
         self.key, self.inputs = optimized.split(args, kwargs)
         if any(_compat.is_tracer(x) for x in self.inputs):
             raise ValidationError(f"certify was called on {plan.function} inside of a trace", "Values are compared",
@@ -108,32 +123,57 @@ class Reference:
         self.terms = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
 
     @functools.cached_property
-    def sensitivity(self) -> dict[str, np.ndarray]:
-        floating = {i: np.asarray(self.inputs[i]) for i in self.diff}
-        return sensitivity(self._at, floating, np.random.default_rng(0), self.want, COARSE)
+    def sensitivity(self) -> Mapping[str, Sensitivity]:
+        seeds = itertools.count()
 
-    def _at(self, floating: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
-        return self.run([floating.get(i, x) for i, x in enumerate(self.inputs)])
+        def nearby() -> dict[str, Any]:
+            return self._ran(self.run, [ROOM.nudged(x, next(seeds), COARSE) if i in self.diff else x for i, x in enumerate(self.inputs)])
+
+        if draws(self.want) > 1:  # of few numbers
+            base = {n: ROOM.get(x) for n, x in self.want.items()}
+            return sensitivity(lambda _: {n: ROOM.get(x) for n, x in nearby().items()}, {}, np.random.default_rng(0), base, COARSE)
+        moved = {n: m for n, m in self._beside(nearby()).items() if isinstance(m, ErrorMetrics)}
+        return {n: (m.abs_l2 / COARSE, m.max_abs / COARSE) for n, m in moved.items()}
 
     def compare(self, fn: Callable[..., Any]) -> Certificate:
         """The certificate of `fn`, called like the original."""
         try:
-            got = self._compiled(fn)(self.inputs)
+            told = self._beside(self._ran(self._compiled(fn), self.inputs))
         except Exception as error:  # what does not run does not agree
             log.warning("the rewritten %s failed while it was certified: %s", self.plan.function, error)
-            got = {}
-        found = self._held(got, None)
-        return found if found.passed else self._held(got, self.sensitivity)  # for most programs nothing cancels, and it needs a run more
+            told = {}
+        found = self._held(told, None)
+        return found if found.passed else self._held(told, self.sensitivity)  # for most programs nothing cancels, and it needs a run more
 
-    def _held(self, got: Mapping[str, np.ndarray], moved: Mapping[str, np.ndarray] | None) -> Certificate:
+    def _ran(self, run: Run, inputs: Sequence[Any]) -> dict[str, Any]:
+        """What it makes. Where the original's results leave no room for that on a GPU, they wait on the host."""
+        try:
+            return run(inputs)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or not any(map(on_gpu, self.want.values())):
+                raise
+        self.want = jax.device_get(self.want)
+        return run(inputs)
+
+    def _beside(self, got: dict[str, Any]) -> dict[str, ErrorMetrics | ValidationError]:
+        """How far each array is from the original's, or why it cannot be said. Empties `got`."""
+        told: dict[str, ErrorMetrics | ValidationError] = {}
+        for name in list(got):
+            array = got.pop(name)
+            try:
+                told[name] = ROOM.metrics(array, self.want.get(name, array))
+            except ValidationError as error:
+                told[name] = error.with_traceback(None)  # whose frames hold the array
+        return told
+
+    def _held(self, told: Mapping[str, ErrorMetrics | ValidationError], moved: Mapping[str, Sensitivity] | None) -> Certificate:
         gradients = [n for n in self.want if n.startswith("d")]
-        return compare(got, self.want, self.dtype, self.terms, gradients=gradients, sensitivity=moved, where="the example inputs",
-                       chain=len(self.plan.sites))  # fmt: skip
+        return compare(told, self.want, self.dtype, self.terms, gradients=gradients, sensitivity=moved, where="the example inputs",
+                       measure=lambda found, _: _said(found), chain=len(self.plan.sites))  # fmt: skip
 
-    def _compiled(self, fn: Callable[..., Any]) -> Callable[[Sequence[Any]], dict[str, np.ndarray]]:
+    def _compiled(self, fn: Callable[..., Any]) -> Run:
         def results(inputs: Sequence[Any]) -> list[Any]:
-            leaves = jax.tree.leaves(self.key.call(fn, inputs))
-            return [jax.random.key_data(x) if _is_key(x) else x for x in leaves if hasattr(x, "dtype")]
+            return [x for x in map(_numbers, jax.tree.leaves(self.key.call(fn, inputs))) if hasattr(x, "dtype")]
 
         def both(inputs: list[Any]) -> tuple[list[Any], list[Any]]:
             def projected(diff: list[Any]) -> tuple[Any, list[Any]]:
@@ -152,15 +192,29 @@ class Reference:
             grads, outs = jax.grad(projected, has_aux=True)([jnp.asarray(inputs[i]) for i in self.diff])
             return outs, grads
 
+        timed = self.timed and self.timed(fn)
         jitted = jax.jit(both)
 
-        def run(inputs: Sequence[Any]) -> dict[str, np.ndarray]:
-            outs, grads = jax.device_get(jitted(list(inputs)))
-            named = {f"result{i}": np.asarray(x) for i, x in enumerate(outs)}
-            return named | {f"d{i}": np.asarray(g) for i, g in zip(self.diff, grads, strict=False)}
+        def made(inputs: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
+            if timed is None or timed.trained != self.gradients:
+                return jitted(list(inputs))  # type: ignore[no-any-return]
+            outs = timed.jitted(*inputs)
+            value, grads = outs if timed.trained else (None, ())
+            return [value] if timed.trained else list(map(_numbers, outs)), grads
+
+        def run(inputs: Sequence[Any]) -> dict[str, Any]:
+            outs, grads = ROOM.fetched(jax.block_until_ready(made(inputs)))
+            return {f"result{i}": x for i, x in enumerate(outs)} | {f"d{i}": g for i, g in zip(self.diff, grads, strict=False)}
 
         return run
 
 
-def _is_key(x: Any) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+def _said(found: ErrorMetrics | ValidationError) -> ErrorMetrics:
+    if isinstance(found, ValidationError):
+        raise found
+    return found
+
+
+def _numbers(x: Any) -> Any:
+    """Of random keys the numbers that they are."""
+    return jax.random.key_data(x) if hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -301,16 +301,17 @@ class Planner:
         try:
             rules = self.front.rules_text(program, match)
             under = self.front.backend(), repr(found(self.front.settings))
-            key: tuple = (kernel.name, kernel.version, site.fingerprint, rules, compared, *under)
+            drawn: tuple = (kernel.name, kernel.version, site.fingerprint, rules, compared, *under)
             example = leaves(program, match) if self.certify == "full" else None
-            if example is not None:
-                key = (*key, digest(example, self.front.arrays))
+            key = drawn if example is None else (*drawn, digest(example, self.front.arrays))
             certificate = _CERTIFICATES.get(key)
             if certificate is None:
                 certificate = (
                     self.front.certify(program, match, fn, example) if compared else self._against_reference(match, kernel, fn)
                 )
                 _CERTIFICATES[key] = certificate
+                if certificate.passed:  # on random inputs, too
+                    _CERTIFICATES.setdefault(drawn, certificate)
         except Exception as error:  # whatever a kernel does wrong, the user's own code goes on running
             log.warning("%s failed while it was certified: %s", site, error)
             return site, f"{kernel.name} failed while it was certified: {_one_line(error)}"

@@ -13,6 +13,9 @@ from kpt.errors import ValidationError
 from kpt.validation.metrics import ErrorMetrics, metrics
 from kpt.validation.tolerance import Tolerance, tolerance
 
+Sensitivity = np.ndarray | tuple[float, float]
+"""How far each element of an array moves, or Euclidean norm and maximum of that."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -167,7 +170,7 @@ def compare(
     reduction_length: int | Mapping[str, int],
     *,
     gradients: Collection[str] = (),
-    sensitivity: Mapping[str, np.ndarray] | None = None,
+    sensitivity: Mapping[str, Sensitivity] | None = None,
     terms: Mapping[str, np.ndarray | float] | None = None,
     where: str = "",
     measure: Callable[[Any, Any], ErrorMetrics] = metrics,
@@ -178,9 +181,9 @@ def compare(
     Neither side is exact. If each is within `t` of the exact result, they are within `2 t` of each other by the
     triangle inequality, so the tolerance is that of `certify`, doubled. User code also rounds inner results to `dtype`
     that a kernel keeps in float32, so the terms that cancel count with rtol_l2 in place of rtol_sum. Arguments and
-    result are as there, and `measure` is what compares two arrays: of a front end's own, which NumPy need not know
-    where neither sensitivity nor terms are given. `chain` is the number of kernels in a whole program, each held to its
-    own code before.
+    result are as there, of a sensitivity its norm and its largest element will do, and `measure` is what compares two
+    arrays: of a front end's own, which NumPy need not know where no arrays of sensitivities or terms are given. `chain` is
+    the number of kernels in a whole program, each held to its own code before.
     """
 
     def tolerances(name: str) -> Tolerance:
@@ -200,7 +203,7 @@ def _hold(
     dtype: str,
     tolerances: Callable[[str], Tolerance],
     gradients: Collection[str],
-    sensitivity: Mapping[str, np.ndarray] | None,
+    sensitivity: Mapping[str, Sensitivity] | None,
     terms: Mapping[str, np.ndarray | float] | None,
     where: str,
     against: str,
@@ -220,7 +223,7 @@ def _check(
     where: str,
     actual: np.ndarray | None,
     reference: np.ndarray | None,
-    sensitivity: np.ndarray | None,
+    sensitivity: Sensitivity | None,
     terms: np.ndarray | float,
     bound: Tolerance,
     measure: Callable[[Any, Any], ErrorMetrics],
@@ -232,7 +235,10 @@ def _check(
         found = measure(actual, reference)
     except ValidationError as e:
         return Check(name, gradient, where, None, 0.0, 0.0, str(e))
-    s_norm, s_max = _size(sensitivity, np.shape(reference)) if sensitivity is not None else (0.0, 0.0)
+    if sensitivity is None or isinstance(sensitivity, tuple):
+        s_norm, s_max = sensitivity or (0.0, 0.0)
+    else:
+        s_norm, s_max = _size(sensitivity, np.shape(reference))
     t_norm, _ = _size(terms, np.shape(reference))
     allowed_l2 = bound.allowed_l2(max(found.reference_l2, s_norm), found.size, t_norm)
     error, t = _nearest(actual, reference, terms, bound) if np.ndim(terms) else (found.max_abs, _finite(float(terms)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +35,9 @@ def sensitivity[Name](
       By output name, in float64, with the shape of the output.
     """
     base = function(arrays) if outputs is None else outputs
-    # One draw may miss the direction that matters. Many elements average over directions, few do not.
-    draws = min(16, max(1, 4096 // max(1, sum(np.size(v) for v in base.values()))))
     moved = {name: np.zeros(np.shape(v)) for name, v in base.items()}
     with np.errstate(all="ignore"):
-        for _ in range(draws):
+        for _ in range(draws(base)):
             shifted = {
                 name: (a * (1 + step * rng.uniform(-1, 1, np.shape(a)))).astype(a.dtype) if _is_float(a) else a
                 for name, a in arrays.items()
@@ -46,6 +46,11 @@ def sensitivity[Name](
                 distance = np.abs(np.asarray(value, np.float64) - np.asarray(base[name], np.float64)) / step
                 moved[name] = np.fmax(moved[name], distance)  # an infinity minus itself is no movement
     return moved
+
+
+def draws(outputs: Mapping[str, Any]) -> int:
+    """How often to look. One draw may miss the direction that matters. Many elements average over directions, few do not."""
+    return min(16, max(1, 4096 // max(1, sum(math.prod(np.shape(v)) for v in outputs.values()))))
 
 
 def _is_float(a: np.ndarray) -> bool:

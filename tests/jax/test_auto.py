@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from kpt.tuning import gain, sigmas
 from kpt.tuning.measurements import FORWARD
 from kpt.tuning.trials import Trial
 from kpt_jax import auto, trials
-from kpt_jax.measure import Timing
+from kpt_jax.measure import Timing, sample
 
 
 def normalised(x, w):
@@ -82,6 +83,28 @@ def test_what_does_not_win_is_not_kept(monkeypatch, before, after):
     assert result.fn is loss and not result.report.kept and result.report.speedup == 1.0
     assert not result.plan.sites and [s.op for s in result.plan.skipped] == ["rms_norm"]
     assert "The original is kept: nothing won by more than the noise" in result.plan.notes[-1]
+
+
+@pytest.mark.parametrize("program", [loss, lambda x, w: jax.value_and_grad(loss, (0, 1))(x, w)])
+def test_the_proof_runs_what_is_timed(program, monkeypatch):
+    seen = timed(monkeypatch, before=2.0, after=1.0)
+    assert kpt.auto_optimize(program, *arrays(), budget=0).report.kept
+    assert seen.keys() == {"original", "every site"} and all(f._cache_size() == 1 for f in seen.values())
+
+
+def test_a_result_goes_before_the_next_is_made():
+    made, alive = [], []
+
+    class State:
+        pass
+
+    def step():
+        alive.append(sum(state() is not None for state in made))
+        state = State()
+        made.append(weakref.ref(state))
+        return state
+
+    assert sample(step, (), 3) > 0 and alive == [0, 0, 0]
 
 
 def test_nothing_to_swap():

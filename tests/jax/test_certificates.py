@@ -8,9 +8,16 @@ import pytest
 
 import kpt
 from kpt.strategy.planner import patterns
+from kpt_jax import on_device
 from kpt_jax.capture import capture
 from kpt_jax.certify import certify_site
 from kpt_jax.planner import Example
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def where(request, monkeypatch):
+    if request.param == "device":
+        monkeypatch.setattr(on_device, "_PLATFORMS", ("cpu",))
 
 
 def loss(logits, labels):

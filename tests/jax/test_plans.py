@@ -14,6 +14,7 @@ import kpt_jax
 from kpt.errors import ConfigError, HardwareError, PlanError, ValidationError
 from kpt.kernels import KernelSpec, registry
 from kpt.strategy import Plan
+from kpt_jax.planner import FRONT
 
 D = 8
 
@@ -180,6 +181,18 @@ def test_the_whole_passes_what_is_right(kernel, monkeypatch):
     assert len(plan.sites) == 4 and "within tolerance" in plan.notes[-1]
     step = kpt_jax.optimize(lambda x, w: jax.grad(fn, 1)(x, w))
     assert len(step.certify(*arrays()).sites) == 4
+
+
+def test_what_was_proved_on_an_example_is_proved_where_there_is_none(kernel, monkeypatch):
+    name, proofs = kernel(right, version=77), []
+    certify = type(FRONT).certify
+    monkeypatch.setattr(type(FRONT), "certify", lambda self, *args, **rest: proofs.append(args) or certify(self, *args, **rest))
+    fast = kpt_jax.optimize(fn)
+    sites = fast.plan(*arrays()).sites
+    made = len(proofs)
+    assert made and name in {s.kernel for s in sites}
+    jax.make_jaxpr(fast.without({sites[0].path: "It is left out."}))(*arrays())
+    assert len(proofs) == made
 
 
 def test_the_whole_of_a_function_that_is_not_deterministic_is_refused(monkeypatch):
