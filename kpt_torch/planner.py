@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kpt import ops
 from kpt.fusion.program import Match, Program
@@ -36,6 +37,9 @@ ONE_CALL = {
     "attention.sdpa": aten.scaled_dot_product_attention.default, "layer_norm.torch": aten.layer_norm.default,
     "cross_entropy.torch": aten.cross_entropy_loss.default,
 }  # fmt: skip
+
+
+_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,8 +78,12 @@ class Front:
 
     @contextlib.contextmanager
     def proving(self) -> Any:
+        """Without cuDNN's attention: of a call's shapes it keeps the backward pass as it was made for the first layout of a cotangent, and
+        runs that for every other (torch 2.11: gradients off by 140%). The layouts of a proof are not those of the program after it.
+        """
         kind = self.device.type
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        attention = sdpa_kernel(_SDPA) if kind == "cuda" else contextlib.nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False), attention:
             yield
 
     def sides(self, program: Program, match: Match, kernel: Callable[..., Any]) -> Sides:
