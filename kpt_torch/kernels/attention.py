@@ -69,7 +69,6 @@ def attention(
         *given[:3], attn_mask=given[3], is_causal=causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
     )  # fmt: skip
     if out.requires_grad and not torch.compiler.is_compiling():
-        _takes_cotangents_as_it_lies(out)
         out = _can_be_differentiated_again(out, given, scale, causal)
     if empty is not None and not mask.additive:
         out = torch.where(empty, _unseen(mask, v, out), out)
@@ -80,27 +79,6 @@ def attention(
         out = torch.where(drowned, even, out)
     out = out.transpose(1, 2)
     return out if out_dtype is None else out.to(torch_dtype(out_dtype))
-
-
-_CUDNN = "ScaledDotProductCudnnAttentionBackward"
-
-
-def _takes_cotangents_as_it_lies(out: torch.Tensor) -> None:
-    """Hands cuDNN's backward pass cotangents in the layout of the result, whatever theirs is.
-
-    PyTorch (2.11, cuDNN 9.19) keeps the pass by the layouts of q, k and v, and runs it as it was made for the first cotangent: one that
-    lies otherwise is read wrongly, and all gradients are off by 140%.
-    """
-    node: Any = out.grad_fn
-    if node is not None and node.name().startswith(_CUDNN):
-        node.register_prehook(functools.partial(_laid_out, out.stride()))
-
-
-def _laid_out(stride: tuple[int, ...], cotangents: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...] | None:
-    g, *rest = cotangents
-    if g is None or g.stride() == stride:
-        return None
-    return g.new_empty_strided(g.shape, stride).copy_(g), *rest
 
 
 def _can_be_differentiated_again(

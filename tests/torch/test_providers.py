@@ -18,7 +18,6 @@ import kpt
 from kpt.errors import KernelError
 from kpt.kernels.spec import refusal
 from kpt.ops import Bias, Causal, Explicit, Lengths, Mask, Spec
-from kpt_torch.kernels import attention as sdpa
 from kpt_torch.kernels import rows
 from kpt_torch.library import kernel
 from kpt_torch.planner import Front
@@ -345,32 +344,6 @@ def test_what_was_kept_is_freed_where_the_backward_pass_is_watched():
     with Seen():
         y.sum().backward()
     assert held() is None
-
-
-def test_cudnn_is_handed_cotangents_in_the_layout_of_the_result(monkeypatch):
-    """The node of the CPU's back end stands for cuDNN's, whose gradients are wrong where layouts change."""
-    seen = []
-
-    def laid_out(stride, cotangents):
-        made = real(stride, cotangents)
-        seen.append((stride, (cotangents if made is None else made)[0].stride()))
-        return made
-
-    real = sdpa._laid_out
-    q, k, v = (normal(2, 8, 4, 16) * (i + 1) for i in range(3))
-    turned = normal(2, 4, 8, 16).detach().transpose(1, 2)
-    want = torch.autograd.grad(sdpa.attention(q=q, k=k, v=v), (q, k, v), turned)
-    monkeypatch.setattr(sdpa, "_CUDNN", "ScaledDotProduct")
-    monkeypatch.setattr(sdpa, "_laid_out", laid_out)
-    for cotangent in (turned, turned.contiguous()):
-        got = torch.autograd.grad(sdpa.attention(q=q, k=k, v=v), (q, k, v), cotangent)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-    assert len(seen) == 2 and all(want == got for want, got in seen)
-    out = sdpa.attention(q=q, k=k, v=v)
-    (dq,) = torch.autograd.grad(out, q, turned, create_graph=True)
-    (again,) = torch.autograd.grad(dq.square().sum(), k)
-    assert again.isfinite().all() and again.abs().max() > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
