@@ -38,7 +38,8 @@ def measure(
     programs: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], seconds: float = SECONDS
 ) -> dict[str, Timing]:
     """Times functions of the same arrays, jitted ones as they are, in turn (`kpt.tuning.rounds`)."""
-    compiled = {n: (f if _compat.is_jitted(f) else jax.jit(f)).lower(*inputs).compile() for n, f in programs.items()}
+    jitted: dict[str, Any] = {n: f if _compat.is_jitted(f) else jax.jit(f) for n, f in programs.items()}
+    compiled = {n: f.lower(*inputs).compile() for n, f in jitted.items()}
     taken = rounds({n: functools.partial(sample, run, inputs) for n, run in compiled.items()}, seconds)
     return {n: Timing(taken[n], _memory(compiled[n])) for n in compiled}
 

@@ -197,7 +197,7 @@ class Reference:
 
         def made(inputs: Sequence[Any]) -> tuple[list[Any], Sequence[Any]]:
             if timed is None or timed.trained != self.gradients:
-                return jitted(list(inputs))  # type: ignore[no-any-return]
+                return jitted(list(inputs))
             outs = timed.jitted(*inputs)
             value, grads = outs if timed.trained else (None, ())
             return [value] if timed.trained else list(map(_numbers, outs)), grads

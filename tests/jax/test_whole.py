@@ -46,6 +46,7 @@ def arrays(shape=(16, 32)):
 def gpu(monkeypatch):
     monkeypatch.setenv("KPT_CERTIFY", "random")
     monkeypatch.setattr(on_device, "_PLATFORMS", ("cpu",))
+    monkeypatch.setattr(on_device, "_FEW", 0)
 
 
 def reference(fn, *args) -> tuple[Reference, kpt_jax.optimize.Optimized]:
