@@ -8,7 +8,8 @@ the next step of the same training. Wall time, medians; memory is XLA's analysis
 contender: what a run that is ended has found so far is in it, with `alone` for the steps that were not in turn.
 
 `auto_optimize` is given the step and its state, which it neither donates nor changes: it holds the state twice, as what goes in and what
-comes out, and three times while it finds how far rounding moves the results.
+comes out, and three times while it finds how far rounding moves the results; where there is room, what came out of the step as written
+stays on the device besides.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a proof does with arrays of jax, on the GPU that they are on: see `kpt.strategy.arrays.Arrays`.
 
-By NumPy on a CPU, where its blocks stay in the caches, on a TPU, which has no float64, and of what is rare.
+By NumPy on a CPU, where its blocks stay in the caches, on a TPU, which has no float64, and of what is rare or small.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _NUMBERS = (*_FLOATS, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 _BLOCK = 1 << 22
 """Elements that are compared at a time, in float64: 32 MiB for each array on the way."""
+_FEW = 1 << 20  # elements of an array below which NumPy is done before a program for its shape is compiled
 _HASHED = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, odd
 
 
@@ -38,38 +39,37 @@ class OnDevice:
         return tree if all(map(on_gpu, jax.tree.leaves(tree))) else jax.device_get(tree)
 
     def put(self, array: np.ndarray) -> Any:
-        return jnp.asarray(array) if _default_is_gpu() else array
+        return jnp.asarray(array) if device_of().platform in _PLATFORMS else array
 
     def get(self, array: Any) -> np.ndarray:
         return np.asarray(_plain(array))
 
     def normal(self, seed: int, spec: Spec, mean: float, deviation: float) -> Any:
-        if not _default_is_gpu() or spec.dtype not in _NUMBERS:
-            return NUMPY.normal(seed, spec, mean, deviation)
+        if device_of().platform not in _PLATFORMS or math.prod(spec.shape) < _FEW or spec.dtype not in _NUMBERS:
+            return self.put(NUMPY.normal(seed, spec, mean, deviation))
         with _compat.with_64_bits():
             return _normal(_key(seed), mean, deviation, spec.shape, spec.dtype)
 
     def nudged(self, array: Any, seed: int, step: float) -> Any:
         """`x (1 + step d)`, `d` uniform in [-1, 1] for each element."""
-        if on_gpu(array) and array.dtype.name in _NUMBERS:
+        if _worth_it(array):
             with _compat.with_64_bits():
                 return _nudged(array, _key(seed), step)
         x = self.get(array)
         return (x * (1 + step * np.random.default_rng(seed).uniform(-1, 1, x.shape))).astype(x.dtype)
 
     def metrics(self, actual: Any, reference: Any) -> ErrorMetrics:
-        if on_gpu(actual) and isinstance(reference, np.ndarray) and reference.dtype.name in _NUMBERS:
+        if _worth_it(actual) and isinstance(reference, np.ndarray) and reference.dtype.name in _NUMBERS:
             with _compat.with_64_bits():
                 reference = jax.device_put(reference, next(iter(actual.devices())))
-        sides = actual, reference
-        if all(on_gpu(x) and x.dtype.name in _NUMBERS for x in sides) and actual.shape == reference.shape and actual.size:
+        if _worth_it(actual) and _worth_it(reference) and actual.shape == reference.shape and actual.size:
             return figures(actual, reference)
         return NUMPY.metrics(self.get(actual), self.get(reference))
 
     def digest(self, array: Any) -> str:
         """Of all elements' bits a mixed one, times an odd number of its place's own, mixed again, and their sum modulo 2**64; twice."""
         array = _plain(array)
-        if not on_gpu(array) or array.dtype.name not in _NUMBERS:
+        if not _worth_it(array):
             return NUMPY.digest(np.asarray(array))
         with _compat.with_64_bits():
             return "".join(f"{int(n):016x}" for n in jax.device_get(_digest(array, _BLOCK)))
@@ -79,15 +79,15 @@ ROOM = OnDevice()
 
 
 def on_gpu(array: Any) -> bool:
-    """Whether it is an array on one GPU."""
+    """Whether it is an array on one GPU, of no explicit sharding."""
     if not isinstance(array, jax.Array) or _compat.is_tracer(array):
         return False
     devices = array.devices()
-    return len(devices) == 1 and next(iter(devices)).platform in _PLATFORMS
+    return len(devices) == 1 and next(iter(devices)).platform in _PLATFORMS and _compat.placement(jax.typeof(array))[0] is None
 
 
-def _default_is_gpu() -> bool:
-    return device_of().platform in _PLATFORMS
+def _worth_it(array: Any) -> bool:
+    return on_gpu(array) and array.size >= _FEW and array.dtype.name in _NUMBERS
 
 
 def _plain(array: Any) -> Any:

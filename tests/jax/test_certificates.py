@@ -18,6 +18,7 @@ from kpt_jax.planner import Example
 def where(request, monkeypatch):
     if request.param == "device":
         monkeypatch.setattr(on_device, "_PLATFORMS", ("cpu",))
+        monkeypatch.setattr(on_device, "_FEW", 0)
 
 
 def loss(logits, labels):

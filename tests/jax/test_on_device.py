@@ -25,6 +25,7 @@ WHOLE = ["int8", "uint8", "int32", "int64", "uint64", "bool"]
 def gpu(monkeypatch):
     """And small blocks."""
     monkeypatch.setattr(on_device, "_PLATFORMS", ("cpu",))
+    monkeypatch.setattr(on_device, "_FEW", 0)
     monkeypatch.setattr(on_device, "_BLOCK", 300)
 
 
@@ -157,6 +158,22 @@ def test_put_and_get_are_inverse():
     x = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
     assert isinstance(ROOM.put(x), jax.Array)
     assert ROOM.get(ROOM.put(x)).dtype == x.dtype and (ROOM.get(ROOM.put(x)) == x).all()
+
+
+def test_few_numbers_are_numpys(monkeypatch):
+    monkeypatch.setattr(on_device, "_FEW", 10)
+    monkeypatch.setattr(on_device, "figures", None)
+    few = jnp.arange(9.0)
+    close(ROOM.metrics(few, 2 * few), metrics(np.asarray(few), np.asarray(2 * few)))
+    assert isinstance(ROOM.normal(0, Spec((9,), "float32"), 0.0, 1.0), jax.Array)
+    assert len(ROOM.digest(few)) == 64 and len(ROOM.digest(jnp.arange(10.0))) == 32
+
+
+def test_explicit_shardings_are_numpys():
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((4, 4)), jax.NamedSharding(mesh, jax.P(None, "i")))
+    assert not on_device.on_gpu(x) and on_device.on_gpu(jnp.ones(3))
+    close(ROOM.metrics(x, jnp.zeros((4, 4))), metrics(np.asarray(x), np.zeros((4, 4), "float32")))
 
 
 def test_elsewhere_it_is_numpy(monkeypatch):
