@@ -16,7 +16,7 @@ from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
-from kpt.strategy.tune import Runner, Tuned, tune
+from kpt.strategy.tune import Runner, Tuned, to_time, tune
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
@@ -60,7 +60,7 @@ class Session:
         _, arrays = self.fast.split(self.args, self.kwargs)
         passes = BOTH if self._timed(self.fast.original).trained else FORWARD
         with showing("timing kernels") as done:
-            made = tune(plan.sites, self.hardware, runner(arrays), level=plan.level, passes=passes, budget=budget, done=done)
+            made = tune(to_time(plan), self.hardware, runner(arrays), level=plan.level, passes=passes, budget=budget, done=done)
         if made.measured or made.dropped:
             self.follow(made.dropped)
         return made

@@ -20,7 +20,7 @@ from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
-from kpt.strategy.tune import Runner, Tuned, tune
+from kpt.strategy.tune import Runner, Tuned, to_time, tune
 from kpt.tuning import rounds
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import found
@@ -85,7 +85,7 @@ class Session:
     def tune(self, budget: float) -> Tuned:
         plan = self.plan()
         # An XLA device belongs to one process.
-        sites = plan.sites if self.on.type in ("cpu", "cuda") else ()
+        sites = to_time(plan) if self.on.type in ("cpu", "cuda") else ()
         with showing("timing kernels") as done:
             made = tune(sites, self.hardware, runner(self.on), level=plan.level, passes=BOTH if self.trained else FORWARD, budget=budget,
                         done=done)  # fmt: skip

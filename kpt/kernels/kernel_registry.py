@@ -150,9 +150,10 @@ class KernelRegistry:
 
         With a measurement of the original, a kernel is chosen only if it was measured too, and is faster by more than
         the noise of both. Without one, the roofline estimates rank the candidates, and the original is kept where no
-        kernel is estimated to be faster; where kernels were measured against each other, the fastest of these is taken
-        instead of the one that is estimated to be. Where there is no estimate either, any kernel that accepts the call is
-        taken, the most efficient one first.
+        kernel is estimated to be faster. Where kernels were measured against each other, the fastest of these is taken
+        instead of the one that is estimated to be; and instead of the original, if it took less time than that is estimated
+        to take, by its roofline. Where there is no estimate either, any kernel that accepts the call is taken, the most
+        efficient one first.
 
         Args:
           hardware: a `HardwareProfile`.
@@ -180,9 +181,15 @@ class KernelRegistry:
             cost = known.cost if known else None
             times = {k.name: estimate(k, cost, specs, params, hardware, dtype) for k in able}
             choice, why = _fastest_estimated(able, times, hardware)
+            rivals = [k for k in able if k.name in (measurements or {})]
             if measurements and choice.name in measurements:
                 measured = True
-                choice, why, times = _fastest_of([k for k in able if k.name in measurements], measurements)
+                choice, why, times = _fastest_of(rivals, measurements)
+            elif measurements and rivals and choice.provider == ORIGINAL:
+                first, told, taken = _fastest_of(rivals, measurements)
+                if (taken[first.name] or 0.0) < (own := times[ORIGINAL] or 0.0):
+                    choice, times, measured = first, taken, True
+                    why = f"{told}, and the original is estimated at {seconds(own)} at least"
         for kernel in able:
             if kernel is not choice:
                 reasons[kernel.name] = _slower(times.get(kernel.name), times.get(choice.name), measured)

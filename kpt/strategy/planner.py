@@ -138,7 +138,7 @@ class Planner:
           fits: further reasons of the front end to leave a site alone.
         """
         chosen: dict[int, tuple[KernelSpec, Kernel, str, dict[str, str]]] = {}
-        refusals: dict[int, dict[str, str]] = {}
+        refusals: dict[int, tuple[dict[str, str], Mapping[str, Spec], Mapping[str, Any]]] = {}
         choices: dict[Any, tuple[KernelSpec | None, str, dict[str, str]]] = {}
 
         def accept(match: Match) -> str | None:
@@ -148,7 +148,7 @@ class Planner:
                 choices[call] = self._choose(match, specs, self.dropped)
             kernel, reason, others = choices[call]
             if kernel is None:
-                refusals[next(iter(match.results))] = others
+                refusals[next(iter(match.results))] = others, *((specs, dict(match.params)) if others else ({}, {}))
                 return reason
             try:
                 chosen[id(match)] = kernel, kernel_room.registry.load(kernel), reason, others
@@ -181,7 +181,7 @@ class Planner:
                 self.sites.append(site)
         for miss in missed:
             if not seen(miss):
-                self._skip(miss.op, path, miss.source, miss.reason, None, refusals.get(miss.value, {}))
+                self._skip(miss.op, path, miss.source, miss.reason, None, *refusals.get(miss.value, ()))
         return program, kept
 
     def _choose(
@@ -277,8 +277,12 @@ class Planner:
                 return self.front.against_reference(match, specs, fn)
         raise KernelError(f"{kernel.name} was to be certified at reduced size", f"It {why}", "Raise KPT_CERTIFY_BYTES")
 
-    def _skip(self, op: str, path: str, source: str, reason: str, site: Site | None, refused: Mapping[str, str] | None = None) -> None:
-        base = site or Site(op, ORIGINAL, None, path, source, reason, alternatives=dict(refused or {}))
+    def _skip(
+        self, op: str, path: str, source: str, reason: str, site: Site | None, refused: Mapping[str, str] | None = None,
+        specs: Mapping[str, Spec] | None = None, params: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        base = site or Site(op, ORIGINAL, None, path, source, reason, params=params or {}, specs=specs or {},
+                            alternatives=dict(refused or {}))  # fmt: skip
         others = {k: why for k, why in base.alternatives.items() if k != ORIGINAL}  # it is the choice now
         self.skipped.append(dataclasses.replace(base, kernel=ORIGINAL, version=None, reason=reason, alternatives=others))
 

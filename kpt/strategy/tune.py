@@ -15,9 +15,10 @@ from kpt import kernels as kernel_room
 from kpt.errors import KptError
 from kpt.hardware import HardwareProfile
 from kpt.kernels import KernelSpec
+from kpt.kernels.spec import ORIGINAL
 from kpt.ops.base import Specs
 from kpt.strategy import wire
-from kpt.strategy.plan import Site
+from kpt.strategy.plan import Plan, Site
 from kpt.strategy.planner import place_of
 from kpt.tuning import Measurements, trials
 from kpt.tuning.exchange import Contest, Environment
@@ -134,7 +135,8 @@ def tune(
     budget: float,
     done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
 ) -> Tuned:
-    """Times the candidates of every kind of call that has several, or one of another package; those first that move most bytes.
+    """Times the candidates of every kind of call that has several, or one of another package; those first that move most bytes, and last
+    those whose code stays by the estimate.
 
     Args:
       calls: sites of a plan, or calls that may be met in one.
@@ -155,7 +157,7 @@ def tune(
         count[kind] += 1
     wanted: list[Trial] = []
     known = 0
-    for kind in sorted(kinds, key=lambda k: -count[k] * _elements(kinds[k])):
+    for kind in sorted(kinds, key=lambda k: (_left(kinds[k]), -count[k] * _elements(kinds[k]))):
         call = kinds[kind]
         dtype = next(iter(call.specs.values())).dtype
         able, _ = kernel_room.registry.able(call.op, hardware, dtype, call.specs, call.params, level, runner.framework)
@@ -235,6 +237,15 @@ def _importable(loader: str) -> bool:
         return module != "__main__" and importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+def to_time(plan: Plan) -> list[Site]:
+    """The sites of a plan that kernels can be timed for: those with one, and those that no kernel is estimated to be faster at."""
+    return [*plan.sites, *(s for s in plan.skipped if s.specs and not s.fingerprint)]
+
+
+def _left(call: Site | Call) -> bool:
+    return isinstance(call, Site) and call.kernel == ORIGINAL
 
 
 def _elements(call: Site | Call) -> int:

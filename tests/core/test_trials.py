@@ -15,13 +15,16 @@ import types
 import pytest
 
 import kpt
+from kpt import ops
 from kpt.errors import ConfigError
 from kpt.kernels import KernelRegistry, KernelSpec
+from kpt.kernels.estimate import estimate
+from kpt.kernels.spec import ORIGINAL, original
 from kpt.ops.base import Spec
 from kpt.ops.mask import Causal, Mask
 from kpt.strategy import planner
 from kpt.strategy.plan import Plan, Site
-from kpt.strategy.tune import Runner, ahead, measured_again, tune
+from kpt.strategy.tune import Runner, ahead, measured_again, to_time, tune
 from kpt.tuning import Measurement, Measurements, export_json, import_json, settings, trials
 from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import Setting, variable
@@ -249,6 +252,26 @@ def test_measurements_count_only_for_what_was_estimated_best(registry):
     call = dict(hardware=CPU, level="balanced", framework="jax")
     found, why, _ = planner.choose("rms_norm", X, {}, measurements={"rms_norm.fast": 1.0, "rms_norm.hungry": 2.0}, **call)
     assert found.name == "rms_norm.slow" and "not measured" in why
+
+
+def test_what_an_estimate_left_is_timed_last_and_taken_where_it_is_below_the_roofline_of_the_original(registry, folder):
+    """An estimate is as good as the figures of its kernels: 5% of the peak for what was never timed."""
+    for name in ("slow", "fast", "hungry"):
+        registry._kernels[f"rms_norm.{name}"] = spec(name, efficiency=0.05)
+    call = dict(hardware=CPU, level="balanced", framework="jax")
+    before, why, others = planner.choose("rms_norm", X, {}, **call)
+    assert before is None and "no kernel is estimated to be faster" in why and set(others) == set(registry._kernels)
+    left = Site("rms_norm", ORIGINAL, None, "", "model.py:1", why, params={"eps": 1e-6}, specs=trial(rows=64).specs)
+    plan = dataclasses.replace(a_plan(8), skipped=(left, dataclasses.replace(left, fingerprint="its proof failed"), dataclasses.replace(left, specs={})))
+    assert to_time(plan) == [*plan.sites, left]
+    order = []
+    found = tune(to_time(plan), CPU, RUNNER, level="balanced", passes=FORWARD, budget=60.0, done=lambda trial, outcome: order.append(trial.specs["x"].shape[0]))
+    assert (found.measured, order) == (2, [8, 64])  # the larger call is the one without a kernel
+    own = estimate(original("rms_norm", "jax"), ops.op("rms_norm").cost, X, {}, CPU, "float32")
+    for factor, name in ((0.9, "rms_norm.fast"), (1.1, None)):
+        times = {"rms_norm.fast": factor * own, "rms_norm.slow": 2 * own}
+        chosen, why, _ = planner.choose("rms_norm", X, {}, measurements=times, **call)
+        assert (chosen and chosen.name) == name and ("the original is estimated at" in why) == (name is not None)
 
 
 def test_a_verified_import_counts_and_an_unverified_one_does_not(registry, folder):

@@ -14,6 +14,7 @@ import kpt_jax
 from kpt.errors import ConfigError, HardwareError, PlanError, ValidationError
 from kpt.kernels import KernelSpec, registry
 from kpt.strategy import Plan
+from kpt.strategy.tune import to_time
 from kpt_jax.planner import FRONT
 
 D = 8
@@ -237,3 +238,18 @@ def test_a_plan_for_other_hardware_names_its_kernels_and_runs_as_written_here(mo
     assert site.kernel == "layer_norm.pallas_gpu" and site.certificate is None
     assert "not run on this machine" in site.reason and "cuda" in site.reason
     np.testing.assert_array_equal(fast(x, w), jax.jit(normalised)(x, w))
+
+
+def test_what_an_estimate_left_can_be_timed():
+    """XLA makes one kernel of a rotation, and no estimate has one that is faster."""
+
+    def program(x):
+        angle = jnp.arange(x.shape[1])[:, None] * 10000.0 ** (-jnp.arange(0, 128, 2) / 128)
+        cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+        a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+    plan = kpt_jax.optimize(program, hardware="h100-sxm").plan(jnp.zeros((2, 256, 4, 128), "bfloat16"))
+    left = [s for s in plan.skipped if "no kernel is estimated to be faster" in s.reason]
+    assert [s.op for s in left] == ["rope"] and not plan.sites
+    assert left[0].specs["x"].shape == (2, 256, 4, 128) and to_time(plan) == left
