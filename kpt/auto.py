@@ -240,8 +240,9 @@ def auto_optimize(
     First the kernels that could compute each kind of call in the program are timed against each other, in a process of their own: what
     fails, hangs or crashes there is dropped and named. (A TPU has room for one process: there they run in this one, and nothing stops
     one that hangs.) Those of code that stays by an estimate come last, and one is taken if it took less time than the code's roofline. The
-    times are kept, and later plans choose by them; nothing is timed for other hardware than is here. What is left of the budget goes to timing the program without the kernels of one kind of call after the other: those that it is faster without are left
-    out, and the plan says so. Then the whole program is proved, and timed against the original.
+    times are kept, and later plans choose by them; nothing is timed for other hardware than is here. What is left of the budget goes to
+    timing the program without the kernels of one kind of call after the other: those that it is faster without are left out, and the
+    plan says so. Then the whole program is proved, and timed against the original.
 
     Args:
       fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
