@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from kpt.errors import ConfigError
 from kpt.strategy import Plan, Site
 
 
@@ -97,8 +98,14 @@ def render(report: Report) -> str:
 
 
 def write(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Renders the report into a file; makes its folder; returns its absolute path."""
+    """Renders the report into a file; makes its folder; returns its absolute path.
+
+    Raises:
+      ConfigError: the path is a folder.
+    """
     target = Path(path).resolve()
+    if target.is_dir():
+        raise ConfigError(f"A report was to be written to {target}", "It is a folder", "Name a file in it, such as report.html")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(render(report), encoding="utf-8")
     return target

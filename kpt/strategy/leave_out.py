@@ -45,8 +45,8 @@ def leave_out(sites: Iterable[Site], ready: Callable[[Mapping[str, str]], Sample
     for tried, kind in enumerate(sorted(kinds.values(), key=_elements, reverse=True)):
         start = time.monotonic()
         if start >= end or start + longest > end:
-            notes.append(f"The budget ended before {len(kinds) - tried} of {len(kinds)} kinds of call were left out to see whether the "
-                         "program is faster without their kernels.")  # fmt: skip
+            notes.append(f"The budget ended before {len(kinds) - tried} of {len(kinds)} kinds of call: the program was not timed without "
+                         "their kernels.")  # fmt: skip
             break
         try:
             whole = whole or ready(left)

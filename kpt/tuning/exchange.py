@@ -78,7 +78,8 @@ def import_json(table: Measurements, text: str, again: Again | None = None, seed
         rows = [Measurement.from_json(r, origin) for r in data["rows"]]
     except (StoreError, ValueError, KeyError, TypeError, RecursionError) as problem:
         asked = "Measurements were to be imported" if source is None else f"{source} was to be imported"
-        what = problem.possible if isinstance(problem, StoreError) else f"{type(problem).__name__}: {problem}"
+        missing = f"It has no {problem}" if isinstance(problem, KeyError) else f"{type(problem).__name__}: {problem}"
+        what = problem.possible if isinstance(problem, StoreError) else missing
         raise StoreError(asked, what, "Give a file that kpt tune export wrote") from None
     added = table.store.write(lambda c: _insert(c, rows))
     environments: dict[Environment, list[Measurement]] = {}

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from kpt.errors import KptError, MissingDependencyError
+from kpt.errors import ConfigError, KptError, MissingDependencyError
 from kpt.hardware import detect_hardware
 from kpt.kernels import registry
 from kpt.kernels.estimate import seconds
@@ -182,6 +182,11 @@ def test_a_report_says_all_it_was_given_escaped(words):
 def test_write_makes_the_folder_and_returns_the_path(tmp_path):
     path = write(report(), tmp_path / "deep" / "er" / "report.html")
     assert path.is_absolute() and path.read_text(encoding="utf-8") == render(report())
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder"):
+        write(report(), tmp_path)
 
 
 def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path):
