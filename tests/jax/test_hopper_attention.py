@@ -209,8 +209,9 @@ def lowered(fn, specs):
 @pytest.mark.parametrize(
     ("mask", "shape"),
     [(m, s) for m in MASKS for s in BOTH_WIDTHS]
-    + [(m, s) for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s not in BOTH_WIDTHS],
-)
+    + [pytest.param(m, s, marks=[pytest.mark.slow] if s.startswith("256, ") else [], id=f"{m}-{s}")
+       for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s not in BOTH_WIDTHS],
+)  # fmt: skip
 def test_lowers_for_cuda_in_both_passes(mask, shape):
     specs = attended(mask=MASKS[mask], **SHAPES[shape])
     assert lowered(both(MASKS[mask]), specs).as_text().count("@mosaic_gpu_v2") == 3
