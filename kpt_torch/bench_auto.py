@@ -1,6 +1,6 @@
 """Never slower, as a fact: `kpt.auto_optimize` on the calls of `kpt_torch.bench`, large and tiny, and on whole models, measured again.
 
-    python -m kpt_torch.bench_auto [--budget 10s] [--json docs/benchmarks/auto-torch-h100.json]
+    python -m kpt_torch.bench_auto [--budget 10s] [--json docs/benchmarks/auto-torch-h200.json]
 
 Each case is a loss whose inputs or parameters have gradients. The second measurement is made after the first, in rounds of its own; a case
 is slower if that says so by more than 2%, the noise of the ratio taken off. The models are those of transformers, with random weights,

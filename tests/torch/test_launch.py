@@ -14,7 +14,6 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from kpt_torch.triton_kernels import launch
-from kpt_torch.triton_kernels.jitted import rope
 
 BUFFER = torch.zeros(64, dtype=torch.float32)
 ARGUMENTS = [
@@ -105,8 +104,3 @@ def test_hooks_are_seen():
         assert launch._is_watched()
     finally:
         hooks.remove(watch)
-
-
-def test_constants_are_the_last_arguments_of_each_kernel():
-    """What comes behind what is handed over is found by name."""
-    assert rope.turn.arg_names[-5:] == ["INTERLEAVED", "BACKWARD", "HEADS", "BLOCK", "TAIL"]
