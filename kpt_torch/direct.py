@@ -1,7 +1,7 @@
 """A graph that runs as it is, node by node: by the functions and methods of torch that its ops are, and less what does nothing.
 
-`torch.ops.aten.mul.Tensor` and `torch.mul` are one op; the latter's arguments are read by code that was made for them, where the former's go
-through the op's schema. `python -m kpt_torch.bench_overhead` times a program that is nearly all such calls.
+`torch.ops.aten.mul.Tensor` and `torch.mul` are one op; the latter's arguments are read by code that was made for them, where the former's
+go through the op's schema. `python -m kpt_torch.bench_overhead` times a program that is nearly all such calls.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`; what Triton has compiled for such arguments before is launched without asking it again.
 
-    Triton looks at each argument, and at its own settings, before it finds what it has compiled. What it compiles anew for is the dtype of a
-    tensor and whether its address is a multiple of 16, whether an integer is one, and whether it is a multiple of 16, or wide.
+    Triton looks at each argument, and at its own settings, before it finds what it has compiled. What it compiles anew for is the dtype of
+    a tensor and whether its address is a multiple of 16, whether an integer is one, and whether it is a multiple of 16, or wide.
     """
     device = torch.cuda.current_device() if _LAUNCHES and torch.cuda.is_initialized() else None
     if device is None or _is_watched():
