@@ -7,6 +7,7 @@ rule whole, loops and branches through jax's public functions where a body chang
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
         return env[e.origins[0]] if e.origins and e.op != "out" else None
 
     arrays = {name: emit(e, x, known, memo) for name, e in match.arrays.items()}
-    outs = kernel(**arrays, **match.params)
+    outs = _once(kernel, match.params)(**arrays)
     outs = outs if isinstance(outs, tuple) else (outs,)
 
     def with_outs(e: Any) -> Any:
@@ -166,6 +167,17 @@ def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
     out_memo: dict[int, Any] = {}
     # A result's own origins are what is being computed: look only below them.
     return [emit(e, x, with_outs, out_memo) for e in match.results.values()]
+
+
+_jitted: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}
+
+
+def _once(kernel: Callable[..., Any], params: Mapping[str, Any]) -> Callable[..., Any]:
+    """The kernel with its parameters, as a function that jax traces and lowers once for all sites alike: a kernel takes half a second."""
+    key = kernel, repr(sorted(params.items()))  # by repr, for 1 == 1.0 and 0.0 == -0.0
+    if key not in _jitted:
+        _jitted[key] = jax.jit(functools.partial(kernel, **params))
+    return _jitted[key]
 
 
 def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:

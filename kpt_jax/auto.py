@@ -58,9 +58,9 @@ class Session:
     def tune(self, budget: float) -> Tuned:
         plan = self.plan()
         _, arrays = self.fast.split(self.args, self.kwargs)
-        passes = BOTH if self._timed(self.fast.original).trained else FORWARD
+        trained = self._timed(self.fast.original).trained
         with showing("timing kernels") as done:
-            made = tune(to_time(plan), self.hardware, runner(arrays), level=plan.level, passes=passes, budget=budget, done=done)
+            made = tune(to_time(plan), self.hardware, runner(arrays), level=plan.level, trained=trained, budget=budget, done=done)
         if made.measured or made.dropped:
             self.follow(made.dropped)
         return made

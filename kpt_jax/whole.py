@@ -16,6 +16,7 @@ import numpy as np
 from kpt.errors import ValidationError
 from kpt.strategy import Plan, Site
 from kpt.strategy.certify import narrowest, reduction_length
+from kpt.strategy.plan import differentiated
 from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt.validation.certificate import Sensitivity
 from kpt.validation.conditioning import COARSE, draws, sensitivity
@@ -105,7 +106,7 @@ class Reference:
                                   "Call it with arrays, outside of jit and grad")  # fmt: skip
         self.diff = tuple(i for i, x in enumerate(self.inputs) if jnp.issubdtype(jax.typeof(x).dtype, jnp.floating))
         # What takes gradients itself is compared in those; its kernels need not have a second derivative.
-        self.gradients = bool(self.diff) and not any("grad" in s.path for s in plan.sites)
+        self.gradients = bool(self.diff) and not any(differentiated(s.path) for s in plan.sites)
         self.run = self._compiled(optimized.original)
         try:
             self.want = self.run(self.inputs)

@@ -87,8 +87,7 @@ class Session:
         # An XLA device belongs to one process.
         sites = to_time(plan) if self.on.type in ("cpu", "cuda") else ()
         with showing("timing kernels") as done:
-            made = tune(sites, self.hardware, runner(self.on), level=plan.level, passes=BOTH if self.trained else FORWARD, budget=budget,
-                        done=done)  # fmt: skip
+            made = tune(sites, self.hardware, runner(self.on), level=plan.level, trained=self.trained, budget=budget, done=done)
         self.follow(made.dropped)
         return made
 

@@ -74,6 +74,11 @@ class Site:
         return f"{self.op} at {self.path or self.source or '?'}: {kernel}"
 
 
+def differentiated(path: str) -> bool:
+    """Whether what is at a path is in a part of which the program itself takes gradients."""
+    return any(part.startswith("grad") for part in path.split("/"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is done to one function for one signature of its arguments.

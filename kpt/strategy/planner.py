@@ -26,8 +26,9 @@ from kpt.ops.base import Spec
 from kpt.strategy.arrays import Arrays
 from kpt.strategy.certify import digest
 from kpt.strategy.levels import choose
-from kpt.strategy.plan import Plan, Site
+from kpt.strategy.plan import Plan, Site, differentiated
 from kpt.tuning import Measurements, trials
+from kpt.tuning.measurements import BOTH, FORWARD
 from kpt.tuning.settings import Setting, counted, found
 from kpt.validation import Certificate
 
@@ -140,12 +141,13 @@ class Planner:
         chosen: dict[int, tuple[KernelSpec, Kernel, str, dict[str, str]]] = {}
         refusals: dict[int, tuple[dict[str, str], Mapping[str, Spec], Mapping[str, Any]]] = {}
         choices: dict[Any, tuple[KernelSpec | None, str, dict[str, str]]] = {}
+        passes = (BOTH,) if differentiated(path) else (BOTH, FORWARD)
 
         def accept(match: Match) -> str | None:
             specs = specs_of(match)
             call = match.op, tuple(specs.items()), repr(match.params)
             if call not in choices:  # layers are alike
-                choices[call] = self._choose(match, specs, self.dropped)
+                choices[call] = self._choose(match, specs, self.dropped, passes)
             kernel, reason, others = choices[call]
             if kernel is None:
                 refusals[next(iter(match.results))] = others, *((specs, dict(match.params)) if others else ({}, {}))
@@ -169,7 +171,7 @@ class Planner:
                 if why is not None or (elsewhere := self._elsewhere(kernel, site)) is not None:
                     break
                 site, why = self._proved(program, match, kernel, fn, site, leaves)
-                if why is None or (other := self._instead(match, failed, kernel, why)) is None:
+                if why is None or (other := self._instead(match, failed, kernel, why, passes)) is None:
                     break
                 kernel, fn, reason, others = other
             if why is not None:
@@ -185,30 +187,32 @@ class Planner:
         return program, kept
 
     def _choose(
-        self, match: Match, specs: Mapping[str, Spec], dropped: Mapping[str, str]
+        self, match: Match, specs: Mapping[str, Spec], dropped: Mapping[str, str], passes: Sequence[str]
     ) -> tuple[KernelSpec | None, str, dict[str, str]]:
-        known = self._known(match.op, specs, match.params)
+        known = self._known(match.op, specs, match.params, passes)
         return choose(match.op, specs, match.params, hardware=self.hardware, level=self.level, framework=self.front.framework,
                       measurements=known, dropped=dropped)  # fmt: skip
 
-    def _known(self, op: str, specs: Mapping[str, Spec], params: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-        """What was measured of an op's kernels on such a chip, under this driver and these compilers."""
+    def _known(
+        self, op: str, specs: Mapping[str, Spec], params: Mapping[str, Any], passes: Sequence[str] = (BOTH, FORWARD)
+    ) -> dict[str, tuple[float, float]]:
+        """What was measured of an op's kernels on such a chip, under this driver and these compilers, in the first of `passes` that was."""
         place = place_of(self.hardware, self.front.compilers, self.front.settings)
         kernels = [k for k in kernel_room.registry.kernels(op) if k.framework == self.front.framework]
         try:
-            return trials.known(Measurements(), place, kernels, specs, params)
+            return trials.known(Measurements(), place, kernels, specs, params, passes)
         except StoreError as problem:  # a file that cannot be read costs what it knows, never the user's run
             log.warning("%s", problem)
             return {}
 
     def _instead(
-        self, match: Match, failed: dict[str, str], kernel: KernelSpec, why: str
+        self, match: Match, failed: dict[str, str], kernel: KernelSpec, why: str, passes: Sequence[str]
     ) -> tuple[KernelSpec, Kernel, str, dict[str, str]] | None:
         """The next best kernel for a site whose first one failed its proof, unless a plan asks for that one."""
         if self.wanted is not None or self.foreign is not None or kernel.name in failed:
             return None
         failed[kernel.name] = why
-        other, reason, others = self._choose(match, specs_of(match), failed)
+        other, reason, others = self._choose(match, specs_of(match), failed, passes)
         try:
             return None if other is None else (other, kernel_room.registry.load(other), reason, others)
         except KernelError:

@@ -18,7 +18,7 @@ from kpt.kernels import KernelSpec
 from kpt.kernels.spec import ORIGINAL
 from kpt.ops.base import Specs
 from kpt.strategy import wire
-from kpt.strategy.plan import Plan, Site
+from kpt.strategy.plan import Plan, Site, differentiated
 from kpt.strategy.planner import place_of
 from kpt.tuning import Measurements, trials
 from kpt.tuning.exchange import Contest, Environment
@@ -131,7 +131,7 @@ def tune(
     runner: Runner,
     *,
     level: str,
-    passes: str,
+    trained: bool,
     budget: float,
     done: Callable[[Trial, Outcome], None] = lambda trial, outcome: None,
 ) -> Tuned:
@@ -142,7 +142,7 @@ def tune(
       calls: sites of a plan, or calls that may be met in one.
       hardware: of the plan. For other hardware than the runner's nothing is timed.
       level: of which the candidates are.
-      passes: "forward" or "forward and backward".
+      trained: whether backward passes are timed, too. At sites in what a program takes gradients of they are in any case.
       budget: seconds, besides the start of the processes that time them.
     """
     start = time.monotonic()
@@ -152,13 +152,14 @@ def tune(
     count: dict[tuple, int] = collections.Counter()
     kinds: dict[tuple, Site | Call] = {}
     for call in calls:
-        kind = call.op, tuple(call.specs.items()), repr(call.params)
+        passes = BOTH if trained or (isinstance(call, Site) and differentiated(call.path)) else FORWARD
+        kind = call.op, tuple(call.specs.items()), repr(call.params), passes
         kinds.setdefault(kind, call)
         count[kind] += 1
     wanted: list[Trial] = []
     known = 0
     for kind in sorted(kinds, key=lambda k: (_left(kinds[k]), -count[k] * _elements(kinds[k]))):
-        call = kinds[kind]
+        call, passes = kinds[kind], kind[-1]
         dtype = next(iter(call.specs.values())).dtype
         able, _ = kernel_room.registry.able(call.op, hardware, dtype, call.specs, call.params, level, runner.framework)
         able = [k for k in able if runner.finds(k)]
@@ -193,8 +194,8 @@ def ahead(
 ) -> Tuned:
     """Times what was not timed yet of calls that no program has asked for so far, forward and with the backward pass."""
     calls = list(calls)
-    both = tune(calls, runner.hardware, runner, level=level, passes=BOTH, budget=budget, done=done)
-    forward = tune(calls, runner.hardware, runner, level=level, passes=FORWARD, budget=max(0.0, budget - both.seconds), done=done)
+    both = tune(calls, runner.hardware, runner, level=level, trained=True, budget=budget, done=done)
+    forward = tune(calls, runner.hardware, runner, level=level, trained=False, budget=max(0.0, budget - both.seconds), done=done)
     sums = {f: getattr(both, f) + getattr(forward, f) for f in ("measured", "known", "left", "failed", "seconds")}
     return dataclasses.replace(both, dropped={**both.dropped, **forward.dropped}, **sums)
 

@@ -181,7 +181,7 @@ def a_plan(*rows: int) -> Plan:
 
 
 def tuned(plan: Plan, **more):
-    given = {"hardware": CPU, "passes": FORWARD, "budget": 60.0} | {n: v for n, v in more.items() if n not in ("module", "ready")}
+    given = {"hardware": CPU, "trained": False, "budget": 60.0} | {n: v for n, v in more.items() if n not in ("module", "ready")}
     runner = dataclasses.replace(RUNNER, **{n: v for n, v in more.items() if n in ("module", "ready")})
     return tune(plan.sites, runner=runner, level="balanced", **given)
 
@@ -254,6 +254,18 @@ def test_measurements_count_only_for_what_was_estimated_best(registry):
     assert found.name == "rms_norm.slow" and "not measured" in why
 
 
+def test_in_what_a_program_differentiates_backward_passes_are_timed_and_nothing_else_counts(registry, folder):
+    """A training step returns no scalar loss, and its sites are trained all the same."""
+    plan = a_plan(64)
+    inside = dataclasses.replace(plan.sites[0], path="grad0/scan0/rms_norm0")
+    met = []
+    tuned(plan, done=lambda trial, outcome: met.append(trial.passes))
+    place, kernels = planner.place_of(CPU, ("jax", "jaxlib")), registry.kernels()
+    assert met == [FORWARD] and trials.known(Measurements(), place, kernels, X, {}) and not trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
+    tuned(dataclasses.replace(plan, sites=(*plan.sites, inside)), done=lambda trial, outcome: met.append(trial.passes))
+    assert met.count(BOTH) == 1 and trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
+
+
 def test_what_an_estimate_left_is_timed_last_and_taken_where_it_is_below_the_roofline_of_the_original(registry, folder):
     """An estimate is as good as the figures of its kernels: 5% of the peak for what was never timed."""
     for name in ("slow", "fast", "hungry"):
@@ -265,7 +277,7 @@ def test_what_an_estimate_left_is_timed_last_and_taken_where_it_is_below_the_roo
     plan = dataclasses.replace(a_plan(8), skipped=(left, dataclasses.replace(left, fingerprint="its proof failed"), dataclasses.replace(left, specs={})))
     assert to_time(plan) == [*plan.sites, left]
     order = []
-    found = tune(to_time(plan), CPU, RUNNER, level="balanced", passes=FORWARD, budget=60.0, done=lambda trial, outcome: order.append(trial.specs["x"].shape[0]))
+    found = tune(to_time(plan), CPU, RUNNER, level="balanced", trained=False, budget=60.0, done=lambda trial, outcome: order.append(trial.specs["x"].shape[0]))
     assert (found.measured, order) == (2, [8, 64])  # the larger call is the one without a kernel
     own = estimate(original("rms_norm", "jax"), ops.op("rms_norm").cost, X, {}, CPU, "float32")
     for factor, name in ((0.9, "rms_norm.fast"), (1.1, None)):
@@ -340,7 +352,7 @@ def test_a_plan_chooses_by_what_was_measured_under_its_settings(registry, folder
     front = types.SimpleNamespace(framework="jax", compilers=("jax", "jaxlib"), settings=known)
     asking = planner.Planner(front, "balanced", CPU)
     now["precision"] = "tf32"
-    tune(a_plan(64).sites, CPU, set_now(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), known), level="balanced", passes=FORWARD, budget=60.0)
+    tune(a_plan(64).sites, CPU, set_now(clocks(fast=1e-3, slow=5e-3, hungry=4e-3), known), level="balanced", trained=False, budget=60.0)
     assert len(asking._known("rms_norm", X, {})) == 3
     now["precision"] = "ieee"
     assert asking._known("rms_norm", X, {}) == {}
@@ -379,7 +391,7 @@ def test_an_import_under_other_flags_of_the_environment_is_not_measured(registry
 
 def measured_there(runner: Runner, *rows: int) -> str:
     """What another machine of the kind exports, on which kernels take as long as that runner says."""
-    tune(a_plan(*rows).sites, CPU, runner, level="balanced", passes=FORWARD, budget=60.0)
+    tune(a_plan(*rows).sites, CPU, runner, level="balanced", trained=False, budget=60.0)
     text = export_json(Measurements())
     Measurements().store.path.unlink()
     return text
