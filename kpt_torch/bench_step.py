@@ -6,7 +6,8 @@ Width 2048, 16 heads, MLP of 5632, vocabulary 32000, batch 2, context 4096; bflo
 attention. The contenders run one after the other, each from the same weights on the same batches, the first once more to show the drift
 of the machine. `auto_optimize` comes after kpt's others, which choose by what it has measured if they come later. Liger is last, for it
 changes transformers' own functions (the rotation of positions among them) for all who come after. The JSON is written anew after each.
-Wall time of a step, median and quartiles; peak memory is the allocator's; `losses` are those of the first steps.
+Wall time of a step, median and quartiles, over three that nothing waits between, as training runs; peak memory is the allocator's; `losses`
+are those of the first steps.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from kpt.auto import Result
 from kpt_torch.backend import kpt as kpt_backend
 
 WIDTH, HEADS, HIDDEN, VOCABULARY, BATCH, CONTEXT = 2048, 16, 5632, 32000, 2, 4096
-WARM, STEPS = 3, 15
+WARM, SAMPLES, UNAWAITED = 3, 6, 3
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -103,11 +104,11 @@ def run(change: Callable[[Any], Any], weights: Any, batches: list[torch.Tensor],
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     taken = []
-    for b in batches[WARM:]:
+    for first_of in range(WARM, len(batches), UNAWAITED):
         begin = time.perf_counter()
-        losses.append(step(b))
+        losses += [step(b) for b in batches[first_of : first_of + UNAWAITED]]
         torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - begin)
+        taken.append((time.perf_counter() - begin) / UNAWAITED)
     low, middle, high = (1e3 * t for t in statistics.quantiles(taken, n=4))
     return {"ms": middle, "low": low, "high": high, "peak": torch.cuda.max_memory_allocated(device), "first": first,
             "losses": [float(x) for x in losses[: WARM + 2]]} | about  # fmt: skip
@@ -134,7 +135,7 @@ def main() -> None:
     device = torch.device("cuda")
     weights = model(args.layers)
     torch.manual_seed(1)
-    batches = [torch.randint(0, VOCABULARY, (BATCH, CONTEXT), device=device) for _ in range(WARM + STEPS)]
+    batches = [torch.randint(0, VOCABULARY, (BATCH, CONTEXT), device=device) for _ in range(WARM + SAMPLES * UNAWAITED)]
     found, taken = sites(weights, batches[0], device)
     print(f"plan: {taken:.1f} s", *found, sep="\n  ", flush=True)
     command = f"python -m kpt_torch.bench_step --layers {args.layers} --budget {args.budget}"
