@@ -1,6 +1,8 @@
 """The cache's SQLite files: eight writers, kill -9, full disks, read-only folders, files that are not ours, other versions."""
 
+import logging.handlers
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -201,11 +203,20 @@ def test_a_newer_file_is_refused_and_left_alone(path):
 
 
 def goes_on_in_memory(kept, earlier):
-    with pytest.warns(UserWarning, match="cannot be written, and numbers of this process end with it"):
-        add(kept, 7, 7, "x" * 100_000)
+    """One line of the log says so, for all files of the folder."""
+    told = logging.handlers.BufferingHandler(10)
+    logging.getLogger("kpt").addHandler(told)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # told once
+        warnings.simplefilter("error")
+        for _ in range(2):
+            other = Store(kept.path, SCHEMA)
+            add(other, 7, 7, "x" * 100_000)
+            assert other.in_memory
+        add(kept, 7, 7, "x" * 100_000)
         add(kept, 8, 8)
+    logging.getLogger("kpt").removeHandler(told)
+    (line,) = [r.getMessage() for r in told.buffer]
+    assert re.fullmatch(r"\S+ cannot be written \(.+\): what this process measures ends with it. KPT_CACHE_DIR names another place.", line)
     assert kept.in_memory
     assert rows(kept) == [*earlier, (7, 7), (8, 8)]
 
