@@ -1,4 +1,4 @@
-"""What happens to a file of the cache that cannot be read or written: it is set aside or done without, which is told, and the work goes on."""
+"""What happens to a file of the cache that cannot be read or written: it is set aside or done without, with a word, and work goes on."""
 
 from __future__ import annotations
 

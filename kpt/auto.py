@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kpt.errors import KptError, MissingDependencyError
+from kpt.frameworks import framework_of
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
 from kpt.tuning import certain, gain, ratio, sigmas
@@ -272,6 +273,8 @@ def auto_optimize(
     Raises:
       ConfigError: the budget is no duration.
       MissingDependencyError: the front end's framework is not installed.
+      InputError: the program does not take these inputs, or not so, or there is an option with a slip among its keywords.
+      GraphError: a JAX function branches on a value that is not known when it is traced.
       KptError: the object is neither a function nor a model.
     """
     from kpt.tracking.hooks import record_report
@@ -314,13 +317,17 @@ def showing(what: str) -> Iterator[Callable[..., None]]:
 
 
 def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
-    """ "kpt_torch" for a torch module or a function given tensors, else "kpt_jax"; imports neither framework."""
+    """ "kpt_torch" for a torch module, a function of torch's or one that does not tell and is given tensors; else "kpt_jax".
+
+    Imports neither framework.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(fn_or_model, torch.nn.Module):
         return "kpt_torch"
     if not callable(fn_or_model) and not hasattr(fn_or_model, "apply"):
         raise KptError(f"auto_optimize was given an object of type {type(fn_or_model).__name__}", "It takes a function or a model",
                        "Pass the function that computes, for example the loss")  # fmt: skip
-    if torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
-        return "kpt_torch"
-    return "kpt_jax"
+    of = framework_of(fn_or_model)
+    if of is None and torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
+        of = "torch"
+    return f"kpt_{of or 'jax'}"

@@ -17,9 +17,8 @@ ArgsFrom = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:FUNCTION",
-        help="Called without arguments, returns the tuple (or list) of the program's arguments, or, where there is one, that itself: an array, "
-        "a dict. Not needed where the program is named by a function "
-        "without parameters that returns (function or model, tuple of its arguments).",
+        help="Called without arguments, returns the tuple (or list) of the program's arguments, or the only one itself (an array, a dict). "
+        "Not needed where the program is named by a function without parameters that returns (function or model, tuple of its arguments).",
     ),
 ]
 

@@ -64,7 +64,7 @@ class Thresholds:
 
         asked = "Thresholds for regressions were given"
         if not self.minor > 0:
-            raise ConfigError(asked, f"minor is {_percent(self.minor)}, of which anything is more", "Give one above 0%")
+            raise ConfigError(asked, f"minor is {_percent(self.minor)}", "Give one above 0%")
         for low, high in itertools.pairwise(SEVERITIES):
             a, b = getattr(self, low), getattr(self, high)
             if not a <= b:
@@ -76,8 +76,8 @@ class Thresholds:
             raise ConfigError(f"The last {self.recent} runs were to be judged", f"Fewer than {self.least_recent} are never enough for a "
                               "verdict, so that nothing could fail", f"Judge {self.least_recent} or more")  # fmt: skip
         if not (self.least_recent >= 2 and self.least_baseline >= 2):
-            raise ConfigError(asked, f"least_recent is {self.least_recent}, least_baseline {self.least_baseline}, and one run has no spread",
-                              "Give 2 or more")  # fmt: skip
+            least = f"least_recent is {self.least_recent}, least_baseline {self.least_baseline}"
+            raise ConfigError(asked, f"{least}, and one run has no spread", "Give 2 or more")
 
 
 @dataclasses.dataclass(frozen=True)
