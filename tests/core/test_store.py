@@ -20,6 +20,7 @@ from kpt import store
 from kpt.aside import set_aside
 from kpt.errors import StoreError
 from kpt.store import Schema, Store
+from kpt.tpu import cache
 
 ROOT = str(Path(kpt.__path__[0]).parent)
 ONE = "CREATE TABLE t (writer INTEGER, n INTEGER, text TEXT)"
@@ -277,6 +278,14 @@ def test_a_read_only_directory_is_a_warning_and_what_it_holds_is_read():
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
     (tmp_path / "file").touch()
     goes_on_in_memory(Store(tmp_path / "file" / "t.sqlite", SCHEMA), [])
+
+
+def test_schedules_that_cannot_be_kept_are_told_in_the_same_way(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / "file" / "kpt"))
+    for name in ("a", "b"):
+        cache.store(name, 1)
+    assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [f"{tmp_path}/file/kpt/tpu cannot be written"]
 
 
 def test_a_file_that_stays_locked_is_a_warning(path, monkeypatch):
