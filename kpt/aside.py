@@ -1,11 +1,23 @@
-"""What happens to a file of the cache that cannot be read: it is set aside, with a warning, and the work goes on without it."""
+"""What happens to a file of the cache that cannot be read or written: it is set aside or done without, with a word, and work goes on."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+log = logging.getLogger("kpt")
+_TOLD: set[Path] = set()
+
+
+def unwritable(folder: Path, problem: object) -> None:
+    """Tells, once a process for each folder, that what is made is not kept."""
+    if folder not in _TOLD:
+        _TOLD.add(folder)
+        why = getattr(problem, "strerror", None) or problem
+        log.warning("%s cannot be written (%s): what this process measures ends with it. KPT_CACHE_DIR names another place.", folder, why)
 
 
 def set_aside(path: Path, problem: object, companions: Sequence[str] = (), stacklevel: int = 2) -> Path:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kpt.errors import KptError, MissingDependencyError
+from kpt.frameworks import framework_of
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
-from kpt.tuning import gain, ratio, sigmas
+from kpt.tuning import certain, gain, ratio, sigmas
 
 if TYPE_CHECKING:
     from kpt.hardware import HardwareProfile
@@ -66,13 +67,25 @@ class Report:
         return statistics.median(before / after for before, after in pairs)
 
     @property
+    def one_program(self) -> bool:
+        """Whether no site has a kernel, so that nothing but the original was measured: before and after are the same figures."""
+        return self.seconds_before == self.seconds_after
+
+    @property
     def peak_memory(self) -> tuple[int | None, int | None]:
         """Bytes before and after."""
         return self.memory_before, self.memory_after if self.kept else self.memory_before
 
     def __repr__(self) -> str:
+        what = f"Report of {self.function} on {self.hardware}: {self.measured}, "
+        if self.one_program:
+            return what + "as written; no site has a kernel"
         kept = f"{len(self.plan.sites)} sites with a kernel" if self.kept else "the original is kept"
-        return f"Report of {self.function} on {self.hardware}: {self.measured}, {self.measured_speedup:.2f}x ± {self.noise:.1%}; {kept}"
+        return f"{what}{self.measured_speedup:.2f}x {self._worth}; {kept}"
+
+    @property
+    def _worth(self) -> str:
+        return certain(self.noise, len(self.seconds_before))
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -89,7 +102,11 @@ class Report:
         return json.dumps(data, indent=1)
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the report as one HTML file and returns its path. Needs jinja2."""
+        """Writes the report as one HTML file and returns its path. Needs jinja2.
+
+        Raises:
+          ConfigError: the path is a folder, or its folder is not there.
+        """
         from kpt.console import seconds as in_words
         from kpt.report import Bar, Figure, bar_chart, write
         from kpt.report import Report as Page
@@ -100,34 +117,37 @@ class Report:
             return Bar(label, middle, in_words(middle), style, low, high)
 
         verdict = "; ".join(self.plan.notes[-1:]) or f"{len(self.plan.sites)} sites with a kernel"
-        bars = [bar("as written", self.seconds_before, "before"), bar("through kpt", self.seconds_after, "after")]
+        one = self.one_program
+        sides = ("as written", "before"), ("through kpt", "after")
+        shown = sides[:1] if one else sides
+        bars = [bar(label, s, style) for (label, style), s in zip(shown, (self.seconds_before, self.seconds_after), strict=False)]
+        rounds = f"Median of {len(self.seconds_before)} rounds{'' if one else ', the two taking turns in one process'}"
         time = Figure(
             "Time",
             bar_chart(bars, title=f"Time of {self.function}, {self.measured}",
-                      description=f"As written {bars[0].text}, through kpt {bars[1].text}."),
-            f"Median of {len(self.seconds_before)} rounds, the two taking turns in one process; the whisker spans the "
-            "quartiles.",
+                      description="; ".join(f"{b.label}: {b.text}" for b in bars)),
+            f"{rounds}; the whisker spans the quartiles.{' No site has a kernel: there is one program.' if one else ''}",
         )  # fmt: skip
         figures = [time]
         if self.memory_before is not None and self.memory_after is not None:
-            sizes = ("as written", self.memory_before, "before"), ("through kpt", self.memory_after, "after")
+            sizes = [(*side, b) for side, b in zip(shown, (self.memory_before, self.memory_after), strict=False)]
             figures.append(Figure(
                 "Memory",
-                bar_chart([Bar(n, b, f"{b / 2**20:,.2f} MiB", s) for n, b, s in sizes], title="Memory",
-                          description=f"As written {self.memory_before} bytes, through kpt {self.memory_after}."),
+                bar_chart([Bar(n, b, f"{b / 2**20:,.2f} MiB", s) for n, s, b in sizes], title="Memory",
+                          description="; ".join(f"{n}: {b} bytes" for n, _, b in sizes)),
                 "What the compiled program needs besides its arguments, by the compiler's own account.",
             ))  # fmt: skip
         if (under := roofline(self.plan)) is not None:
             figures.append(under)
         error = "not compared" if self.max_error is None else f"{self.max_error:.1e}"
+        speed = (bars[0].text, "time") if one else (f"{self.speedup:.2f}×", "time, before over after")
+        worth = () if one else (("Time ratio", f"{self.measured_speedup:.2f} {self._worth}"),)
         return write(Page(
-            title=f"{self.function}, as written and through kpt",
+            title=self.function if one else f"{self.function}, as written and through kpt",
             verdict=verdict,
-            passed=True,  # what fails its certificate is not in the plan
-            headline=((f"{self.speedup:.2f}×", "time, before over after"), (error, "largest relative difference"),
-                      (str(len(self.plan.sites)), "sites with a kernel")),
-            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", self.measured),
-                   ("Noise of the time ratio", f"{self.noise:.1%}"),
+            passed=None if one else True,  # what fails its certificate is not in the plan
+            headline=(speed, (error, "largest relative difference"), (str(len(self.plan.sites)), "sites with a kernel")),
+            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", self.measured), *worth,
                    ("Versions", ", ".join(f"{k} {v}" for k, v in self.plan.versions.items()))),
             figures=figures,
             plan=self.plan,
@@ -223,12 +243,10 @@ def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence
     if not plan.sites:
         return False, 0.0, "The original is kept: no site has a kernel."
     won, noise = gain(before, after)
-    words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} ± {noise:.1%}"
-    needed = sigmas(len(before)) * noise
-    if won > needed:
-        return True, noise, f"Measured {words} with {what}."
-    told = f"{words} with {what}; {ratio(needed)} would be certain"
-    return False, noise, f"The original is kept: nothing won by more than the noise ({told})."
+    words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} with {what}, {certain(noise, len(before))}"
+    if won > sigmas(len(before)) * noise:
+        return True, noise, f"Measured {words}."
+    return False, noise, f"The original is kept: nothing won by more than the noise ({words})."
 
 
 def auto_optimize(
@@ -255,6 +273,8 @@ def auto_optimize(
     Raises:
       ConfigError: the budget is no duration.
       MissingDependencyError: the front end's framework is not installed.
+      InputError: the program does not take these inputs, or not so, or there is an option with a slip among its keywords.
+      GraphError: a JAX function branches on a value that is not known when it is traced.
       KptError: the object is neither a function nor a model.
     """
     from kpt.tracking.hooks import record_report
@@ -297,13 +317,17 @@ def showing(what: str) -> Iterator[Callable[..., None]]:
 
 
 def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
-    """ "kpt_torch" for a torch module or a function given tensors, else "kpt_jax"; imports neither framework."""
+    """ "kpt_torch" for a torch module, a function of torch's or one that does not tell and is given tensors; else "kpt_jax".
+
+    Imports neither framework.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(fn_or_model, torch.nn.Module):
         return "kpt_torch"
     if not callable(fn_or_model) and not hasattr(fn_or_model, "apply"):
         raise KptError(f"auto_optimize was given an object of type {type(fn_or_model).__name__}", "It takes a function or a model",
                        "Pass the function that computes, for example the loss")  # fmt: skip
-    if torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
-        return "kpt_torch"
-    return "kpt_jax"
+    of = framework_of(fn_or_model)
+    if of is None and torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
+        of = "torch"
+    return f"kpt_{of or 'jax'}"

@@ -54,6 +54,8 @@ PACKAGES = (
     "tokamax",
 )
 
+DEMO = Path("kpt-report/demo.html")
+
 app = typer.Typer(
     name="kpt",
     help="Finds what a better kernel computes in code you already have, swaps it in, and proves the numbers.",
@@ -97,7 +99,7 @@ def root(
 def demo(
     context: typer.Context,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; 200 unless given.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the HTML report goes.")] = Path("kpt-report/demo.html"),
+    out: Annotated[Path, typer.Option(help="Where the HTML report goes.")] = DEMO,
     as_json: AsJson = False,
 ) -> None:
     """Train a small model as written and through kpt.
@@ -108,6 +110,8 @@ def demo(
     """
     with answering(context, as_json):
         run = _front_end("kpt_jax.demo_report", "run")
+        if out == DEMO:  # this folder is ours; that of another report has to be there
+            out.parent.mkdir(exist_ok=True)
         # Progress goes where it does not mix with the JSON.
         result = run(steps, out, _console(stderr=as_json))
         if as_json:

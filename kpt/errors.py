@@ -22,7 +22,11 @@ class OpError(KptError):
 
 
 class GraphError(KptError):
-    """A program cannot be expressed as a neutral graph, or a graph is malformed."""
+    """A program cannot be expressed as a neutral graph, for it branches on values that are not known, or a graph is malformed."""
+
+
+class InputError(KptError, TypeError):
+    """A program was planned for example inputs that it does not take; `__cause__` is what it raised on them."""
 
 
 class KernelError(KptError):

@@ -2,7 +2,7 @@
 
 A connection lives for one operation, so that a store may be used from any thread and across a fork. A write that returned is in
 the file's log: it survives the process, however that ends. What is wrong with the file is never the end of the program that
-measures: an unreadable one is set aside, and where nothing can be written, the store goes on in memory, with a warning.
+measures: an unreadable one is set aside, and where nothing can be written, the store goes on in memory, which the log says once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import random
 import sqlite3
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from kpt.aside import set_aside
+from kpt.aside import set_aside, unwritable
 from kpt.errors import StoreError
 
 T = TypeVar("T")
@@ -136,7 +135,7 @@ class Store:
             raise _Foreign("another program's database")
         if version > len(self.schema.steps):
             raise StoreError(
-                f"{self.path} was opened",
+                f"{self.path}, which holds {self.schema.what}, was opened",
                 f"A newer kpt wrote it (version {version}; this kpt knows versions up to {len(self.schema.steps)})",
                 "Upgrade kpt, or set KPT_CACHE_DIR to another directory",
             )
@@ -189,7 +188,7 @@ class Store:
             memory.row_factory = sqlite3.Row
             self._migrate(memory)
             self._memory = memory
-        warnings.warn(f"{self.path} cannot be written, and {self.schema.what} of this process end with it: {problem}", stacklevel=4)
+        unwritable(self.path.parent, problem)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
 from kpt_jax.measure import Timed, Timing, loss_and_gradients, measure, sample
 from kpt_jax.modules import function_of, is_linen, is_nnx
-from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize
+from kpt_jax.optimize import Optimized, Signature, is_foreign, optimize, planning
 from kpt_jax.planner import FRONT
 from kpt_jax.trials import ready
 from kpt_jax.whole import certify_whole
@@ -44,14 +44,17 @@ class Session:
         self.saves = is_nnx(fn_or_model) or is_linen(fn_or_model)
         self.usable = optimize(fn_or_model, level, hardware)
         self.fast: Optimized
-        self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
+        self.planning = functools.partial(planning, fn_or_model, inputs, keywords)
+        with self.planning():
+            self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
         _, arrays = self.fast.split(self.args, self.kwargs)
         self.hardware, self.device = profile(hardware, arrays), device_of(arrays).device_kind
         self._programs: dict[Any, Timed] = {}
 
     def plan(self) -> Plan:
         unproved = self.fast.unproved()
-        made = unproved.plan(*self.args, **self.kwargs)
+        with self.planning():
+            made = unproved.plan(*self.args, **self.kwargs)
         self.fast._static_scalars = unproved._static_scalars  # whether numbers have to stay numbers is found by tracing
         return made
 

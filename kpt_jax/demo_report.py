@@ -13,14 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from kpt.hardware import HardwareProfile, detect_hardware
-from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, write
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, writable, write
 from kpt_jax.demo import BATCH, STEPS, TOLERANCE, Demo, Variant, prepare, train, versions
 
 COMMAND = "kpt demo"
 
 
 def run(steps: int | None, out: Path, console: Console) -> dict[str, Any]:
-    """The whole demo: plans, trains, prints to `console`, writes the report to `out`; returns the figures."""
+    """The whole demo: plans, trains, prints to `console`, writes the report to `out`; returns the figures.
+
+    Raises:
+      ConfigError: as `kpt.report.writable`, before anything is trained.
+    """
+    writable(out)
     steps = steps or STEPS
     hardware = detect_hardware()
     console.print(f"[bold]Hardware[/]  {hardware.model} ({hardware.name})", highlight=False)

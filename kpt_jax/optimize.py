@@ -8,16 +8,18 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from kpt.config import config, start_logging
-from kpt.errors import KptError, PlanError
+from kpt.errors import GraphError, KptError, PlanError
 from kpt.frameworks import refuse_other
 from kpt.hardware import HardwareProfile
+from kpt.inputs import explained
+from kpt.raised import told
 from kpt.strategy import Plan, level_named
 from kpt_jax import _compat, modules
 from kpt_jax.apply import Rewrite, run
@@ -28,6 +30,13 @@ from kpt_jax.planner import FRONT, Planner, active
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, float, int, complex, jax.ShapeDtypeStruct, *_compat.CONSTANTS)
 _SCALARS = (int, float, complex)
+# What jax raises where Python needs a value that is not known while a function is traced.
+_UNKNOWN = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -536,5 +545,32 @@ def plan(
     plan: Plan | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """What `optimize` would do to `fn` for these arguments: the Plan alone; the function is not run."""
-    return optimize(fn, level, hardware, plan).plan(*args, **kwargs)
+    """What `optimize` would do to `fn` for these arguments: the Plan alone; the function is not run.
+
+    Raises:
+      InputError: it does not take these arguments.
+      GraphError: it branches on a value that is not known when it is traced.
+      KptError: as `optimize`.
+    """
+    rewritten = optimize(fn, level, hardware, plan)
+    with planning(fn, args, kwargs):
+        made: Plan = rewritten.plan(*args, **kwargs)
+    return made
+
+
+@contextlib.contextmanager
+def planning(fn: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Around what traces a program in order to plan it: errors that its arguments or its branches explain say what to do.
+
+    Raises:
+      InputError, GraphError: as `plan`.
+    """
+    with explained(fn, args, kwargs, "jax"):
+        try:
+            yield
+        except _UNKNOWN as error:
+            raise GraphError(
+                f"{getattr(fn, '__name__', type(fn).__name__)} was to be planned", told(error),
+                "Branch with jax.lax.cond or jax.numpy.where; what decides the program itself has to be a Python value: "
+                "static_argnames of jax.jit, or functools.partial",
+            ) from error  # fmt: skip

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
+from kpt.inputs import explained
 from kpt.install import install
 from kpt.strategy import Plan
 from kpt.strategy.certify import narrowest, reduction_length
@@ -45,6 +46,7 @@ class Session:
 
     def __init__(self, fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level: str | None, hardware: Any):
         self.given, self.inputs, self.keywords = fn_or_model, inputs, keywords
+        self.planning = functools.partial(explained, fn_or_model, inputs, keywords, "torch")
         self.saves = isinstance(fn_or_model, torch.nn.Module)
         leaves = [t for t in pytree.tree_leaves((inputs, keywords)) if isinstance(t, torch.Tensor)]
         modules = modules_of(fn_or_model)
@@ -56,7 +58,8 @@ class Session:
         self.device = torch.cuda.get_device_name(self.on) if self.on.type == "cuda" else self.on.type
         self.hardware = profile(hardware, self.on)
         self.fast = optimize(fn_or_model, level, hardware)
-        self.trained = bool(self.moving) and self._is_loss()
+        with self.planning():
+            self.trained = self._is_loss()
 
     def _is_loss(self) -> bool:
         """Whether the result is one number with gradients. A step that has run its backward pass itself has none left."""
@@ -64,7 +67,7 @@ class Session:
         with put_back(self.state):
             loss = _loss(self.given(*self.inputs, **self.keywords))
             try:
-                scalar = loss is not None and bool(torch.autograd.grad(loss, self.moving, allow_unused=True))
+                scalar = loss is not None and bool(self.moving) and bool(torch.autograd.grad(loss, self.moving, allow_unused=True))
             except RuntimeError:
                 scalar = False
         # A module that writes to its own parameters does so by itself (`nn.Embedding(max_norm=)`); a function that does is a training step.
@@ -75,7 +78,8 @@ class Session:
         return scalar
 
     def plan(self) -> Plan:
-        return self._planned(unproved(self.fast))
+        with self.planning():
+            return self._planned(unproved(self.fast))
 
     def _planned(self, program: Any) -> Plan:
         with put_back(self.state):

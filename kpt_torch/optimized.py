@@ -22,6 +22,7 @@ from kpt.config import config, start_logging
 from kpt.errors import KptError, PlanError
 from kpt.frameworks import refuse_other
 from kpt.hardware import HardwareProfile
+from kpt.inputs import explained
 from kpt.strategy import Plan, level_named
 from kpt_torch.backend import Backend, profile
 
@@ -72,8 +73,14 @@ def plan(
     """What `optimize` would do to `module` for these inputs: the Plan alone.
 
     The module runs once, as it was written, for Dynamo captures a program by running it; buffers and random states are put back.
+
+    Raises:
+      InputError: the module does not take these inputs.
+      KptError: as `optimize`.
     """
-    made: Plan = optimize(module, level, hardware, plan)._kpt_plan(*inputs, **keywords)  # the module may have a `plan` of its own
+    rewritten = optimize(module, level, hardware, plan)
+    with explained(module, inputs, keywords, "torch"):
+        made: Plan = rewritten._kpt_plan(*inputs, **keywords)  # the module may have a `plan` of its own
     return made
 
 

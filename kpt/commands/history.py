@@ -94,7 +94,7 @@ def regress(
         str, typer.Option(help="The least severity that makes the exit code 1: minor, moderate, severe or never.")
     ] = "moderate",
     name: Name = None,
-    recent: Annotated[int, typer.Option(min=1, help="The latest runs of each series that are judged.")] = 5,
+    recent: Annotated[int, typer.Option(min=3, help="The latest runs of each series that are judged: 3 or more.")] = 5,
     minor: Minor = 0.02,
     moderate: Moderate = 0.05,
     severe: Severe = 0.15,
@@ -184,7 +184,7 @@ def _answer(
     rows = []
     for c in found:
         for kind, finding in (("time", c.time), ("memory", c.memory)):
-            if finding is not None and (kind == "time" or finding.verdict not in ("unchanged", "not enough data")):
+            if finding is not None:
                 runs = f"{finding.baseline} / {finding.recent}"
                 rows.append((c.name, c.after[-1].measured, kind, finding.verdict, change(finding), runs, finding.reason))
     print_table(("series", "measured", "of", "verdict", "change", "runs", "because"), rows)

@@ -17,8 +17,8 @@ ArgsFrom = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:FUNCTION",
-        help="Called without arguments, returns the tuple of the program's arguments. Not needed where the program is named by a function "
-        "without parameters that returns (function or model, tuple of its arguments).",
+        help="Called without arguments, returns the tuple (or list) of the program's arguments, or the only one itself (an array, a dict). "
+        "Not needed where the program is named by a function without parameters that returns (function or model, tuple of its arguments).",
     ),
 ]
 
@@ -66,9 +66,11 @@ def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[An
     Without such a function, what is named may be a factory: it takes nothing, and returns `(function or model, its arguments)`.
 
     Raises:
-      KptError: there is no such name, it is a class, or the function does not take these arguments.
+      KptError: there is no such name, it is a class or no program at all, or the function does not take these arguments.
     """
     target = attribute(function)
+    if not _is_program(target) and not inspect.isclass(target):
+        raise KptError(f"{what} of {function} was asked for", f"It is of type {type(target).__name__}", "Name a function or a model")
     if inspect.isclass(target):
         raise KptError(f"{what} of {function} was asked for", "It is a class, of which there may be many models",
                        f"Name a model, or a function that returns one and its inputs: return {target.__name__}(...), inputs")  # fmt: skip

@@ -43,7 +43,8 @@ def run(
         else:
             before, after = (sorted(s)[len(s) // 2] for s in (report.seconds_before, report.seconds_after))
             kept = f"{len(report.plan.sites)} sites with a kernel" if report.kept else "the original is kept"
-            typer.echo(f"{report.function}: {seconds(before)} as written, {seconds(after)} through kpt, {report.measured}; {kept}.")
+            through = "" if report.one_program else f", {seconds(after)} through kpt"
+            typer.echo(f"{report.function}: {seconds(before)} as written{through}, {report.measured}; {kept}.")
             if report.plan.notes:
                 typer.echo(report.plan.notes[-1])
             typer.echo(f"Gate: {made.verdict}, {'passed' if made.passed else 'failed'}. Artifact: {made.folder}")

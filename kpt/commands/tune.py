@@ -37,7 +37,8 @@ def tune(
 
     At common shapes (those of `kpt bench`), forward and with the backward pass; or the calls of a program, a JAX function or a
     PyTorch module, as it is used. What is measured already is not measured again: an interrupted run goes on where it was. Plans
-    choose by what is found here (`kpt plan` says "measured"), and without it by estimate.
+    choose by what is found here (`kpt plan` says "measured"), and without it by estimate. On a CPU one kernel computes each op, so that
+    there is nothing to time until another package brings kernels.
 
     Examples: kpt tune --op attention --budget 5m; kpt tune --framework torch; kpt tune --program train:model --args-from train:batch;
     kpt tune --program train:model_and_batch (a function that returns both)

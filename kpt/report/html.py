@@ -98,14 +98,29 @@ def render(report: Report) -> str:
 
 
 def write(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Renders the report into a file; makes its folder; returns its absolute path.
+    """Renders the report into a file; returns its absolute path.
 
     Raises:
-      ConfigError: the path is a folder.
+      ConfigError: as `writable`.
+    """
+    target, text = writable(path), render(report)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise ConfigError(f"A report was to be written to {target}", problem.strerror or str(problem), "Name another file") from None
+    return target
+
+
+def writable(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a report that is to be written, asked for before what takes minutes.
+
+    Raises:
+      ConfigError: the path is a folder, or its folder is not there: a name with a slip makes no new one.
     """
     target = Path(path).resolve()
-    if target.is_dir():
-        raise ConfigError(f"A report was to be written to {target}", "It is a folder", "Name a file in it, such as report.html")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(report), encoding="utf-8")
+    asked = f"A report was to be written to {target}"
+    if os.path.isdir(target):  # which takes any name
+        raise ConfigError(asked, "It is a folder", "Name a file in it, such as report.html")
+    if not os.path.isdir(target.parent):
+        raise ConfigError(asked, f"There is no folder {target.parent}", "Make it, or name another")
     return target

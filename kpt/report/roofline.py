@@ -59,7 +59,8 @@ def roofline(plan: Plan) -> Figure | None:
         corner = min(max(peak / bandwidth, span[0]), span[1])
         bends = [span[0], corner, span[1]]
         lines.append(Line(dtype, bends, [min(peak, x * bandwidth) for x in bends], "roof"))
-    for name, style in ((ORIGINAL, "before"), ("kernel", "after")):
+    sides = ((ORIGINAL, "before"), ("kernel", "after"))[: 1 + bool(plan.sites)]
+    for name, style in sides:
         lines.append(Line(name, xs, [rates.get(name, 0.0) for _, _, rates in points], style, dots=True))
     chart = line_chart(
         lines,
@@ -75,7 +76,7 @@ def roofline(plan: Plan) -> Figure | None:
         "On the slope memory is the limit, on the flat the arithmetic."
     )
     columns = "op", "kernel", "sites", "dtype", "FLOP/byte", "limit", "at least", "as written", "kernel"
-    legend = ("roof", "what the chip allows"), ("before dots", "as written"), ("after dots", "through kpt")
+    legend = (("roof", "what the chip allows"), ("before dots", "as written"), ("after dots", "through kpt"))[: 1 + len(sides)]
     return Figure("Roofline", chart, caption, Table(columns, rows, frozenset({2, 4, 6, 7, 8})), legend)
 
 

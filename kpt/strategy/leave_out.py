@@ -59,7 +59,7 @@ def leave_out(sites: Iterable[Site], ready: Callable[[Mapping[str, str]], Sample
             longest = max(longest, time.monotonic() - start)
         won, noise = gain(taken["with"], taken["without"])
         if won > sigmas(len(taken["with"])) * noise:
-            faster = f"the program is {math.expm1(won):.1%} ± {noise:.1%} faster without {kind[0].kernel}"
+            faster = f"the program is {math.expm1(won):.1%} faster without {kind[0].kernel} (± {noise:.1%} standard error)"
             left |= dict.fromkeys((s.path for s in kind), f"Measured: {faster}.")
             notes.append(f"{kind[0].op} ({len(kind)} site{'s' if len(kind) > 1 else ''}): left as written, {faster}.")
             whole = other

@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-from kpt.aside import set_aside
+from kpt.aside import set_aside, unwritable
 from kpt.config import config
 
 VERSION = 1
@@ -52,4 +51,4 @@ def store(name: str, value: Any) -> None:
                 Path(part.name).unlink(missing_ok=True)
                 raise
     except OSError as problem:
-        warnings.warn(f"A TPU schedule was not kept: {problem}", stacklevel=2)
+        unwritable(folder(), problem)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kpt._version import __version__
-from kpt.console import seconds
+from kpt.console import seconds, size
 from kpt.report import Figure, Line, Report, Table, line_chart, write
 from kpt.tracking.history import Comparison, by_series
 from kpt.tracking.run import Run
@@ -37,8 +37,8 @@ def comparison_page(
     figures = []
     for c in sorted(found, key=lambda c: c.worst.verdict not in SEVERITIES):
         words = f"{c.time.verdict.capitalize()}: {c.time.reason}"
-        if c.memory is not None and c.memory.verdict in (*SEVERITIES, "faster"):
-            words += f" Memory: {c.memory.reason}"
+        if c.memory is not None:
+            words += f" Memory {c.memory.verdict}: {c.memory.reason}"
         if c.changed is not None:
             words += f" The level changed at run {c.changed.id}, commit {c.changed.commit or 'unknown'}."
         figures.append(_figure(c.before, c.after, c.time.baseline, limits, f"{words} {c.note}".strip()))
@@ -96,10 +96,10 @@ def _figure(before: Sequence[Run], after: Sequence[Run], baseline: int, limits: 
         parts.append(f"The {len(held)} runs before have a median of {seconds(level * scale)}.")
     rows = [
         (r.id, r.recorded[:16].replace("T", " "), seconds(q[1]), seconds(q[0]), seconds(q[2]), str(len(r.seconds)),
-         r.commit or "-", r.label or "-")
+         "-" if r.memory is None else size(r.memory), r.commit or "-", r.label or "-")
         for r, q in zip(runs, quartiles, strict=True)
     ]  # fmt: skip
-    columns = ("run", "recorded (UTC)", "median", "quartile", "quartile", "samples", "commit", "label")
+    columns = ("run", "recorded (UTC)", "median", "quartile", "quartile", "samples", "memory", "commit", "label")
     chart = line_chart(lines, title=f"Time of {last.name}, {last.measured}", description=" ".join(parts), x_label="run",
                        y_label=f"time of a call ({unit})")  # fmt: skip
-    return Figure(f"{last.name}, {last.measured}", chart, caption, Table(columns, rows, frozenset({2, 3, 4, 5})), legend)
+    return Figure(f"{last.name}, {last.measured}", chart, caption, Table(columns, rows, frozenset({2, 3, 4, 5, 6})), legend)

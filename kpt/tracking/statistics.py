@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -61,13 +62,22 @@ class Thresholds:
     def __post_init__(self) -> None:
         from kpt.errors import ConfigError
 
-        if not (0 < self.minor <= self.moderate <= self.severe and 0 < self.alpha < 0.5 and 0 < self.confidence < 1):
-            raise ConfigError(f"{self} was given", "minor <= moderate <= severe are above 0, alpha is below 0.5", "Correct it")
+        asked = "Thresholds for regressions were given"
+        if not self.minor > 0:
+            raise ConfigError(asked, f"minor is {_percent(self.minor)}", "Give one above 0%")
+        for low, high in itertools.pairwise(SEVERITIES):
+            a, b = getattr(self, low), getattr(self, high)
+            if not a <= b:
+                raise ConfigError(asked, f"{low} {_percent(a)} is above {high} {_percent(b)}", "Let minor <= moderate <= severe")
+        for name, most in (("alpha", 0.5), ("confidence", 1.0), ("change_alpha", 1.0)):
+            if not 0 < getattr(self, name) < most:
+                raise ConfigError(asked, f"{name} is {getattr(self, name):g}", f"Give one between 0 and {most:g}")
         if self.recent < self.least_recent:
             raise ConfigError(f"The last {self.recent} runs were to be judged", f"Fewer than {self.least_recent} are never enough for a "
                               "verdict, so that nothing could fail", f"Judge {self.least_recent} or more")  # fmt: skip
         if not (self.least_recent >= 2 and self.least_baseline >= 2):
-            raise ConfigError(f"{self} was given", "least_recent and least_baseline are 2 or more", "One run has no spread; correct it")
+            least = f"least_recent is {self.least_recent}, least_baseline {self.least_baseline}"
+            raise ConfigError(asked, f"{least}, and one run has no spread", "Give 2 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +159,10 @@ def judge(before: Runs, after: Runs, thresholds: Thresholds | None = None, machi
     if size is None:
         return found("unchanged", reason=f"Below the threshold of {limits.minor:.0%}: {interval}.")
     return found(size, reason=f"More than the noise: {interval}.")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g}%"
 
 
 def _levels(runs: Runs) -> np.ndarray[Any, np.dtype[np.float64]]:

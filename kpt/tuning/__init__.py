@@ -4,9 +4,9 @@ which calls share a measurement."""
 from kpt.tuning.bucket import Bucket, bucket
 from kpt.tuning.exchange import Import, export_json, import_json
 from kpt.tuning.measurements import Key, Measurement, Measurements
-from kpt.tuning.rounds import SECONDS, gain, ratio, rounds, sigmas
+from kpt.tuning.rounds import SECONDS, certain, gain, ratio, rounds, sigmas
 
 __all__ = [
-    "SECONDS", "Bucket", "Import", "Key", "Measurement", "Measurements", "bucket", "export_json", "gain", "import_json", "ratio", "rounds",
-    "sigmas",
+    "SECONDS", "Bucket", "Import", "Key", "Measurement", "Measurements", "bucket", "certain", "export_json", "gain", "import_json", "ratio",
+    "rounds", "sigmas",
 ]  # fmt: skip

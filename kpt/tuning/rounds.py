@@ -60,6 +60,11 @@ def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]
     return middle, 1.2533 * 1.4826 * mad / math.sqrt(len(logs))
 
 
+def certain(noise: float, count: int) -> str:
+    """What a speedup of so many rounds, with this standard error of its logarithm, is worth; "kept" is decided by the same."""
+    return f"± {noise:.1%} standard error; kept needs {math.expm1(sigmas(count) * noise):.1%}"
+
+
 def ratio(log: float) -> str:
     """A logarithm of a speedup in words."""
     return f"{math.exp(log):.2f}x faster" if log >= 0 else f"{math.exp(-log):.2f}x slower"

@@ -135,6 +135,9 @@ ERRORS = [
     (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
     (("plan", "users:Model"), REFUSED, ["It is a class", "return Model(...), inputs"]),
     (("plan", "users:half_a_factory"), REFUSED, ["what users:half_a_factory returned", "2 positional arguments", "one tuple"]),
+    (("plan", "users:number"), REFUSED, ["A plan of users:number was asked for", "of type int", "Name a function or a model"]),
+    (("plan", "users:number", "--args-from", "users:pair"), REFUSED, ["A plan of users:number was asked for", "of type int"]),
+    (("tune", "--program", "users:number"), REFUSED, ["Tuning of users:number was asked for", "of type int"]),
     (("plan", "broken:f"), CRASHED, ["absent_dependency"]),
 ]
 USERS = """
@@ -148,6 +151,9 @@ class Model:
 
 def half_a_factory():
     return double, (1.0, 2.0)
+
+
+number = 3
 
 
 def pair():
@@ -226,6 +232,40 @@ def test_a_factory_gives_the_program_and_its_arguments(module, framework, name, 
     sys.modules.pop("factories", None)
 
 
+ALONE = """
+import jax
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+def array():
+    return jax.numpy.ones(2)
+
+
+def double(x):
+    return 2 * x
+"""
+
+
+def test_the_only_argument_may_come_as_it_is(module):
+    pytest.importorskip("jax")
+    module("alone", ALONE)
+    assert call("plan", "alone:double", "--args-from", "alone:array").exit_code == OK
+    assert "or the only one itself" in " ".join(call("plan", "--help").stdout.split())
+
+
+def test_a_branch_on_a_traced_value_cannot_be_planned(module):
+    pytest.importorskip("jax")
+    module("alone", ALONE)
+    for command in (("plan", "alone:branches"), ("tune", "--program", "alone:branches")):
+        result = call(*command, "--args-from", "alone:array")
+        assert result.exit_code == REFUSED, result.output
+        for words in ("boolean conversion of traced array", "alone.py:6, in branches", "jax.lax.cond or jax.numpy.where", "static_argnames"):
+            assert words in result.stderr
+
+
 @pytest.mark.parametrize(
     "arguments", [("hardware", "show"), ("demo", "--steps", "0"), ("nonsense",), ("plan", "a:b", "--no")]
 )
@@ -295,6 +335,16 @@ def test_demo_exits_with_1_when_the_curves_part(monkeypatch, tmp_path, coincide,
     result = call("demo", "--steps", "3", "--out", str(tmp_path / "r.html"), "--json")
     assert result.exit_code == code
     assert json.loads(result.stdout) == {"steps": 3, "coincide": coincide}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_folder_of_a_report_has_to_be_there_and_that_of_the_demo_is_made(module, tmp_path, monkeypatch, named):
+    """It is asked for before anything is trained."""
+    demo_report = pytest.importorskip("kpt_jax.demo_report")
+    monkeypatch.setattr(demo_report, "prepare", lambda *_, **__: 1 // 0)
+    result = call("demo", *(("--out", "absent/x.html") if named else ()))
+    assert ("There is no folder" in result.stderr, result.exit_code) == ((True, REFUSED) if named else (False, CRASHED)), result.output
+    assert [p.name for p in tmp_path.iterdir()] == ([] if named else ["kpt-report"])
 
 
 def test_doctor_shows_the_settings_and_refuses_wrong_ones(monkeypatch):

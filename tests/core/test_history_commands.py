@@ -60,7 +60,7 @@ def test_every_command_explains_itself_with_an_example(command):
 def test_the_help_of_regress_tells_its_exit_codes_and_thresholds():
     text = " ".join(call("regress", "--help").stdout.split())
     assert "0 no regression of that severity; 1 there is one; 2 the request cannot be met" in text
-    for words in ("minor from 2%", "moderate from 5%", "severe from 15%", "fewer than 8 runs before or 3 recent ones"):
+    for words in ("3 or more", "x>=3", "minor from 2%", "moderate from 5%", "severe from 15%", "fewer than 8 runs before or 3 recent ones"):
         assert words in text
 
 
@@ -94,6 +94,16 @@ def test_compare_judges_each_series(slower):
     assert re.search(r"loss <1> +forward +time +moderate +\+\d\.\d% \[\+\d\.\d%, \+\d+\.\d%\] +20 / 5", said.stdout), said.stdout
 
 
+@pytest.mark.parametrize("command", [("compare", "v1", "v2"), ("regress", "--fail-on", "never")], ids=" ".join)
+def test_memory_has_a_row_where_it_is_known(slower, command):
+    """Though it is unchanged; a series without has none."""
+    History().put(*(Run("unknown", (1.0,), label=label) for label in ["v1"] * 8 + ["v2"] * 5))
+    said = call(*command)
+    rows = re.findall(r"^(.+?)  +forward +(time|memory) +(.+?)  ", said.stdout, re.MULTILINE)
+    assert sorted(r for r in rows if r[1] == "memory") == [("loss <1>", "memory", "unchanged"), ("rms_norm 8x16 float32: plain", "memory", "unchanged")]
+    assert len([r for r in rows if r[1] == "time"]) == 3, said.stdout
+
+
 def test_compare_of_two_runs_gives_an_interval_and_no_verdict(slower):
     told = json.loads(call("compare", slower[3].id, slower[24].id, "--json").stdout)
     (series,) = told["series"]
@@ -124,9 +134,11 @@ def test_regress_tells_where_the_level_changed(cache):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(("regress", "--fail-on", "catastrophic"), "minor, moderate, severe or never"), (("compare", "v1", "v9"), "kpt history lists them"),
-     (("regress", "--minor", "0.5"), "minor <= moderate"), (("tune", "import", "absent.json"), "kpt tune export"),
+     (("regress", "--minor", "0.5", "--moderate", "0.1"), "minor 50% is above moderate 10%"),
+     (("regress", "--moderate", "0.2"), "moderate 20% is above severe 15%"), (("regress", "--minor", "0"), "minor is 0%"),
+     (("tune", "import", "absent.json"), "kpt tune export"),
      (("tune", "export", "absent/x.json"), "can be written"), (("history", "--since", "yesterday"), "2026-05-01"),
-     (("regress", "--recent", "2"), "3 or more"), (("regress", "--name", "los "), "kpt history")],
+     (("regress", "--recent", "2"), "Invalid value for '--recent'"), (("history", "--html", "absent/x.html"), "There is no folder"), (("regress", "--name", "los "), "kpt history")],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
 )  # fmt: skip
 def test_what_cannot_be_met_exits_with_2_and_a_sentence(slower, arguments, words):
@@ -171,11 +183,12 @@ def test_runs_without_a_common_series_cannot_be_compared(cache):
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [(("history",), OK, ["50 runs in 2 series", "loss &lt;1&gt;"]),
-     (("compare", "v1", "v2"), OK, ["1 of 2 series", "Moderate:"]),
+     (("compare", "v1", "v2"), OK, ["1 of 2 series", "Moderate:", "Memory unchanged: ", "<td class=\"number\">1 MiB</td>"]),
      (("regress",), NO, ["Failed.", "Moderate:", "minor from 2%"])],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else None,
 )  # fmt: skip
 def test_a_page_has_a_plot_of_every_series_and_loads_nothing(slower, cache, command, code, words):
+    (cache / "out").mkdir()
     said = call(*command, "--html", "out/page.html", "--json")
     assert said.exit_code == code
     json.loads(said.stdout)

@@ -179,14 +179,17 @@ def test_a_report_says_all_it_was_given_escaped(words):
     assert words in render(report())
 
 
-def test_write_makes_the_folder_and_returns_the_path(tmp_path):
-    path = write(report(), tmp_path / "deep" / "er" / "report.html")
-    assert path.is_absolute() and path.read_text(encoding="utf-8") == render(report())
+def test_write_returns_the_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(report(), "report.html")
+    assert path == tmp_path / "report.html" and path.read_text(encoding="utf-8") == render(report())
 
 
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ConfigError, match="is a folder"):
-        write(report(), tmp_path)
+@pytest.mark.parametrize(("name", "says"), [(".", "is a folder"), ("none/report.html", "There is no folder .*none"), ("x" * 300, "too long")])
+def test_where_no_file_can_be_there_is_no_report_and_no_new_folder(tmp_path, name, says):
+    with pytest.raises(ConfigError, match=says):
+        write(report(), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path):

@@ -1,6 +1,8 @@
 """The cache's SQLite files: eight writers, kill -9, full disks, read-only folders, files that are not ours, other versions."""
 
+import logging.handlers
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -18,6 +20,7 @@ from kpt import store
 from kpt.aside import set_aside
 from kpt.errors import StoreError
 from kpt.store import Schema, Store
+from kpt.tpu import cache
 
 ROOT = str(Path(kpt.__path__[0]).parent)
 ONE = "CREATE TABLE t (writer INTEGER, n INTEGER, text TEXT)"
@@ -201,11 +204,20 @@ def test_a_newer_file_is_refused_and_left_alone(path):
 
 
 def goes_on_in_memory(kept, earlier):
-    with pytest.warns(UserWarning, match="cannot be written, and numbers of this process end with it"):
-        add(kept, 7, 7, "x" * 100_000)
+    """One line of the log says so, for all files of the folder."""
+    told = logging.handlers.BufferingHandler(10)
+    logging.getLogger("kpt").addHandler(told)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # told once
+        warnings.simplefilter("error")
+        for _ in range(2):
+            other = Store(kept.path, SCHEMA)
+            add(other, 7, 7, "x" * 100_000)
+            assert other.in_memory
+        add(kept, 7, 7, "x" * 100_000)
         add(kept, 8, 8)
+    logging.getLogger("kpt").removeHandler(told)
+    (line,) = [r.getMessage() for r in told.buffer]
+    assert re.fullmatch(r"\S+ cannot be written \(.+\): what this process measures ends with it. KPT_CACHE_DIR names another place.", line)
     assert kept.in_memory
     assert rows(kept) == [*earlier, (7, 7), (8, 8)]
 
@@ -266,6 +278,14 @@ def test_a_read_only_directory_is_a_warning_and_what_it_holds_is_read():
 def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
     (tmp_path / "file").touch()
     goes_on_in_memory(Store(tmp_path / "file" / "t.sqlite", SCHEMA), [])
+
+
+def test_schedules_that_cannot_be_kept_are_told_in_the_same_way(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path / "file" / "kpt"))
+    for name in ("a", "b"):
+        cache.store(name, 1)
+    assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [f"{tmp_path}/file/kpt/tpu cannot be written"]
 
 
 def test_a_file_that_stays_locked_is_a_warning(path, monkeypatch):

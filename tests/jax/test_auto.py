@@ -19,7 +19,7 @@ import kpt
 import kpt_jax
 from kpt import cli, console
 from kpt.auto import front_end
-from kpt.errors import KptError
+from kpt.errors import GraphError, InputError, KptError
 from kpt.kernels import KernelSpec, registry
 from kpt.ops.base import Spec
 from kpt.tuning import gain, sigmas
@@ -67,12 +67,14 @@ def test_what_wins_is_kept(monkeypatch, tmp_path):
     assert result.fn is not loss and result.model is result.fn
     assert [s.op for s in result.plan.sites] == ["rms_norm"] and result.report.kept
     assert 1.8 < result.report.speedup < 2.2 and 0 <= result.report.max_error < 1e-5
-    assert re.search(r"[12]\.\d\dx faster .* with every site", result.plan.notes[-1])
+    worth = r"[12]\.\d\dx.* ± \d\.\d% standard error; kept needs \d+\.\d%"
+    assert re.search(worth.replace("x.*", "x faster with every site,"), result.plan.notes[-1]) and re.search(worth, repr(result))
     np.testing.assert_allclose(result.fn(*arrays()), loss(*arrays()), rtol=1e-5)
     data = json.loads(result.report.to_json())
     assert data["kept"] and data["plan"]["sites"] and len(data["seconds_before"]) == 21
     assert data["measured"] == "forward and backward"
     page = result.report.to_html(tmp_path / "report.html").read_text()
+    assert re.search(r"<td>[12]\.\d\d ± \d\.\d% standard error; kept needs", page) and ">through kpt</text>" in page
     assert "rms_norm" in page and "as written" in page and "http" not in page.replace("http://www.w3.org", "")
 
 
@@ -82,7 +84,7 @@ def test_what_does_not_win_is_not_kept(monkeypatch, before, after):
     result = kpt.auto_optimize(loss, *arrays())
     assert result.fn is loss and not result.report.kept and result.report.speedup == 1.0
     assert not result.plan.sites and [s.op for s in result.plan.skipped] == ["rms_norm"]
-    assert "The original is kept: nothing won by more than the noise" in result.plan.notes[-1]
+    assert re.search(r"The original is kept: nothing won by more than the noise .* standard error; kept needs", result.plan.notes[-1])
 
 
 @pytest.mark.parametrize("program", [loss, lambda x, w: jax.value_and_grad(loss, (0, 1))(x, w)])
@@ -107,9 +109,14 @@ def test_a_result_goes_before_the_next_is_made():
     assert sample(step, (), 3) > 0 and alive == [0, 0, 0]
 
 
-def test_nothing_to_swap():
+def test_nothing_to_swap(tmp_path):
+    """One program is measured, and shown."""
     plain = lambda x: jnp.sin(x)  # noqa: E731
     result = kpt.auto_optimize(plain, jnp.ones((4, 4)))
+    assert repr(result.report).endswith("forward, as written; no site has a kernel")
+    page = result.report.to_html(tmp_path / "report.html").read_text()
+    assert page.count('<rect class="bar') == 2 and "through kpt" not in page and "standard error" not in page  # its time and its memory
+    assert "no site has a kernel" in page and "Passed" not in page
     assert result.fn is plain and "no site has a kernel" in result.plan.notes[-1]
     assert result.report.measured == "forward" and result.report.max_error is None
 
@@ -187,6 +194,53 @@ def test_a_number_that_has_to_stay_a_number(monkeypatch):
     timed(monkeypatch, before=1.0, after=2.0)
     report = kpt.auto_optimize(repeated, *arrays(), times=2, budget=0).report
     assert len([s for s in (*report.plan.sites, *report.plan.skipped) if s.op == "rms_norm"]) == 2
+
+
+def only_one(x):
+    return jnp.mean(x)
+
+
+def branches(x):
+    return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize(
+    ("program", "inputs", "keywords", "words"),
+    [(loss, (), {}, "missing 2 required positional arguments: 'x' and 'w'.*x, w"), (loss, (arrays(),), {}, "Unpack"),
+     (only_one, ((jnp.ones(2),),), {}, "got <class 'tuple'>.*Unpack"), (loss, arrays(), {"bugdet": "10s"}, "bugdet may be budget"),
+     (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), (), {}, "inputs"), (linen.Dense(2), (), {}, "its variables, inputs")],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_say_what_to_do(program, inputs, keywords, words):
+    with pytest.raises(InputError, match=f"(?s){words}") as raised:
+        kpt.auto_optimize(program, *inputs, **keywords)
+    assert str(raised.value.__cause__) in str(raised.value)
+    if not keywords:
+        with pytest.raises(InputError, match=f"(?s){words}"):
+            kpt_jax.plan(program, *inputs)
+
+
+def test_tensors_are_refused_where_the_program_is_of_jax():
+    torch = pytest.importorskip("torch")
+    for program, inputs in ((loss, (torch.ones(2, 2), torch.ones(2))), (linen.Dense(2), ({}, torch.ones(2)))):
+        with pytest.raises(InputError, match="Pass arrays of JAX"):
+            kpt.auto_optimize(program, *inputs)
+
+
+def test_an_error_of_the_function_stays_its_own():
+    def refuses(x):
+        raise TypeError("vocabulary sizes differ")
+
+    for run in (kpt.auto_optimize, kpt_jax.plan, lambda f, x: kpt_jax.optimize(f)(x)):
+        with pytest.raises(TypeError, match="^vocabulary sizes differ") as raised:
+            run(refuses, jnp.ones(2))
+        assert not isinstance(raised.value, KptError)
+
+
+@pytest.mark.parametrize("run", [kpt.auto_optimize, kpt_jax.plan])
+def test_a_branch_on_a_traced_value_says_what_to_do(run):
+    with pytest.raises(GraphError, match=r"(?s)boolean conversion of traced array.*jax\.lax\.cond or jax\.numpy\.where") as raised:
+        run(branches, jnp.ones(3))
+    assert isinstance(raised.value.__cause__, jax.errors.TracerBoolConversionError)
 
 
 def test_front_ends():

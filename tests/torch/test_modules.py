@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 import kpt
 import kpt_torch
 from kpt import Plan, cli, console
-from kpt.errors import ConfigError, KptError, PlanError
+from kpt.errors import ConfigError, InputError, KptError, PlanError
 from kpt.kernels import KernelSpec, registry
 from kpt.tuning import gain
 from kpt_torch import shapes
@@ -660,6 +660,28 @@ def test_auto_optimize_measures_and_keeps_what_wins():
     assert (result.fn is attend) != result.report.kept
     nothing = kpt.auto_optimize(F.relu, torch.randn(8))
     assert nothing.fn is F.relu and "no site has a kernel" in nothing.plan.notes[-1]
+
+
+def halved(x):
+    return torch.relu(x) / 2
+
+
+@pytest.mark.parametrize(
+    ("program", "inputs", "keywords", "words"),
+    [(nn.Linear(2, 2), (), {}, "missing 1 required positional argument: 'input'.* input"), (nn.Linear(2, 2), ((torch.ones(2),),), {}, "Unpack"),
+     (nn.Linear(2, 2), (np.ones(2),), {}, "must be Tensor, not numpy.ndarray.*Pass tensors"), (halved, (np.ones(2),), {}, "Pass tensors"),
+     (nn.Linear(2, 2), (torch.ones(2),), {"bugdet": "10s"}, "bugdet may be budget"), (halved, (), {}, "typical call: x")],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_say_what_to_do(program, inputs, keywords, words):
+    with pytest.raises(InputError, match=f"(?s){words}") as raised:
+        kpt.auto_optimize(program, *inputs, **keywords)
+    assert str(raised.value.__cause__) in str(raised.value)
+
+
+def test_an_error_of_the_module_stays_its_own():
+    for run in (kpt.auto_optimize, kpt_torch.plan, lambda m, x: kpt_torch.optimize(m)(x)):
+        with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"):
+            run(nn.Linear(2, 2), torch.ones(1, 3))
 
 
 class Trained(nn.Module):

@@ -1,0 +1,116 @@
+"""What is wrong with the example inputs of a program, said where it raised on them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kpt.errors import InputError, KptError
+from kpt.raised import told
+
+# A misspelt one of these lands among the program's keywords.
+_OPTIONS = ("level", "hardware", "budget", "plan")
+_APPLY = ("rngs", "method", "mutable", "capture_intermediates")  # what linen's `apply` takes itself
+_ARRAYS = {"torch": ("torch", "Tensor"), "jax": ("jax", "Array"), "jaxlib": ("jax", "Array"), "numpy": ("numpy", "ndarray")}
+_CONVERT = {"jax": "Pass arrays of JAX: jax.numpy.asarray(tensor.numpy())", "torch": "Pass tensors: torch.as_tensor(numpy.array(array))"}
+
+
+@contextlib.contextmanager
+def explained(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str) -> Iterator[None]:
+    """Around the first run of a program on its example inputs: an error that these explain becomes an InputError, any other stays.
+
+    Raises:
+      InputError: the program does not take so many inputs or such a keyword, or it raised a TypeError or AttributeError on a tuple that is
+        not unpacked or on arrays that are no tensors; from the original error, whose message it has. At once for tensors given to JAX.
+    """
+    given = ", ".join([*map(_kind, inputs), *(f"{k}={_kind(v)}" for k, v in keywords.items())])
+    asked = f"{getattr(program, '__name__', type(program).__name__)} was to be planned for "
+    asked += f"the example inputs ({given})" if given else "no example inputs"
+    if framework == "jax" and "torch" in _arrays((inputs, keywords)):
+        raise InputError(asked, "To a JAX program a tensor of PyTorch is a constant, which it does not trace", _CONVERT["jax"])
+    try:
+        yield
+    except KptError:
+        raise
+    except Exception as error:
+        advice = _advice(program, inputs, keywords, framework, isinstance(error, TypeError | AttributeError))
+        if advice is None:
+            raise
+        raise InputError(asked, f"It raised {told(error)}", advice) from error
+
+
+def _advice(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str, of_types: bool) -> str | None:
+    """What to do about the inputs; None where nothing is wrong with them that one could see."""
+    misfit = not _takes(program, inputs, keywords)
+    (only,) = inputs if len(inputs) == 1 and not keywords else (None,)
+    if misfit or of_types:
+        if isinstance(only, tuple | list) and only and _takes(program, tuple(only), {}):
+            return "Unpack it: (function, *inputs) and not (function, inputs)"
+        if isinstance(only, Mapping) and only and all(isinstance(k, str) for k in only) and _takes(program, (), only):
+            return "Unpack it: (function, **inputs) and not (function, inputs)"
+    if misfit:
+        for name in keywords:
+            if not _takes(program, inputs, {name: keywords[name]}) and (near := difflib.get_close_matches(name, _OPTIONS, 1)):
+                return f"{name} may be {near[0]}, misspelt"
+        return f"Pass the arguments of one typical call: {_signature(program)}"
+    foreign = framework == "torch" and any(a != "torch" for a in _arrays((inputs, keywords)))
+    return _CONVERT["torch"] if foreign and of_types else None
+
+
+def _takes(program: Any, inputs: tuple, keywords: Mapping[str, Any]) -> bool:
+    """Whether the program can be called so, as far as number and names tell."""
+    called = _called(program)
+    if called is not program and _is_linen(program):  # its variables come first
+        if not inputs or "method" in keywords:
+            return bool(inputs)
+        inputs, keywords = inputs[1:], {k: v for k, v in keywords.items() if k not in _APPLY}
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*inputs, **keywords)
+    except TypeError:
+        return False
+    return True
+
+
+def _signature(program: Any) -> str:
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(_called(program)).parameters.values()]
+    return ", ".join([*(["its variables"] if _is_linen(program) else []), *map(str, parameters)]) or "it takes none"
+
+
+def _called(program: Any) -> Any:
+    """That of a model whose parameters are those of its call."""
+    if _is_linen(program):
+        return program.__call__
+    return program.forward if hasattr(program, "forward") and hasattr(program, "state_dict") else program
+
+
+def _is_linen(program: Any) -> bool:
+    return hasattr(program, "init") and hasattr(program, "apply")
+
+
+def _arrays(held: Any) -> Iterator[str]:
+    """The frameworks of the arrays in tuples, lists and dicts."""
+    if isinstance(held, tuple | list):
+        for x in held:
+            yield from _arrays(x)
+    elif isinstance(held, Mapping):
+        yield from _arrays(list(held.values()))
+    elif (of := _of(held)) is not None:
+        yield of[0]
+
+
+def _kind(x: Any) -> str:
+    of = _of(x)
+    return ".".join(of) if of is not None else type(x).__name__
+
+
+def _of(x: Any) -> tuple[str, str] | None:
+    """("torch", "Tensor") and the like for an array; neither framework is imported to find out."""
+    found = _ARRAYS.get(type(x).__module__.partition(".")[0])
+    return found if found is not None and hasattr(x, "shape") and hasattr(x, "dtype") else None
