@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,25 +98,27 @@ active: contextvars.ContextVar[Planner | None] = contextvars.ContextVar("kpt_pla
 
 
 def _against_reference(match: Match, specs: dict[str, Spec], fn: Callable[..., Any]) -> Certificate:
-    """A kernel against float64 on random arrays."""
+    """A kernel against float64 on random arrays; each of its two programs is compiled once for all samples."""
+    op, kernel = ops.op(match.op), functools.partial(fn, **match.params)
 
-    def call(kernel: Callable[..., Any], arrays: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> Any:
-        return jax.device_get(jax.jit(lambda a: kernel(**a, **params))(arrays))
+    @jax.jit
+    def forward(arrays: dict[str, Any]) -> Any:
+        return kernel(**arrays)
 
-    op = ops.op(match.op)
+    @jax.jit
+    def backward(arrays: dict[str, Any], cotangents: list[Any]) -> Any:
+        moving = {n: a for n, a in arrays.items() if n in op.differentiable}
+        out, pull = jax.vjp(lambda moving: kernel(**arrays | moving), moving)
+        return pull(tuple(cotangents) if isinstance(out, tuple) else cotangents[0])[0]
 
-    def vjp(kernel: Callable[..., Any], arrays: Mapping[str, np.ndarray], params: Mapping[str, Any], cts: Any) -> dict:
-        diff = {n: a for n, a in arrays.items() if n in op.differentiable}
-        rest = {n: a for n, a in arrays.items() if n not in diff}
+    def run(_: Any, arrays: Mapping[str, np.ndarray], params: Any) -> Any:
+        return jax.device_get(forward(dict(arrays)))
 
-        def run(d: Any, c: Any) -> Any:
-            out, pull = jax.vjp(lambda d: kernel(**d, **rest, **params), d)
-            return pull(tuple(c) if isinstance(out, tuple) else c[0])[0]
-
-        return jax.device_get(jax.jit(run)(diff, list(cts)))
+    def run_vjp(_: Any, arrays: Mapping[str, np.ndarray], params: Any, cotangents: Any) -> dict:
+        return jax.device_get(backward(dict(arrays), list(cotangents)))
 
     with _compat.concrete():  # and no constants that are computed at once: a kernel's own axes are not bound to anything then
-        return validate(fn, op, specs, match.params, run=call, run_vjp=vjp)
+        return validate(fn, op, specs, match.params, run=run, run_vjp=run_vjp)
 
 
 class Example:
