@@ -322,6 +322,7 @@ def test_candidates_are_timed_and_the_faster_one_is_taken(with_slow):
     assert not any("were timed" in n for n in again.plan.notes)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_hangs_is_dropped_and_named(with_slow):
     registry.register(rms_norm_kernel("hanging", "hanging", 1.0))
     result = kpt.auto_optimize(loss, *arrays(), budget="100s")
