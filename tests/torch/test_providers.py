@@ -328,6 +328,10 @@ def test_several_cotangents_at_once():
     for y in (rows.rms_norm(x=x, weight=w), rows.rms_norm(x=x, weight=w, residual=r)[1]):
         pulled = lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True)[0]  # noqa: E731
         torch.testing.assert_close(torch.func.vmap(pulled)(g), torch.stack([pulled(v) for v in g]))
+        batched = lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True, is_grads_batched=True)[0]  # noqa: E731
+        torch.testing.assert_close(batched(g), torch.stack([pulled(v) for v in g]))
+        nested = torch._vmap_internals._vmap(batched)(torch.stack([g, 2 * g]))
+        torch.testing.assert_close(nested, torch.stack([batched(g), batched(2 * g)]))
 
 
 def test_what_was_kept_is_freed_where_the_backward_pass_is_watched():
