@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from kpt import ops
 from kpt.errors import KernelError
 from kpt.ops.base import Op, Spec
+from kpt.ops.shapes import keywords
 from kpt.strategy import wire
 from kpt_torch.one_by_one import of_older_vmap, of_vmap
 
@@ -126,6 +127,7 @@ def kernel(
 
     @functools.wraps(forward)
     def call(**given: Any) -> Any:
+        keywords(meaning, given)
         return bind(**{k: v for k, v in given.items() if k not in names})(**{n: given[n] for n in names if n in given})
 
     call.__name__ = call.__qualname__ = meaning.name
