@@ -162,6 +162,11 @@ def bench(
     the kernels, by CUPTI.
     """
     with answering(context, as_json):
+        from kpt.report import writable
+
+        for path, what in ((out, "JSON"), (plot, "A chart")):
+            if path is not None:
+                writable(path, what)
         measure = _front_end("kpt_jax.bench", "main")
         say = _console(stderr=as_json)
         result = measure(
@@ -192,8 +197,11 @@ def twin(
     Example: kpt twin tests.models.llama:TWIN --steps 100 --plot losses.svg
     """
     with answering(context, as_json):
+        from kpt.report import Line, line_chart, save, writable
         from kpt.twin import Twin, compare
 
+        if plot is not None:
+            writable(plot, "A chart")
         found = _attribute(pair)
         if not isinstance(found, Twin):
             raise KptError(f"{pair!r} was given", f"It is of type {type(found).__name__}", "Name a kpt.twin.Twin")
@@ -202,8 +210,6 @@ def twin(
             task = progress.add_task("training both", total=2 * steps)
             result = compare(found, *sides, steps=steps, seed=seed, done=lambda _: progress.advance(task))
         if plot is not None:
-            from kpt.report import Line, line_chart, save
-
             xs = range(steps)
             a, b = result.sides
             lines = [Line(a, xs, result.losses[0], "before"), Line(b, xs, result.losses[1], "after")]

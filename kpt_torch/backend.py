@@ -23,12 +23,12 @@ from kpt.hardware import HardwareProfile
 from kpt.kernels import registry
 from kpt.strategy import Plan, Site, level_named
 from kpt.strategy.planner import Planner
-from kpt_torch.apply import is_symbolic
 from kpt_torch.autocast import in_force, under
-from kpt_torch.capture import Sizes, capture, mutated_storages, to_numpy
+from kpt_torch.capture import capture, mutated_storages, to_numpy
 from kpt_torch.direct import direct
 from kpt_torch.held import Held, held, while_held
 from kpt_torch.lower import lower, storage
+from kpt_torch.other_sizes import other_sizes
 from kpt_torch.planner import Front, rewritten
 
 log = logging.getLogger("kpt")
@@ -47,6 +47,7 @@ class Backend:
       certify: instead of the setting.
       foreign: sites of a given plan of another framework that have found no counterpart yet.
       breaks: why Dynamo broke the program into several graphs, in its words.
+      left: the functions that Dynamo could not capture, and why.
     """
 
     level: str
@@ -60,6 +61,7 @@ class Backend:
     plans: list[Plan] = dataclasses.field(default_factory=list)
     foreign: list[Site] | None = None
     breaks: dict[str, None] = dataclasses.field(default_factory=dict)
+    left: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.before = dict(counters["graph_break"])
@@ -93,9 +95,11 @@ class Backend:
             else:
                 made = self._rewritten(planner, gm, inputs, f"graph{part}" if part else "", known)
         except Exception as error:  # the user's program runs, whatever becomes of the search
-            log.warning("kpt left a graph of %s as it was written: %s: %s", self.name, type(error).__name__, error, exc_info=True)
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            log.warning("kpt left a graph of %s as it was written: %s", self.name, said)
+            log.debug("The graph of %s that was left:", self.name, exc_info=True)
             planner.sites.clear()
-            planner.notes.append(f"Graph {part} runs as it was written: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            planner.notes.append(f"Graph {part} runs as it was written: {said}")
         run = gm if made is None else made
         if self.inner is not None:
             return planner.plan(self.name), self.inner(run, inputs)
@@ -142,7 +146,7 @@ def transformed(
     for i in [i for i in values if storage(holders[i].meta["val"]) in written]:
         del values[i]
     known = {n: values[i] for i, n in enumerate(holders) if i in values}
-    sizes = _other_sizes(module)
+    sizes = other_sizes(module)
     on = in_force()
     captured = capture(module, planner_name(path), on, torch.is_grad_enabled(), sizes[0], known)
     changed = _bodies(planner, module, device, path, known, captured.autocast)
@@ -209,44 +213,6 @@ def _bodies(
             setattr(module, str(body.target), made)
             changed = True
     return changed
-
-
-def _other_sizes(module: fx.GraphModule) -> tuple[Sizes, Sizes]:
-    """Two settings of the symbolic sizes in which every size is told from every other number; empty ones where all are known.
-
-    Primes, so that no product is taken for another; and no two of them as far apart in one setting as in the other, so that a
-    difference of sizes (the offset of a causal mask) shows.
-    """
-    symbols: dict[Any, int] = {}
-    taken = {1, 2, 3}
-    for n in module.graph.nodes:
-        val = n.meta.get("val")
-        dims: list[Any] = list(val.shape) if isinstance(val, torch.Tensor) else [val]
-        for s in dims:
-            if is_symbolic(s):
-                for symbol in s.node.expr.free_symbols if s.node.hint is not None else ():  # else it depends on data
-                    symbols.setdefault(symbol, int(s.node.shape_env.size_hint(symbol)))
-            elif isinstance(s, int):
-                taken.add(int(s))
-    if not symbols:
-        return Sizes(), Sizes()
-    first: dict[Any, int] = {}
-    second: dict[Any, int] = {}
-    for symbol, hint in symbols.items():
-        first[symbol] = _prime(max(hint, 5), taken)
-        taken.add(first[symbol])
-        other = _prime(first[symbol] + 1, taken)
-        while any(other - second[s] == first[symbol] - first[s] for s in second):
-            other = _prime(other + 1, taken)
-        second[symbol] = other
-        taken.add(other)
-    return Sizes(first), Sizes(second)
-
-
-def _prime(n: int, taken: set[int]) -> int:
-    while n in taken or any(n % k == 0 for k in range(2, int(n**0.5) + 1)):
-        n += 1
-    return n
 
 
 class Steady:

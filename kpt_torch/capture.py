@@ -206,7 +206,7 @@ def capture(
     for at, n in enumerate(gm.graph.nodes):
         b.fx, b.source = n, _source(n)
         val = n.meta.get("val")
-        if n.op == "placeholder":
+        if n.op == "placeholder" or "state" in n.meta:
             if isinstance(val, torch.Tensor):
                 values[n] = _opaque(b, n, val, made) if storage(val) in spoilt else b.value(_spec(val))
                 made[values[n].id] = n, None

@@ -21,18 +21,20 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from kpt import ops
 from kpt.errors import KernelError
 from kpt.ops.base import Op, Spec
+from kpt.ops.shapes import keywords
 from kpt.strategy import wire
+from kpt_torch.one_by_one import of_older_vmap, of_vmap
 
 Tensors = dict[str, torch.Tensor]
 Forward = Callable[[Tensors, dict[str, Any]], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
 Backward = Callable[..., Mapping[str, torch.Tensor]]
 Early = Callable[[Tensors, Sequence[str]], str]
 Kept = Callable[[dict[str, Spec], dict[str, Any]], Sequence[Spec]]
+_LIBRARY = torch.library.Library("kpt", "FRAGMENT")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -125,6 +127,7 @@ def kernel(
 
     @functools.wraps(forward)
     def call(**given: Any) -> Any:
+        keywords(meaning, given)
         return bind(**{k: v for k, v in given.items() if k not in names})(**{n: given[n] for n in names if n in given})
 
     call.__name__ = call.__qualname__ = meaning.name
@@ -257,7 +260,8 @@ def _differentiable(
         return (*(of.get(n) for n in names), [None] * ctx.made, list(found[len(floats) :]), None, None)
 
     pulled.register_autograd(twice, setup_context=hold)
-    pulled.register_vmap(functools.partial(_one_by_one, pulled))
+    pulled.register_vmap(functools.partial(of_vmap, pulled))
+    _LIBRARY.impl(pulled._name, functools.partial(of_older_vmap, pulled), "Batched")
 
     def keep(ctx: Any, inputs: tuple, output: list[torch.Tensor], alone: bool = False) -> None:
         ctx.set_materialize_grads(False)  # what was kept has no cotangent, and may be large
@@ -325,17 +329,6 @@ def _about_to_be_freed() -> bool:
     """Whether this is the last that anyone sees of what a node of autograd saved: there will be no second backward pass."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # private; without it nothing is written over
     return keeps is not None and not keeps()
-
-
-def _one_by_one(pulled: Any, info: Any, dims: tuple, *given: Any) -> tuple[list[torch.Tensor], list[int]]:
-    """A backward pass under vmap, as of several cotangents at once (`is_grads_batched`): one pass for each."""
-    flat, tree = pytree.tree_flatten(given)
-    along = pytree.tree_leaves(dims)
-    made = [
-        pulled(*pytree.tree_unflatten([t if d is None else t.select(d, i) for t, d in zip(flat, along, strict=True)], tree))
-        for i in range(info.batch_size)
-    ]
-    return [torch.stack(each) for each in zip(*made, strict=True)], [0] * len(made[0])
 
 
 def _laid_out(gradient: torch.Tensor, array: torch.Tensor) -> torch.Tensor:

@@ -7,18 +7,20 @@ differentiates the graph as it would have differentiated the program. Three thin
 - `vmap` (which Hugging Face builds its masks by) is carried out: between its markers, ops mean something else than they say.
 - An in-place op on a tensor that the graph itself made, and that nothing else looks into, becomes its functional twin.
 - A higher-order op (`torch.utils.checkpoint`, `cond`) keeps its body as a graph of its own.
+
+Tensors whose address is to stay (`mark_static_address`: a static cache of keys) are attributes of Dynamo's graph, which it may write into.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
@@ -39,20 +41,34 @@ def lower(gm: fx.GraphModule, example: Sequence[Any]) -> fx.GraphModule:
     Args:
       example: fake tensors and symbolic numbers for its placeholders.
     """
-    lowered = _traced(gm, example, _mode_of(example), pre_dispatch=True)
+    attributes = {str(n.target): n.meta.get("example_value") for n in gm.graph.nodes if n.op == "get_attr"}
+    state = {name: fake for name, fake in attributes.items() if isinstance(fake, FakeTensor)}
+    given = [*example, *state.values()]
+    lowered = _traced(gm, given, _mode_of(given), pre_dispatch=True, state=list(state))
     _carry_out_vmap(lowered)
     _functional(lowered)
     drop_dead(lowered.graph)
+    _held(lowered, {name: operator.attrgetter(name)(gm) for name in state})
     lowered.recompile()
     return lowered
 
 
-def _traced(gm: fx.GraphModule, example: Sequence[Any], mode: FakeTensorMode, pre_dispatch: bool) -> fx.GraphModule:
-    run = _Lowering(gm)
+def _held(lowered: fx.GraphModule, state: Mapping[str, torch.Tensor]) -> None:
+    """Makes attributes of the last placeholders again, marked as what is no constant."""
+    holders = [n for n in lowered.graph.nodes if n.op == "placeholder"]
+    for i, (n, tensor) in enumerate(zip(holders[len(holders) - len(state) :], state.values(), strict=True)):
+        lowered.register_buffer(f"_state_{i}", tensor, persistent=False)
+        n.op, n.target, n.meta["state"] = "get_attr", f"_state_{i}", True
+
+
+def _traced(
+    gm: fx.GraphModule, example: Sequence[Any], mode: FakeTensorMode, pre_dispatch: bool, state: Sequence[str] = ()
+) -> fx.GraphModule:  # fmt: skip
+    run = _Lowering(gm, state)
     # The graph is traced beside whatever compiles it: its fake tensors are its own. Dynamo lets numbers out of tensors for `tolist` alone.
     with torch._guards.tracing(None), mode, mock.patch.object(mode, "allow_scalar_outputs", True), fx.traceback.preserve_node_meta():
         try:
-            return make_fx(run.run, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
+            return make_fx(run.of, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
         finally:
             for region in reversed(run.entered):  # none, unless the trace failed inside of one
                 region.__exit__(None, None, None)
@@ -60,16 +76,26 @@ def _traced(gm: fx.GraphModule, example: Sequence[Any], mode: FakeTensorMode, pr
 
 def _mode_of(values: Iterable[Any]) -> FakeTensorMode:
     """That of the fake tensors among these; one of its own for a graph that reads none (a mask made of positions, after a graph break)."""
-    mode = next((x.fake_mode for x in values if isinstance(x, torch._subclasses.FakeTensor)), None)
+    mode = next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
     return mode or FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class _Lowering(fx.Interpreter):
     """Runs a graph so that make_fx records it; a higher-order op is recorded whole."""
 
-    def __init__(self, gm: fx.GraphModule):
+    def __init__(self, gm: fx.GraphModule, state: Sequence[str]):
         super().__init__(gm)
         self.entered: list[Any] = []  # autocast regions
+        self.state: dict[str, Any] = dict.fromkeys(state)
+
+    def of(self, *given: Any) -> Any:
+        """Runs it on its inputs, and after them what the attributes named in `state` hold."""
+        count = len(given) - len(self.state)
+        self.state = dict(zip(self.state, given[count:], strict=True))
+        return self.run(*given[:count])
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.state[target] if target in self.state else super().get_attr(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         with fx.traceback.set_current_meta(n):

@@ -25,6 +25,7 @@ from kpt.hardware import HardwareProfile
 from kpt.inputs import explained
 from kpt.strategy import Plan, level_named
 from kpt_torch.backend import Backend, profile
+from kpt_torch.quiet import in_a_line
 
 
 def optimize(
@@ -147,8 +148,12 @@ def _captured(fn: Callable[..., Any], backend: Backend, dynamic: bool | None = N
 
     @functools.wraps(capture)
     def told(*frame: Any) -> Any:
-        with _dynamo_told():
-            return capture(*frame)
+        plans, left = len(backend.plans), len(backend.left)
+        with _dynamo_told(), in_a_line(backend.left):
+            made = capture(*frame)
+        if len(backend.left) > left:
+            del backend.plans[plans:]  # of a graph that will not run
+        return made
 
     context.callback = told
     made: Callable[..., Any] = context(fn)
@@ -253,9 +258,10 @@ def whole(backend: Backend, settings: Settings, name: str) -> Plan:
         from kpt_torch.backend import detected
 
         here = profile(settings.hardware, torch.device("cpu")) if settings.hardware != "auto" else detected(torch.device("cpu"))
-        return Plan(name, settings.level, here.name, "torch", notes=("Dynamo captured no graph: nothing in it computes with tensors.",))
+        none = tuple(backend.left) or ("Dynamo captured no graph: nothing in it computes with tensors.",)
+        return Plan(name, settings.level, here.name, "torch", notes=none)
     first = max(plans, key=lambda p: len(p.sites) + len(p.skipped))  # a graph of sizes alone is on a CPU, whatever the program is on
-    notes = tuple(dict.fromkeys(n for p in plans for n in p.notes))
+    notes = tuple(dict.fromkeys(n for p in plans for n in p.notes)) + tuple(backend.left)
     if backend.foreign is not None and settings.given is not None:
         notes += tuple(f"The {settings.given.framework} plan names {s}, which has no counterpart here." for s in backend.foreign)
     elif settings.given is not None:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from kpt.kernels.estimate import estimate, seconds
 from kpt.kernels.spec import LEVELS, ORIGINAL, KernelSpec, original, refusal, resolve
 from kpt.kernels.validate import validate
 from kpt.ops.base import Op, Spec, Specs
+from kpt.ops.shapes import keywords
 from kpt.validation import Certificate
 
 ENTRY_POINTS = "kpt.kernels"
@@ -111,7 +113,8 @@ class KernelRegistry:
         often as it computes, and is given as it is: what calls it has checked.
 
         Raises:
-          KernelError: it is unknown, or cannot be imported. When it is called, OpError: shapes or dtypes do not fit.
+          KernelError: it is unknown, or cannot be imported. When it is called, OpError: a name is none of the op's, or shapes or dtypes do
+            not fit.
         """
         spec = self.get(kernel) if isinstance(kernel, str) else kernel
         if spec.provider == ORIGINAL:
@@ -313,13 +316,15 @@ def _slower(time: float | None, best: float | None, measured: bool) -> str:
 
 @functools.cache  # one function a kernel: jax keeps what it compiled by function
 def _checked(function: Callable[..., Any], op: str) -> Callable[..., Any]:
-    """The kernel, which refuses arrays that break the op's rule before it computes anything from them."""
+    """The kernel, which refuses names that are not the op's, and arrays that break its rule, before it computes anything from them."""
     meaning = _op(op)
     assert meaning is not None
     names = (*meaning.arrays, *meaning.optional)
+    own = tuple(inspect.signature(function).parameters)  # blocks and the like are among them
 
     @functools.wraps(function)
     def kernel(**given: Any) -> Any:
+        keywords(meaning, given, own)
         arrays = {n: a for n in names if (a := given.get(n)) is not None}
         if all(n in arrays for n in meaning.arrays) and all(hasattr(a, "dtype") for a in arrays.values()):
             specs = {n: Spec(tuple(a.shape), str(a.dtype)) for n, a in arrays.items()}

@@ -1,15 +1,16 @@
-"""Shape and dtype rules that several ops share; each raises an `OpError` that names the array."""
+"""Shape and dtype rules that several ops share; each raises an `OpError` that names the array or parameter."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from kpt.errors import OpError
-from kpt.ops.base import Spec, Specs
+from kpt.ops.base import REQUIRED, Op, Spec, Specs
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 _BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2,
@@ -34,6 +35,19 @@ def named(op: str, specs: Specs, arrays: Sequence[str], optional: Sequence[str] 
     for n in specs:
         if n not in arrays and n not in optional:
             raise OpError(f"{op} was given an array {n}", f"it takes {', '.join((*arrays, *optional))}", "check the name")
+
+
+def keywords(op: Op, given: Collection[str], others: Collection[str] = ()) -> None:
+    """Every name is an array's or a parameter's, or one of `others`, which a kernel takes besides; and none that it needs is missing."""
+    known = (*op.arrays, *op.optional, *op.params)
+    for n in given:
+        if n not in known and n not in others:
+            near = difflib.get_close_matches(n, (*known, *others), n=1)
+            advice = f"did you mean {near[0]}?" if near else "check the name"
+            raise OpError(f"{op.name} was given {n}", f"it takes {', '.join(known)}", advice)
+    for n in (*op.arrays, *(p for p, default in op.params.items() if default is REQUIRED)):
+        if n not in given:
+            raise OpError(f"{op.name} was called without {n}", f"it takes {', '.join(known)}", f"pass {n}=")
 
 
 def floats(op: str, specs: Specs, *names: str) -> None:

@@ -111,16 +111,16 @@ def write(report: Report, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def writable(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a report that is to be written, asked for before what takes minutes.
+def writable(path: str | os.PathLike[str], what: str = "A report") -> Path:
+    """The absolute path of a file that is to be written, asked for before what takes minutes.
 
     Raises:
       ConfigError: the path is a folder, or its folder is not there: a name with a slip makes no new one.
     """
     target = Path(path).resolve()
-    asked = f"A report was to be written to {target}"
+    asked = f"{what} was to be written to {target}"
     if os.path.isdir(target):  # which takes any name
-        raise ConfigError(asked, "It is a folder", "Name a file in it, such as report.html")
+        raise ConfigError(asked, "It is a folder", "Name a file in it")
     if not os.path.isdir(target.parent):
         raise ConfigError(asked, f"There is no folder {target.parent}", "Make it, or name another")
     return target

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from kpt import ops
 from kpt.errors import KernelError
 from kpt.ops.base import Specs
 from kpt.ops.mask import Causal, Explicit, Lengths, Mask, Segments, Window
+from kpt.ops.shapes import keywords
 from kpt_torch.library import torch_dtype
 
 
@@ -23,6 +25,21 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _named(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, which says what is wrong with the names that it was given."""
+
+    @functools.wraps(fn)
+    def attention(**given: Any) -> torch.Tensor:
+        try:
+            return fn(**given)
+        except TypeError:
+            keywords(ops.op("attention"), given)
+            raise
+
+    return attention
+
+
+@_named
 def attention(
     *,
     q: torch.Tensor,

@@ -347,6 +347,14 @@ def test_the_folder_of_a_report_has_to_be_there_and_that_of_the_demo_is_made(mod
     assert [p.name for p in tmp_path.iterdir()] == ([] if named else ["kpt-report"])
 
 
+@pytest.mark.parametrize("command", [("bench", "--out"), ("bench", "--plot"), ("twin", "tests.models.gpt:TWIN", "--plot")], ids=" ".join)
+@pytest.mark.parametrize("name, says", [("absent/x.svg", "There is no folder"), (".", "is a folder")])
+def test_where_results_go_is_asked_before_anything_is_measured(tmp_path, monkeypatch, command, name, says):
+    monkeypatch.setattr("kpt.cli._front_end", lambda *_: lambda *_: 1 // 0)
+    result = call(*command, str(tmp_path / name))
+    assert result.exit_code == REFUSED and says in result.stderr, result.output
+
+
 def test_doctor_shows_the_settings_and_refuses_wrong_ones(monkeypatch):
     monkeypatch.setenv("KPT_LEVEL", "conservative")
     assert json.loads(call("doctor", "--json").stdout)["settings"]["level"] == "conservative"

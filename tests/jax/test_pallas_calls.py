@@ -116,3 +116,12 @@ def test_a_kernel_called_by_hand_checks_its_shapes(name, arrays, says):
     with pytest.raises(OpError, match=rf"was given {says}\["):
         kpt.registry.load(name)(**arrays)
     assert kpt.registry.load(name) is kpt.registry.load(name)  # jax keeps what it compiled by function
+
+
+@pytest.mark.parametrize("name, given, says", [
+    ("rms_norm.xla", {"x": X, "epz": 1e-5}, "given epz.*mean eps"), ("rms_norm.xla", {"x": X, "wieght": X[0]}, "given wieght.*mean weight"),
+    ("rms_norm.pallas_tpu", {"x": X, "block": None}, "given block.*mean blocks"), ("matmul.xla", {"a": X}, "called without b"),
+])  # fmt: skip
+def test_a_kernel_called_by_hand_checks_its_names(name, given, says):
+    with pytest.raises(OpError, match=says):
+        kpt.registry.load(name)(**given)

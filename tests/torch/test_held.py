@@ -105,3 +105,27 @@ def test_a_write_of_the_same_values_changes_nothing():
     assert torch.equal(fast(x()), want)
     (plan,) = fast._kpt_backend.plans
     assert plan.sites[0].params["mask"].kinds == {"causal"}
+
+
+def test_a_tensor_whose_address_is_to_stay_is_no_constant():
+    """A static cache, as transformers have it: an attribute of Dynamo's graph, which is written into, within a call and between two."""
+    weight = torch.rand(16)
+
+    def step(x, at, cache, scale):
+        cache.index_copy_(0, at, x)
+        h = cache + 1
+        return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * scale * weight
+
+    results = []
+    for fn in (step, kpt_torch.optimize(step)):
+        cache, scale = torch.zeros(8, 16), torch.ones(16)
+        torch._dynamo.mark_static_address(cache)
+        torch._dynamo.mark_static_address(scale)
+        made = []
+        for t in range(4):
+            made.append(fn(torch.full((1, 16), 1.0 + t) * torch.arange(16), torch.tensor([t]), cache, scale))
+            scale.mul_(2)
+        results.append(made + [cache])
+    torch.testing.assert_close(*results)
+    (plan,) = fn._backend.plans
+    assert [s.op for s in plan.sites] == ["rms_norm"] and not plan.notes, plan.explain()

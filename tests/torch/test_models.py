@@ -77,6 +77,14 @@ MODELS = {
                                                                              global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=1,
                                                                              reference_compile=False, **TOKENS), "eager", PADDED,
                    {"rope": 4, "attention": 2}, {"rope": 4, "attention": 2}),  # padded queries see padded keys alone
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA | dict(head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=8,
+                                                                     **TOKENS), "eager", TEXT, {"rms_norm": 5, "attention": 2}, {"rms_norm": 5, "attention": 2}),
+    "mpt": ("MptForCausalLM", "MptConfig", dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "eager", PADDED, {"attention": 2},
+            {"attention": 2}),  # ALiBi
+    "falcon alibi": ("FalconForCausalLM", "FalconConfig", dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True,
+                                                               multi_query=True, **TOKENS), "eager", PADDED, {"attention": 2}, {"attention": 2}),
+    "diffllama": ("DiffLlamaForCausalLM", "DiffLlamaConfig", LLAMA | TOKENS, "eager", TEXT, {"rms_norm": 7, "rope": 4, "attention": 2},
+                  {"rms_norm": 7, "rope": 4, "attention": 2}),
     "swin": ("SwinForImageClassification", "SwinConfig", dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
              "eager", PIXELS, {"attention": 4}, {"attention": 4}),
     "beit": ("BeitForImageClassification", "BeitConfig", SMALL | dict(image_size=16, patch_size=4, use_relative_position_bias=True, out_indices=[1]),

@@ -394,6 +394,64 @@ def test_a_mask_that_depends_on_a_size_keeps_its_code_when_the_size_may_change()
     assert "other sizes" in second.skipped[0].reason
 
 
+def rms(x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def asked(x):
+    torch._check(x.shape[1] % 8 == 0)
+    return rms(x.unflatten(1, (-1, 8)))
+
+
+def shifted(x, y):
+    torch._check(x.shape[1] == y.shape[1] + 1)
+    return rms(x[:, 1:] + y)
+
+
+def bounded(x):
+    torch._check(x.shape[1] <= 30)
+    return rms(x[:, :30] + x)
+
+
+@pytest.mark.parametrize("program,lengths", [
+    (asked, (16, 24, 40)), (lambda x: rms(x.view(x.shape[0], x.shape[1] // 128, 128, 16)), (256, 384, 512)),
+    (lambda x: rms(sum(x.chunk(2, 1))), (16, 24, 32)), (shifted, (16, 21, 30)), (bounded, (16, 29, 30)),
+], ids=["multiples of 8", "multiples of 128", "halves", "tied", "bounded"])  # fmt: skip
+@pytest.mark.usefixtures("sizes_may_change")
+def test_other_sizes_are_such_as_the_program_asks_for(program, lengths, caplog):
+    fast = kpt_torch.optimize(program)
+    for t in lengths:
+        args = [torch.randn(2, n, 16) for n in ((t, t - 1) if program is shifted else (t,))]
+        close(fast(*args), program(*args))
+    assert [ops(p) for p in fast._backend.plans] == [["rms_norm"]] * 2, [p.explain() for p in fast._backend.plans]
+    assert not [r for r in caplog.records if r.name == "kpt"]
+
+
+@pytest.mark.usefixtures("sizes_may_change")
+def test_sizes_that_leave_no_other_are_told_in_a_line(caplog):
+    def small(x):
+        torch._check(x.shape[1] <= 16)
+        return rms(x.view(x.shape[0], x.shape[1] // 8, 8, 16))
+
+    def of_one_size(x):
+        return rms(x + 1) if x.shape[1] == 16 else x
+
+    x = torch.randn(2, 16, 16)
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    fast = kpt_torch.optimize(small)
+    close(fast(x), small(x))
+    (plan,) = fast._backend.plans
+    assert not plan.sites and "GraphError: A size that may change" in plan.notes[0]
+    torch._dynamo.mark_dynamic(x, 1)  # which Dynamo refuses where the program makes a constant of it
+    fast = kpt_torch.optimize(of_one_size)
+    close(fast(x), of_one_size(x))
+    assert [ops(p) for p in fast._backend.plans] == [["rms_norm"]]  # of the function that it calls
+    plan = kpt_torch.plan(of_one_size, x)
+    assert ops(plan) == ["rms_norm"] and "of_one_size (" in plan.notes[0] and "marked L['x'].size()[1] as dynamic" in plan.notes[0]
+    said = [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    assert [r.name for r in said] == ["kpt"] * 3 and all("\n" not in r.getMessage() and not r.exc_info for r in said)
+
+
 def test_a_number_of_another_module_is_no_reason_to_make_a_symbol_of_this_ones():
     class Scaled(nn.Module):
         def __init__(self, scale):

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kpt
-from kpt.errors import KernelError
+from kpt.errors import KernelError, OpError
 from kpt.kernels.spec import refusal
 from kpt.ops import Bias, Causal, Explicit, Lengths, Mask, Spec
 from kpt_torch.kernels import rows
@@ -45,6 +45,17 @@ CALLS = {
 def test_opcheck(name):
     fn, arrays, params = CALLS[name]
     torch.library.opcheck(fn.definition, (*arrays, json.dumps(params)))
+
+
+@pytest.mark.parametrize("name,given,says", [
+    ("rms_norm.torch", {"x": normal(N, D), "epz": 1e-5}, "given epz.*mean eps"), ("layer_norm.torch", {"x": normal(N, D), "epz": 1e-5}, "mean eps"),
+    ("layer_norm.torch", {"weight": normal(D)}, "called without x"), ("rope.torch", {"x": normal(2, 5, 3, D), "sine": normal(1, 5, 6)}, "mean sin"),
+    ("attention.sdpa", dict.fromkeys("qkv", normal(2, 5, 3, D)) | {"scala": 1.0}, "given scala.*mean scale"),
+    ("matmul.triton", {"a": normal(N, D)}, "called without b"),
+])  # fmt: skip
+def test_a_kernel_called_by_hand_checks_its_names(name, given, says):
+    with pytest.raises(OpError, match=says):
+        kpt.registry.load(name)(**given)
 
 
 def test_logits_are_never_whole(monkeypatch):
@@ -328,6 +339,10 @@ def test_several_cotangents_at_once():
     for y in (rows.rms_norm(x=x, weight=w), rows.rms_norm(x=x, weight=w, residual=r)[1]):
         pulled = lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True)[0]  # noqa: E731
         torch.testing.assert_close(torch.func.vmap(pulled)(g), torch.stack([pulled(v) for v in g]))
+        batched = lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True, is_grads_batched=True)[0]  # noqa: E731
+        torch.testing.assert_close(batched(g), torch.stack([pulled(v) for v in g]))
+        nested = torch._vmap_internals._vmap(batched)(torch.stack([g, 2 * g]))
+        torch.testing.assert_close(nested, torch.stack([batched(g), batched(2 * g)]))
 
 
 def test_what_was_kept_is_freed_where_the_backward_pass_is_watched():

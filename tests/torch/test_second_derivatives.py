@@ -166,6 +166,8 @@ WAYS = {
     "torch.func.jacrev twice": lambda loss, x: torch.func.jacrev(torch.func.jacrev(loss))(x),
     "hessian": lambda loss, x: torch.autograd.functional.hessian(loss, x),
     "hvp": lambda loss, x: torch.autograd.functional.hvp(loss, x, torch.ones_like(x))[1],
+    "hessian at once": lambda loss, x: torch.autograd.functional.hessian(loss, x, vectorize=True),
+    "jacobian at once": lambda loss, x: torch.autograd.functional.jacobian(lambda x: loss(x).expand(3) * torch.ones(3), x, vectorize=True),
 }  # fmt: skip
 
 
