@@ -318,7 +318,7 @@ def showing(what: str) -> Iterator[Callable[..., None]]:
 
 
 def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
-    """ "kpt_torch" for a torch module, a function of torch's or one that does not tell and is given tensors, be it in a batch; else "kpt_jax".
+    """ "kpt_torch" for a torch module, a function of torch's or one that does not tell and is given tensors or batches; else "kpt_jax".
 
     Imports neither framework.
     """

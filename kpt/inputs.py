@@ -26,8 +26,8 @@ def explained(program: Any, inputs: tuple, keywords: Mapping[str, Any], framewor
 
     Raises:
       InputError: the program does not take so many inputs or such a keyword, or it raised a TypeError or AttributeError that names the type
-        of a tuple that is not unpacked, or of an array that is no tensor; from the original error, whose message it has. At once for tensors
-        given to JAX.
+        of a tuple that is not unpacked, or of an array that is no tensor; from the original error, whose message it has. At once for
+        tensors given to JAX.
     """
     given = ", ".join([*map(_kind, inputs), *(f"{k}={_kind(v)}" for k, v in keywords.items())])
     asked = f"{getattr(program, '__name__', type(program).__name__)} was to be planned for "
@@ -65,7 +65,7 @@ def _advice(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework:
 
 
 def _began(program: Any, error: Exception) -> bool:
-    """Whether the program itself was under way, so that it was called with what it takes: a decorator may call it otherwise than it says."""
+    """Whether the program itself was under way, so that it was called with what it takes: a decorator may say other arguments."""
     inner = _called(program)
     while isinstance(inner, functools.partial) or hasattr(inner, "__wrapped__"):
         inner = inner.func if isinstance(inner, functools.partial) else inner.__wrapped__
