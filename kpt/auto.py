@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kpt.errors import KptError, MissingDependencyError
 from kpt.frameworks import framework_of
+from kpt.inputs import arrays_in
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
 from kpt.tuning import certain, gain, ratio, sigmas
@@ -218,7 +219,7 @@ def session(fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level:
     Raises:
       As `auto_optimize`.
     """
-    made: Session = _front(fn_or_model, inputs).Session(fn_or_model, inputs, keywords, level, hardware)
+    made: Session = _front(fn_or_model, (inputs, keywords)).Session(fn_or_model, inputs, keywords, level, hardware)
     return made
 
 
@@ -317,7 +318,7 @@ def showing(what: str) -> Iterator[Callable[..., None]]:
 
 
 def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
-    """ "kpt_torch" for a torch module, a function of torch's or one that does not tell and is given tensors; else "kpt_jax".
+    """ "kpt_torch" for a torch module, a function of torch's or one that does not tell and is given tensors or batches; else "kpt_jax".
 
     Imports neither framework.
     """
@@ -328,6 +329,6 @@ def front_end(fn_or_model: Any, example_inputs: tuple) -> str:
         raise KptError(f"auto_optimize was given an object of type {type(fn_or_model).__name__}", "It takes a function or a model",
                        "Pass the function that computes, for example the loss")  # fmt: skip
     of = framework_of(fn_or_model)
-    if of is None and torch is not None and any(isinstance(x, torch.Tensor) for x in example_inputs):
+    if of is None and torch is not None and any(isinstance(x, torch.Tensor) for x in arrays_in(example_inputs)):
         of = "torch"
     return f"kpt_{of or 'jax'}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,30 +25,32 @@ def explained(program: Any, inputs: tuple, keywords: Mapping[str, Any], framewor
     """Around the first run of a program on its example inputs: an error that these explain becomes an InputError, any other stays.
 
     Raises:
-      InputError: the program does not take so many inputs or such a keyword, or it raised a TypeError or AttributeError on a tuple that is
-        not unpacked or on arrays that are no tensors; from the original error, whose message it has. At once for tensors given to JAX.
+      InputError: the program does not take so many inputs or such a keyword, or it raised a TypeError or AttributeError that names the type
+        of a tuple that is not unpacked, or of an array that is no tensor; from the original error, whose message it has. At once for
+        tensors given to JAX.
     """
     given = ", ".join([*map(_kind, inputs), *(f"{k}={_kind(v)}" for k, v in keywords.items())])
     asked = f"{getattr(program, '__name__', type(program).__name__)} was to be planned for "
     asked += f"the example inputs ({given})" if given else "no example inputs"
-    if framework == "jax" and "torch" in _arrays((inputs, keywords)):
+    if framework == "jax" and any(_of(a) == _ARRAYS["torch"] for a in arrays_in((inputs, keywords))):
         raise InputError(asked, "To a JAX program a tensor of PyTorch is a constant, which it does not trace", _CONVERT["jax"])
     try:
         yield
     except KptError:
         raise
     except Exception as error:
-        advice = _advice(program, inputs, keywords, framework, isinstance(error, TypeError | AttributeError))
+        advice = _advice(program, inputs, keywords, framework, error)
         if advice is None:
             raise
         raise InputError(asked, f"It raised {told(error)}", advice) from error
 
 
-def _advice(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str, of_types: bool) -> str | None:
+def _advice(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str, error: Exception) -> str | None:
     """What to do about the inputs; None where nothing is wrong with them that one could see."""
-    misfit = not _takes(program, inputs, keywords)
+    misfit = not _takes(program, inputs, keywords) and not _began(program, error)
+    said = str(error) if isinstance(error, TypeError | AttributeError) else ""
     (only,) = inputs if len(inputs) == 1 and not keywords else (None,)
-    if misfit or of_types:
+    if misfit or type(only).__name__ in said:
         if isinstance(only, tuple | list) and only and _takes(program, tuple(only), {}):
             return "Unpack it: (function, *inputs) and not (function, inputs)"
         if isinstance(only, Mapping) and only and all(isinstance(k, str) for k in only) and _takes(program, (), only):
@@ -56,8 +60,17 @@ def _advice(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework:
             if not _takes(program, inputs, {name: keywords[name]}) and (near := difflib.get_close_matches(name, _OPTIONS, 1)):
                 return f"{name} may be {near[0]}, misspelt"
         return f"Pass the arguments of one typical call: {_signature(program)}"
-    foreign = framework == "torch" and any(a != "torch" for a in _arrays((inputs, keywords)))
-    return _CONVERT["torch"] if foreign and of_types else None
+    foreign = framework == "torch" and any(_of(a) != _ARRAYS["torch"] and type(a).__name__ in said for a in arrays_in((inputs, keywords)))
+    return _CONVERT["torch"] if foreign else None
+
+
+def _began(program: Any, error: Exception) -> bool:
+    """Whether the program itself was under way, so that it was called with what it takes: a decorator may say other arguments."""
+    inner = _called(program)
+    while isinstance(inner, functools.partial) or hasattr(inner, "__wrapped__"):
+        inner = inner.func if isinstance(inner, functools.partial) else inner.__wrapped__
+    code = getattr(inner if hasattr(inner, "__code__") else type(inner).__call__, "__code__", None)
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _takes(program: Any, inputs: tuple, keywords: Mapping[str, Any]) -> bool:
@@ -79,8 +92,15 @@ def _takes(program: Any, inputs: tuple, keywords: Mapping[str, Any]) -> bool:
 
 
 def _signature(program: Any) -> str:
-    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(_called(program)).parameters.values()]
-    return ", ".join([*(["its variables"] if _is_linen(program) else []), *map(str, parameters)]) or "it takes none"
+    parameters = [_shown(p) for p in inspect.signature(_called(program)).parameters.values()]
+    return ", ".join([*(["its variables"] if _is_linen(program) else []), *parameters]) or "it takes none"
+
+
+def _shown(p: inspect.Parameter) -> str:
+    """A default may be all parameters of a model."""
+    if p.default is p.empty or isinstance(p.default, int | float | str | None):
+        return str(p.replace(annotation=p.empty))
+    return f"{p.name}=..."
 
 
 def _called(program: Any) -> Any:
@@ -94,15 +114,15 @@ def _is_linen(program: Any) -> bool:
     return hasattr(program, "init") and hasattr(program, "apply")
 
 
-def _arrays(held: Any) -> Iterator[str]:
-    """The frameworks of the arrays in tuples, lists and dicts."""
+def arrays_in(held: Any) -> Iterator[Any]:
+    """The arrays in tuples, lists and dicts."""
     if isinstance(held, tuple | list):
         for x in held:
-            yield from _arrays(x)
+            yield from arrays_in(x)
     elif isinstance(held, Mapping):
-        yield from _arrays(list(held.values()))
-    elif (of := _of(held)) is not None:
-        yield of[0]
+        yield from arrays_in(list(held.values()))
+    elif _of(held) is not None:
+        yield held
 
 
 def _kind(x: Any) -> str:

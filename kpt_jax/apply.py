@@ -169,12 +169,15 @@ def _replaced(rw: Rewrite, i: int, env: Mapping[int, Any]) -> list[Any]:
     return [emit(e, x, with_outs, out_memo) for e in match.results.values()]
 
 
-_jitted: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}
+_jitted: dict[tuple[int, str], Callable[..., Any]] = {}
 
 
 def _once(kernel: Callable[..., Any], params: Mapping[str, Any]) -> Callable[..., Any]:
-    """The kernel with its parameters, as a function that jax traces and lowers once for all sites alike: a kernel takes half a second."""
-    key = kernel, repr(sorted(params.items()))  # by repr, for 1 == 1.0 and 0.0 == -0.0
+    """The kernel with its parameters, as a function that jax traces and lowers once for all sites alike: a kernel takes half a second.
+
+    Kernels are told apart by identity, for they need not be hashable, and parameters by repr, for 1 == 1.0 and 0.0 == -0.0.
+    """
+    key = id(kernel), repr(sorted(params.items()))  # what is kept holds the kernel, whose id is therefore no other's
     if key not in _jitted:
         _jitted[key] = jax.jit(functools.partial(kernel, **params))
     return _jitted[key]

@@ -115,7 +115,7 @@ def writable(path: str | os.PathLike[str], what: str = "A report") -> Path:
     """The absolute path of a file that is to be written, asked for before what takes minutes.
 
     Raises:
-      ConfigError: the path is a folder, or its folder is not there: a name with a slip makes no new one.
+      ConfigError: the path is a folder, its folder is not there (a name with a slip makes no new one), or it may not be written.
     """
     target = Path(path).resolve()
     asked = f"{what} was to be written to {target}"
@@ -123,4 +123,6 @@ def writable(path: str | os.PathLike[str], what: str = "A report") -> Path:
         raise ConfigError(asked, "It is a folder", "Name a file in it")
     if not os.path.isdir(target.parent):
         raise ConfigError(asked, f"There is no folder {target.parent}", "Make it, or name another")
+    if not os.access(target if os.path.exists(target) else target.parent, os.W_OK):
+        raise ConfigError(asked, "It may not be written", "Name another file")
     return target

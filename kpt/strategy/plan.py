@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ class Site:
 
 def differentiated(path: str) -> bool:
     """Whether what is at a path is in a part of which the program itself takes gradients."""
-    return any(part.startswith("grad") for part in path.split("/"))
+    return any(re.fullmatch(r"grad\d+", part) for part in path.split("/"))
 
 
 @dataclasses.dataclass(frozen=True)

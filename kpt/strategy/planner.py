@@ -212,11 +212,14 @@ class Planner:
         if self.wanted is not None or self.foreign is not None or kernel.name in failed:
             return None
         failed[kernel.name] = why
-        other, reason, others = self._choose(match, specs_of(match), failed, passes)
-        try:
-            return None if other is None else (other, kernel_room.registry.load(other), reason, others)
-        except KernelError:
-            return None
+        while True:
+            other, reason, others = self._choose(match, specs_of(match), failed, passes)
+            if other is None:
+                return None
+            try:
+                return other, kernel_room.registry.load(other), reason, others
+            except Exception as error:  # a broken kernel costs a site, never the user's run
+                failed[other.name] = f"cannot be loaded: {error}"
 
     def bodies_of(self, graph: Graph, path: str) -> Iterable[tuple[Any, list[tuple[str, Graph]]]]:
         """The nodes of a graph that have bodies, and these with their paths: "scan0", "cond1.0", "cond1.1"."""

@@ -142,7 +142,7 @@ def tune(
       calls: sites of a plan, or calls that may be met in one.
       hardware: of the plan. For other hardware than the runner's nothing is timed.
       level: of which the candidates are.
-      trained: whether backward passes are timed, too. At sites in what a program takes gradients of they are in any case.
+      trained: whether backward passes are timed, too. They are in any case of what a site computes in what a program takes gradients of.
       budget: seconds, besides the start of the processes that time them.
     """
     start = time.monotonic()
@@ -151,15 +151,17 @@ def tune(
     place, table = runner.place, Measurements()
     count: dict[tuple, int] = collections.Counter()
     kinds: dict[tuple, Site | Call] = {}
+    backward: set[tuple] = set()  # once is enough: outside of what is differentiated, too, these times come first
     for call in calls:
-        passes = BOTH if trained or (isinstance(call, Site) and differentiated(call.path)) else FORWARD
-        kind = call.op, tuple(call.specs.items()), repr(call.params), passes
+        kind = call.op, tuple(call.specs.items()), repr(call.params)
         kinds.setdefault(kind, call)
         count[kind] += 1
+        if trained or (isinstance(call, Site) and differentiated(call.path)):
+            backward.add(kind)
     wanted: list[Trial] = []
     known = 0
     for kind in sorted(kinds, key=lambda k: (_left(kinds[k]), -count[k] * _elements(kinds[k]))):
-        call, passes = kinds[kind], kind[-1]
+        call, passes = kinds[kind], BOTH if kind in backward else FORWARD
         dtype = next(iter(call.specs.values())).dtype
         able, _ = kernel_room.registry.able(call.op, hardware, dtype, call.specs, call.params, level, runner.framework)
         able = [k for k in able if runner.finds(k)]

@@ -1,5 +1,7 @@
 """Example inputs that a program does not take: told with what to do, and its own errors left as they are."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,32 @@ def one(x):
 
 
 def fails(x):
+    raise TypeError("vocabulary sizes differ")
+
+
+def with_a_key(fn):
+    @functools.wraps(fn)  # which says that the key is one of its arguments
+    def call(*inputs):
+        return fn(*inputs, 3)
+
+    return call
+
+
+@with_a_key
+def keyed(x, key):
+    return x.missing
+
+
+@with_a_key
+def keyed_and_fails(x, key):
+    raise ValueError("vocabulary sizes differ")
+
+
+def batch_fails(batch, train=True):
+    raise TypeError("vocabulary sizes differ")
+
+
+def lengths_fail(x, lengths):
     raise TypeError("vocabulary sizes differ")
 
 
@@ -70,6 +98,8 @@ EXPLAINED = [
     (Module(), (X,), {"hardwear": "cpu"}, "torch", "hardwear may be hardware, misspelt."),
     (Linen(), (), {}, "jax", "Pass the arguments of one typical call: its variables, x."),
     (Linen(), ({},), {}, "jax", "Pass the arguments of one typical call: its variables, x."),
+    (keyed, (X, X, X), {}, "jax", "Pass the arguments of one typical call: x, key."),
+    (functools.partial(lambda w, x, *, scale, train=True: x @ w, scale=X), (X,), {}, "jax", "Pass the arguments of one typical call: w, x, scale=..., train=True."),
     (Linen(), ({}, X), {"levle": "balanced", "rngs": {}}, "jax", "levle may be level, misspelt."),
 ]
 
@@ -91,7 +121,9 @@ def test_tensors_are_no_constants_of_a_jax_program():
 @pytest.mark.parametrize(
     ("program", "inputs", "framework", "kind"),
     [(fails, (X,), "jax", TypeError), (fails, (Tensor(),), "torch", TypeError), (one, (X,), "jax", AttributeError),
-     (lambda x: 1 // 0, ((X,),), "jax", ZeroDivisionError), (lambda x: 1 // 0, (X,), "torch", ZeroDivisionError)],
+     (lambda x: 1 // 0, ((X,),), "jax", ZeroDivisionError), (lambda x: 1 // 0, (X,), "torch", ZeroDivisionError),
+     (keyed, (X,), "jax", AttributeError), (keyed_and_fails, (X,), "jax", ValueError), (functools.partial(keyed_and_fails, X), (), "jax", ValueError),
+     (batch_fails, ((X, X),), "jax", TypeError), (batch_fails, ({"batch": X},), "torch", TypeError), (lengths_fail, (Tensor(), X), "torch", TypeError)],
 )  # fmt: skip
 def test_an_error_that_the_inputs_do_not_explain_stays(program, inputs, framework, kind):
     with pytest.raises(kind) as raised, explained(program, inputs, {}, framework):

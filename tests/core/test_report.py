@@ -15,7 +15,7 @@ from kpt.hardware import detect_hardware
 from kpt.kernels import registry
 from kpt.kernels.estimate import seconds
 from kpt.ops import Spec, op
-from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, drawable, line_chart, render, save, write
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, drawable, line_chart, render, save, writable, write
 from kpt.report.html import groups
 from kpt.report.roofline import roofline
 from kpt.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
@@ -183,6 +183,18 @@ def test_write_returns_the_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write(report(), "report.html")
     assert path == tmp_path / "report.html" and path.read_text(encoding="utf-8") == render(report())
+
+
+def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "theirs.html").touch()
+    refused = {tmp_path / "theirs.html"}
+    monkeypatch.setattr("os.access", lambda path, mode: path not in refused)
+    assert writable(tmp_path / "mine.html") == tmp_path / "mine.html"
+    with pytest.raises(ConfigError, match="may not be written"):
+        writable(tmp_path / "theirs.html")
+    refused.add(tmp_path)
+    with pytest.raises(ConfigError, match="may not be written"):
+        writable(tmp_path / "mine.html")
 
 
 @pytest.mark.parametrize(("name", "says"), [(".", "is a folder"), ("none/report.html", "There is no folder .*none"), ("x" * 300, "too long")])

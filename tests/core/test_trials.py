@@ -23,7 +23,7 @@ from kpt.kernels.spec import ORIGINAL, original
 from kpt.ops.base import Spec
 from kpt.ops.mask import Causal, Mask
 from kpt.strategy import planner
-from kpt.strategy.plan import Plan, Site
+from kpt.strategy.plan import Plan, Site, differentiated
 from kpt.strategy.tune import Runner, ahead, measured_again, to_time, tune
 from kpt.tuning import Measurement, Measurements, export_json, import_json, settings, trials
 from kpt.tuning.measurements import BOTH, FORWARD
@@ -262,8 +262,15 @@ def test_in_what_a_program_differentiates_backward_passes_are_timed_and_nothing_
     tuned(plan, done=lambda trial, outcome: met.append(trial.passes))
     place, kernels = planner.place_of(CPU, ("jax", "jaxlib")), registry.kernels()
     assert met == [FORWARD] and trials.known(Measurements(), place, kernels, X, {}) and not trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
-    tuned(dataclasses.replace(plan, sites=(*plan.sites, inside)), done=lambda trial, outcome: met.append(trial.passes))
-    assert met.count(BOTH) == 1 and trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
+    both = dataclasses.replace(plan, sites=(*plan.sites, inside))
+    tuned(both, done=lambda trial, outcome: met.append(trial.passes))
+    assert met == [FORWARD, BOTH], "what is inside and outside is timed once"
+    assert trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
+
+
+def test_a_name_is_no_gradient():
+    assert differentiated("grad0/attention0") and differentiated("call0/grad12/scan0/attention0")
+    assert not any(map(differentiated, ("", "attention0", "grad_norm0", "gradient_of/attention0", "layers.grad.0/attention0")))
 
 
 def test_what_an_estimate_left_is_timed_last_and_taken_where_it_is_below_the_roofline_of_the_original(registry, folder):

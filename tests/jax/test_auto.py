@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -351,6 +352,44 @@ def test_the_next_kernel_takes_the_place_of_a_wrong_one(with_slow):
     del registry._kernels["rms_norm.slow"]
     (site,) = kpt_jax.plan(loss, *arrays()).sites
     assert site.kernel == "rms_norm.xla" and "disagrees with the original" in site.alternatives["rms_norm.wrong"]
+
+
+def test_one_that_cannot_be_imported_costs_no_run(with_slow, tmp_path, monkeypatch):
+    (tmp_path / "without_its_driver.py").write_text("raise RuntimeError('no driver')")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.register(rms_norm_kernel("wrong", "wrong", 1.0))
+    registry.register(dataclasses.replace(rms_norm_kernel("driver", "", 0.99), loader="without_its_driver:rms_norm"))
+    del registry._kernels["rms_norm.slow"]
+    (site,) = kpt_jax.plan(loss, *arrays()).sites
+    assert site.kernel == "rms_norm.xla" and "cannot be loaded: no driver" in site.alternatives["rms_norm.driver"]
+
+
+class Counting:
+    """A kernel that is an object: equal to every other, and not hashable."""
+
+    def __init__(self, times: float):
+        self.times, self.traced = times, 0
+
+    def __eq__(self, other):
+        return isinstance(other, Counting)
+
+    def __call__(self, *, x, weight, eps, **_):
+        self.traced += 1
+        return (self.times * x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight,)
+
+
+def test_a_kernel_is_traced_once_for_sites_alike_and_taken_for_no_other(monkeypatch):
+    """Under other settings of jax they are not alike."""
+    monkeypatch.setenv("KPT_CERTIFY", "off")
+    normed = lambda x, w: sum(loss(y, w) for y in (x, x + 1, x + 2))  # noqa: E731
+    for times in (1.0, 2.0):
+        kernel = Counting(times)
+        monkeypatch.setattr(registry, "load", lambda spec, kernel=kernel: kernel)
+        np.testing.assert_allclose(kpt_jax.optimize(normed)(*arrays()), times**3 * normed(*arrays()), rtol=1e-5)
+        assert kernel.traced == 1
+        with jax.default_matmul_precision("highest"):
+            kpt_jax.optimize(normed)(*arrays())
+        assert kernel.traced == 2
 
 
 @pytest.mark.slow

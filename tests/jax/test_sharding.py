@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+import kpt_jax
 from kpt_jax.both_modes import both_modes
 from tests.jax.certified import EIGHT_DEVICES
 
@@ -81,6 +82,19 @@ def test_in_shard_map(in_shard_map, case):
     """Found and certified, whichever way the two are nested; the program has compared the numbers."""
     found = in_shard_map[case]
     assert found["swapped"] == [found["op"]] and found["certified"], found["why"]
+
+
+def test_a_site_in_shard_map_is_proved_where_a_mesh_is_set(monkeypatch):
+    """Arrays that jax makes under it are of the mesh, and meet none that the site's own code made among manual axes."""
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+    mesh, spec = Mesh(np.array(jax.devices()[:1]), ("i",)), PartitionSpec("i")
+
+    def attention(x):
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, x) / 2, -1), x)
+
+    with jax.set_mesh(mesh):
+        (site,) = kpt_jax.plan(jax.shard_map(attention, mesh=mesh, in_specs=spec, out_specs=spec), jnp.ones((2, 6, 4))).sites
+    assert site.path == "shard_map0/attention0" and site.certificate is not None
 
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f])

@@ -736,6 +736,17 @@ def test_inputs_that_do_not_fit_say_what_to_do(program, inputs, keywords, words)
     assert str(raised.value.__cause__) in str(raised.value)
 
 
+def test_tensors_in_a_batch_tell_whose_a_function_is():
+    """One that names nothing of torch's; what it raises is its own."""
+
+    def fails(batch):
+        return batch["x"].relu() + batch["missing"]
+
+    for inputs, keywords in ((({"x": torch.ones(2)},), {}), ((), {"batch": {"x": torch.ones(2)}})):
+        with pytest.raises(KeyError, match="missing"):
+            kpt.auto_optimize(fails, *inputs, **keywords)
+
+
 def test_an_error_of_the_module_stays_its_own():
     for run in (kpt.auto_optimize, kpt_torch.plan, lambda m, x: kpt_torch.optimize(m)(x)):
         with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"):
