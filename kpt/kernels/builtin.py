@@ -206,8 +206,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     # Beside cuDNN, which is taken where it can compute a call, neither is faster at all lengths. What cuDNN cannot, such as documents that
     # are packed together, was 35 times as fast as plain code on an H100, both passes (docs/benchmarks/hopper-attention.json).
     _hopper_attention("attention.pallas_gpu", "refusal", 0.55),
-    # Causal at head dim 256 it was 1.14 and 1.19 times as fast as cuDNN's in both passes on an H200. Narrower heads are padded to 256, and none
-    # was timed: it is left to a measurement too, where cuDNN can compute a call.
+    # Causal at head dim 256 it was 1.13 and 1.19 times as fast as cuDNN's in both passes on an H200. Narrower heads are padded to 256, and
+    # none was timed: it is left to a measurement too, where cuDNN can compute a call.
     _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.55),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refused_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refused_to_256"),
