@@ -362,7 +362,7 @@ class Optimized:
         with uncollected():
             try:
                 with derivatives_seen(planner.token):
-                    closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
+                    closed = planner.traced(flat, [_struct(x) for x in dynamic], [_placed(x) for x in dynamic])
             finally:
                 active.reset(token)
                 planner.within = within
@@ -475,6 +475,14 @@ def _struct(x: Any) -> Any:
     if _compat.varying_axes(aval):  # no struct says so on every jax; there are no explicit shardings in a shard_map
         return aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
+
+
+def _placed(x: Any) -> Any:
+    """`_struct`, with the explicit sharding of the array."""
+    struct, (sharding, _) = _struct(x), _compat.placement(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x))
+    if sharding is None or not isinstance(struct, jax.ShapeDtypeStruct):
+        return struct
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=struct.weak_type, sharding=sharding)
 
 
 def nested(fun: Callable[..., Any]) -> Callable[..., Any]:

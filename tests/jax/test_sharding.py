@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import kpt_jax
 from kpt_jax.both_modes import both_modes
@@ -112,3 +112,21 @@ def test_a_site_in_shard_map_one_of_whose_results_is_not_used(jit):
 
     x = jnp.arange(4.0)
     np.testing.assert_array_equal(jit(jax.grad(loss))(x), jit(jnp.cos)(x))
+
+
+def test_a_program_that_needs_explicit_shardings_is_traced_with_them():
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Explicit,))
+    rows, spec = jnp.arange(32.0).reshape(4, 8), PartitionSpec("i")
+
+    def loss(w, x):
+        return jnp.sum(x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w)
+
+    def step(w, x):
+        x = jax.shard_map(lambda x: 2 * x, in_specs=spec, out_specs=spec)(x)
+        return w - jax.grad(loss)(w, x)
+
+    with jax.set_mesh(mesh):
+        x, w = jax.device_put(rows, NamedSharding(mesh, spec)), jnp.ones(8)
+        fast = kpt_jax.optimize(step)
+        assert [s.path for s in fast.plan(w, x).sites] == ["grad0/rms_norm0"], "of the first trace, which failed, nothing is left"
+        np.testing.assert_allclose(fast(w, x), step(w, x), rtol=1e-6)
