@@ -318,7 +318,7 @@ def test_refused_where_xla_may_partition(monkeypatch):
         (CAUSAL, 80, "attention.cudnn"),
         (Mask(), 128, "attention.cudnn"),
         (CAUSAL, 256, "attention.cudnn_wide"),
-        (DOCUMENTS, 256, None),
+        (DOCUMENTS, 256, "attention.pallas_gpu_wide"),
         (DOCUMENTS, 128, "attention.pallas_gpu"),
         (Mask((Window(64, 64),)), 64, "attention.pallas_gpu"),
     ],

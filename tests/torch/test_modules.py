@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import json
+import logging
 import math
 import pickle
 import re
@@ -31,7 +32,7 @@ from kpt import Plan, cli, console
 from kpt.errors import ConfigError, InputError, KptError, PlanError
 from kpt.kernels import KernelSpec, registry
 from kpt.tuning import gain
-from kpt_torch import shapes
+from kpt_torch import quiet, shapes
 from kpt_torch.backend import kpt as compile_backend
 
 
@@ -428,7 +429,10 @@ def test_other_sizes_are_such_as_the_program_asks_for(program, lengths, caplog):
 
 
 @pytest.mark.usefixtures("sizes_may_change")
-def test_sizes_that_leave_no_other_are_told_in_a_line(caplog):
+def test_sizes_that_leave_no_other_are_told_in_a_line(caplog, monkeypatch):
+    for name in quiet.LOGGERS:  # the command line, which tests run too, lets plans alone tell it
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+
     def small(x):
         torch._check(x.shape[1] <= 16)
         return rms(x.view(x.shape[0], x.shape[1] // 8, 8, 16))
