@@ -25,22 +25,47 @@ def other_sizes(module: fx.GraphModule) -> tuple[Sizes, Sizes]:
     """Both settings; empty ones where all sizes are known.
 
     Primes, so that no product is taken for another, or small multiples of them where the program asks for such; and no two of them as far
-    apart in one setting as in the other, so that a difference of sizes (the offset of a causal mask) shows.
+    apart in one setting as in the other, so that a difference of sizes (the offset of a causal mask) shows. Where the program asks that
+    products of sizes be equal (labels that are flattened beside logits), those that are equal now are one from here on: Dynamo guards it.
 
     Raises:
       GraphError: what the program asks of its sizes leaves no two settings.
     """
     symbols: dict[Any, Any] = {}  # the environment that says what is known of it
+    numbers: dict[Any, Any] = {}
     taken = {1, 2, 3}
     for n in module.graph.nodes:
         val = n.meta.get("val")
         dims: list[Any] = list(val.shape) if isinstance(val, torch.Tensor) else [val]
         for s in dims:
             if is_symbolic(s):
+                numbers.setdefault(s.node.expr, s)
                 for symbol in s.node.expr.free_symbols if s.node.hint is not None else ():  # else it depends on data
                     symbols.setdefault(symbol, s.node.shape_env)
             elif isinstance(s, int):
                 taken.add(int(s))
+    try:
+        return _settings(symbols, taken)
+    except GraphError:
+        if not any(_tied(env, numbers) for env in set(symbols.values())):
+            raise
+    return other_sizes(module)
+
+
+def _tied(env: Any, numbers: Mapping[Any, Any]) -> bool:
+    """Makes one of sizes that are equal now, of those on both sides of an equality that the program asks for; whether there were any."""
+    found = False
+    for equal in [g.expr for g in env.guards if isinstance(g.expr, sympy.Eq)]:
+        sides = [sorted(side.free_symbols & numbers.keys(), key=lambda s: (len(s.name), s.name)) for side in equal.args]
+        for left in sides[0]:
+            right = next((s for s in sides[1] if s != left and env.size_hint(s) == env.size_hint(left)), None)
+            if right is not None:
+                sides[1].remove(right)
+                found = bool(numbers[left] == numbers[right]) or found
+    return found
+
+
+def _settings(symbols: Mapping[Any, Any], taken: set[int]) -> tuple[Sizes, Sizes]:
     first: dict[Any, int] = {}
     second: dict[Any, int] = {}
     for symbol, env in symbols.items():
@@ -74,7 +99,7 @@ def _chosen(symbol: Any, env: Any, least: int, taken: set[int], so_far: Mapping[
             asked = ", ".join(dict.fromkeys(map(str, guards)))
             raise GraphError(f"A size that may change ({symbol}) was to be another number than {least}",
                              f"The program asks too much of it: {asked[:200]}",
-                             "Give it inputs of one size, or let it take more")  # fmt: skip
+                             "Give it inputs of one size (padded, or the last batch dropped), or ask less of their sizes")  # fmt: skip
         n, prime = tied
     taken.update((n, prime))
     return n

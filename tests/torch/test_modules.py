@@ -429,6 +429,24 @@ def test_other_sizes_are_such_as_the_program_asks_for(program, lengths, caplog):
 
 
 @pytest.mark.usefixtures("sizes_may_change")
+@pytest.mark.parametrize("flat", [lambda t: t.flatten(), lambda t: t.reshape(-1)], ids=["flatten", "reshape"])
+def test_labels_flattened_beside_logits_have_the_sizes_of_these(flat):
+    def loss(x, labels):
+        return F.cross_entropy(rms(x).flatten(0, 1), flat(labels))
+
+    def given(*sizes, labels=None):
+        return torch.randn(*sizes, 16), torch.randint(0, 16, labels or sizes)
+
+    fast = kpt_torch.optimize(loss)
+    for sizes in ((2, 12), (3, 7), (5, 9)):
+        x, labels = given(*sizes)
+        close(fast(x, labels), loss(x, labels))
+    assert [ops(p) for p in fast._backend.plans] == [["rms_norm"]] * 2, "of one size, and of all"
+    x, labels = given(2, 6, labels=(3, 4))  # as many
+    close(fast(x, labels), loss(x, labels))
+
+
+@pytest.mark.usefixtures("sizes_may_change")
 def test_sizes_that_leave_no_other_are_told_in_a_line(caplog, monkeypatch):
     for name in quiet.LOGGERS:  # the command line, which tests run too, lets plans alone tell it
         monkeypatch.setattr(logging.getLogger(name), "filters", [])
