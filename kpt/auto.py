@@ -233,21 +233,25 @@ def as_written(plan: Plan, reason: str) -> Plan:
     return dataclasses.replace(plan, sites=(), skipped=(*left, *plan.skipped))
 
 
-def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence[float], what: str) -> tuple[bool, float, str]:
+def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence[float]) -> tuple[bool, float, str]:
     """Whether a rewrite is kept, the relative standard error of its speedup, and a sentence for the plan.
 
     Args:
       measured: "forward" or "forward and backward".
       before, after: seconds, one figure a round, of the original and of the rewrite; the same where there is none.
-      what: of the plan was in the rewrite: "every site".
     """
     if not plan.sites:
         return False, 0.0, "The original is kept: no site has a kernel."
     won, noise = gain(before, after)
-    words = f"{measured}, median of {len(before)} rounds side by side: {ratio(won)} with {what}, {certain(noise, len(before))}"
+    what, worth = f"{ratio(won)} with {_sites(len(plan.sites))}", certain(noise, len(before))
+    words = f"{measured}, median of {len(before)} rounds side by side: {what}, {worth}"
     if won > sigmas(len(before)) * noise:
         return True, noise, f"Measured {words}."
     return False, noise, f"The original is kept: nothing won by more than the noise ({words})."
+
+
+def _sites(count: int) -> str:
+    return f"a kernel at {count} site{'' if count == 1 else 's'}"
 
 
 def auto_optimize(

@@ -95,14 +95,14 @@ class Session:
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
         fast = self.fast
         signature, arrays = fast.split(self.args, self.kwargs)
-        sides: dict[str, Any] = {ORIGINAL: fast.original} | ({"every site": fast} if plan.sites else {})
+        sides: dict[str, Any] = {ORIGINAL: fast.original} | ({"rewrite": fast} if plan.sites else {})
         timed = {n: self._timed(f) for n, f in sides.items()}
         measured = BOTH if all(t.trained for t in timed.values()) else FORWARD
         programs = {n: t.jitted if t.trained == (measured == BOTH) else _flat(signature, sides[n]) for n, t in timed.items()}
         timings = measure(programs, arrays)
         before = timings[ORIGINAL]
-        best = "every site" if plan.sites else ORIGINAL
-        kept, noise, note = compared(plan, measured, before.seconds, timings[best].seconds, best)
+        best = "rewrite" if plan.sites else ORIGINAL
+        kept, noise, note = compared(plan, measured, before.seconds, timings[best].seconds)
         chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         after: Timing = timings[best]
         return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,

@@ -126,13 +126,13 @@ class Session:
         return dataclasses.replace(plan, notes=(*plan.notes, note)), max(found, default=None)
 
     def measure(self, plan: Plan, error: float | None, notes: tuple[str, ...] = ()) -> Report:
-        sides = {ORIGINAL: self.given} | ({"every site": self.fast} if plan.sites else {})
+        sides = {ORIGINAL: self.given} | ({"rewrite": self.fast} if plan.sites else {})
         with put_back(self.state):
             taken = rounds({n: functools.partial(sample, functools.partial(self._once, program), self.on) for n, program in sides.items()})
             memory = {n: self._peak(program) for n, program in sides.items()}
-        best = "every site" if plan.sites else ORIGINAL
+        best = "rewrite" if plan.sites else ORIGINAL
         measured = BOTH if self.trained else FORWARD
-        kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best], best)
+        kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best])
         chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         return Report(chosen.function, chosen.hardware, self.device, measured, taken[ORIGINAL], taken[best], memory[ORIGINAL], memory[best],
                       error, kept, noise, chosen)  # fmt: skip

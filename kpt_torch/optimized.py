@@ -25,7 +25,7 @@ from kpt.hardware import HardwareProfile
 from kpt.inputs import explained
 from kpt.strategy import Plan, level_named
 from kpt_torch.backend import Backend, profile
-from kpt_torch.quiet import in_a_line
+from kpt_torch.quiet import FRESH, in_a_line
 
 
 def optimize(
@@ -186,7 +186,7 @@ def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     if not isinstance(fn, types.FunctionType):
         return fn
-    code = fn.__code__.replace(co_name=f"{fn.__code__.co_name}_{next(_COUNT)}")
+    code = fn.__code__.replace(co_name=f"{fn.__code__.co_name}{FRESH}{next(_COUNT)}")
     made = types.FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     made.__kwdefaults__ = fn.__kwdefaults__
     made.__dict__.update({k: v for k, v in fn.__dict__.items() if k != "__wrapped__"})

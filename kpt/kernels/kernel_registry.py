@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -101,10 +102,14 @@ class KernelRegistry:
         if name not in self._kernels:
             raise KernelError(
                 f"Kernel {name!r} was looked up",
-                f"Known are {', '.join(sorted(self._kernels)) or 'none'}",
-                "Correct the name, or install the package that registers it",
+                f"Near it are {', '.join(near)}" if (near := self._near(name)) else "None has a name like that",
+                "kpt kernels list has all names; the package that registers it may not be installed",
             )
         return self._kernels[name]
+
+    def _near(self, name: str) -> list[str]:
+        """Kernels of that op, or of names like that."""
+        return [k for k in sorted(self._kernels) if k.startswith(f"{name}.")] or difflib.get_close_matches(name, self._kernels, 5)
 
     def load(self, kernel: KernelSpec | str) -> Callable[..., Any]:
         """The function of a kernel; imports its framework.

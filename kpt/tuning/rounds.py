@@ -62,7 +62,7 @@ def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]
 
 def certain(noise: float, count: int) -> str:
     """What a speedup of so many rounds, with this standard error of its logarithm, is worth; "kept" is decided by the same."""
-    return f"± {noise:.1%} standard error; kept needs {math.expm1(sigmas(count) * noise):.1%}"
+    return f"± {noise:.1%} standard error; kept if faster by more than {math.expm1(sigmas(count) * noise):.1%}"
 
 
 def ratio(log: float) -> str:

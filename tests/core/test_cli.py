@@ -121,7 +121,7 @@ def test_answers_in_words_and_in_json(command, words, holds):
 # (arguments, exit code, what the message must contain)
 ERRORS = [
     (("hardware", "show", "h10x"), REFUSED, ["h10x", "h100-sxm"]),
-    (("kernels", "show", "nonsense"), REFUSED, ["nonsense", "attention.xla"]),
+    (("kernels", "show", "nonsense"), REFUSED, ["nonsense", "kpt kernels list"]),
     (("plan", "nocolon"), REFUSED, ["MODULE:FUNCTION"]),
     (("plan", "no_such_module:f"), REFUSED, ["no_such_module"]),
     (("plan", "users:nothing"), REFUSED, ["nothing", "double"]),

@@ -273,7 +273,7 @@ def test_third_parties_join_by_entry_point_and_break_only_themselves(monkeypatch
 
 
 def test_an_unknown_or_broken_kernel_says_what_to_do():
-    with pytest.raises(KernelError, match="Known are scale.fast"):
+    with pytest.raises(KernelError, match="Near it are scale.fast"):
         KernelRegistry([BASE]).get("scale.slow")
     with pytest.raises(KernelError, match="no_such_module"):
         KernelRegistry([with_(loader="no_such_module:f")]).load("scale.fast")

@@ -948,3 +948,13 @@ def test_optimize_is_a_function_whatever_was_imported_before():
     code = "import kpt, torch; kpt.auto_optimize(torch.nn.ReLU(), torch.ones(2), budget=0); import kpt_torch; kpt_torch.optimize(torch.nn.ReLU())"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_sources_name_functions_as_they_were_written():
+    def scaled(x):
+        y = rms(x + 1)
+        torch._dynamo.graph_break()
+        return rms(y * 2)
+
+    sources = [s.source for s in kpt_torch.plan(scaled, torch.randn(2, 12, 16)).sites]
+    assert len(sources) == 2 and all(re.fullmatch(r"test_modules\.py:\d+ \((rms|scaled)\)", s) for s in sources), sources
