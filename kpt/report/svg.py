@@ -59,6 +59,8 @@ def line_chart(
     xs = [math.log10(x) if log_x else x for line in lines for x in line.xs] or [0.0, 1.0]
     y_ticks = _decades(min(values), max(values)) if log_y else ticks(min(values), max(values))
     x_ticks = _decades(min(xs), max(xs)) if log_x else ticks(min(xs), max(xs))
+    if all(float(x).is_integer() for x in xs):  # runs are counted
+        x_ticks = [t for t in x_ticks if round(t, 9).is_integer()]
     low, high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
     left, right = min(xs), max(max(xs), min(xs) + 1e-9)
 

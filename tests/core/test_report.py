@@ -278,3 +278,8 @@ def test_a_browser_renders_a_report_without_a_complaint(tmp_path, dark):
     # The theme is the reader's.
     other = page.replace("(prefers-color-scheme: dark)", "(prefers-color-scheme: no)")
     assert (shown("other", other)[1] != picture) == dark
+
+
+def test_places_that_are_counted_have_whole_numbers():
+    chart = line_chart([Line("a", [1, 2], [3.0, 4.0], "after")], title="t", description="d", x_label="run", y_label="time")
+    assert ">1.2</text>" not in chart and ">1</text>" in chart and ">2</text>" in chart
