@@ -158,7 +158,7 @@ def interpreted(op: str, cases: int, seed: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("attention", "rope")])  # these take a minute, and are among the slow ones
 def test_numbers(op):
     interpreted(op, cases=1, seed=1)
 
