@@ -27,7 +27,7 @@ from kpt.ops.base import Spec
 from kpt_torch.autocast import State, casts
 from kpt_torch.library import dtype_name
 from kpt_torch.lower import effectful, mutates, storage
-from kpt_torch.quiet import as_written
+from kpt_torch.quiet import name_as_written
 from kpt_torch.vocabulary import TABLE, Unknown
 
 
@@ -469,5 +469,5 @@ def _source(n: fx.Node) -> str:
             rest = parts[2].split(", ")
             where = rest[1].removeprefix("line ") if len(rest) > 1 else "?"
             function = rest[2].removeprefix("in ") if len(rest) > 2 else ""
-            return f"{parts[1].rsplit('/', 1)[-1]}:{where}" + (f" ({as_written(function)})" if function else "")
+            return f"{parts[1].rsplit('/', 1)[-1]}:{where}" + (f" ({name_as_written(function)})" if function else "")
     return ""

@@ -16,7 +16,7 @@ FRESH = "__kpt"
 """Before the number in the name of code that is compiled."""
 
 
-def as_written(function: str) -> str:
+def name_as_written(function: str) -> str:
     """The name that its author gave to code that is compiled, or to what Dynamo makes of the rest of it after a graph break."""
     rest = re.fullmatch(r"torch_dynamo_resume_in_(.+)_at_\d+", function)
     return re.sub(rf"{FRESH}\d+", "", rest[1] if rest else function)
@@ -57,7 +57,7 @@ def _in_a_line(record: logging.LogRecord) -> bool:
     if left is not None and record.exc_info and record.exc_info[1] is not None:
         error = record.exc_info[1]
         said = re.split(r"\n\s*(?:User stack|from user code|Set TORCHDYNAMO)", str(error))[0]
-        where, why = f"{as_written(left[1])} ({left[2]}:{left[3]})", f"{type(error).__name__}: {' '.join(said.split())[:300]}"
+        where, why = f"{name_as_written(left[1])} ({left[2]}:{left[3]})", f"{type(error).__name__}: {' '.join(said.split())[:300]}"
         met.append(f"{where} runs as it was written: {why}")
         if _no_traceback not in logging.getLogger(record.name).filters:
             log.warning("Dynamo could not capture a function: %s", met[-1])
