@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,9 @@ class _Jax:
 
     def uncertifiable(self, program: Program, match: Match) -> str | None:
         return uncertifiable(program, match)
+
+    def ahead(self, chosen: Iterable[tuple[Match, Callable[..., Any]]]) -> None:
+        """XLA compiles a proof as one program."""
 
     def certify(self, program: Program, match: Match, kernel: Callable[..., Any], example: Mapping[int, Any] | None) -> Certificate:
         return certify_site(program, match, kernel, example=example)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from kpt import ops
@@ -130,7 +131,20 @@ def kernel(
         keywords(meaning, given)
         return bind(**{k: v for k, v in given.items() if k not in names})(**{n: given[n] for n in names if n in given})
 
+    def ahead(specs: Mapping[str, Spec], chosen: Mapping[str, Any], device: torch.device) -> None:
+        """Both passes on arrays without memory, for what they launch to be compiled (`launch.compiled_ahead`)."""
+        with FakeTensorMode(), torch.no_grad():
+            arrays = {n: _empty(s, device) for n, s in specs.items()}
+            moving = [n for n in names if n in meaning.differentiable and n in arrays and arrays[n].is_floating_point()]
+            params = {**meaning.params, **chosen} | ({"early": early(arrays, moving)} if early is not None else {})
+            made, saved = forward(arrays, params)
+            if backward is not None:
+                read_again = {i: made[i] for i in reads if i < len(made)}
+                cotangents = [t.new_empty(()).expand(t.shape) for t in made]  # as of a sum: nothing of their values is asked
+                backward(arrays, params | {"last": False}, read_again, saved, cotangents, moving)
+
     call.__name__ = call.__qualname__ = meaning.name
+    call.ahead = ahead  # type: ignore[attr-defined]
     call.definition = definition  # type: ignore[attr-defined]  # for opcheck
     call.bind = bind  # type: ignore[attr-defined]  # for a site, whose parameters stay the same
     return call

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kpt import ops
 from kpt.fusion.program import Match, Program
-from kpt.fusion.site import fingerprint, leaf_values
+from kpt.fusion.site import fingerprint, leaf_values, specs_of
 from kpt.kernels import KernelSpec
 from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
@@ -31,6 +32,8 @@ from kpt_torch.on_device import OnDevice
 from kpt_torch.pairs import found as kept_together
 from kpt_torch.pairs import read_by_linear
 from kpt_torch.settings import SETTINGS
+
+log = logging.getLogger("kpt")
 
 # What a provider calls: a site that is this call already gains nothing by it.
 ONE_CALL = {
@@ -68,6 +71,21 @@ class Front:
 
     def uncertifiable(self, program: Program, match: Match) -> str | None:
         return rounds_on_the_way(program, match)
+
+    def ahead(self, chosen: Iterable[tuple[Match, Callable[..., Any]]]) -> None:
+        """Triton's compiler takes longer than all else in planning: what both passes of kernels launch is compiled side by side."""
+        calls = {(id(fn), repr(specs), repr(m.params)): (fn, specs, m.params) for m, fn in chosen
+                 if hasattr(fn, "ahead") for specs in (specs_of(m),)}  # fmt: skip
+        if self.device.type != "cuda" or torch.version.hip or not calls:
+            return
+        from kpt_torch.triton_kernels.launch import compiled_ahead
+
+        with compiled_ahead(self.device):
+            for fn, specs, params in calls.values():
+                try:
+                    fn.ahead(specs, params, self.device)
+                except Exception as problem:  # then what it launches is compiled when it is launched
+                    log.info("%s was not compiled ahead: %s", fn, problem)
 
     def certify(self, program: Program, match: Match, kernel: Callable[..., Any], example: Mapping[int, Any] | None) -> Certificate:
         return certify_site(program, match, self.sides(program, match, kernel), example=example)

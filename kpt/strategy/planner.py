@@ -70,6 +70,9 @@ class FrontEnd(Protocol):
     def uncertifiable(self, program: Program, match: Match) -> str | None:
         """Why a site must not be taken on the word of the float64 reference, which knows the op and not the code it replaces."""
 
+    def ahead(self, chosen: Iterable[tuple[Match, Kernel]]) -> None:
+        """Told of the kernels that were chosen before the first one is proved: what they need may be made ready together."""
+
     def certify(self, program: Program, match: Match, kernel: Kernel, example: Mapping[int, Any] | None) -> Certificate:
         """The kernel beside the code it replaces."""
 
@@ -160,6 +163,8 @@ class Planner:
 
         with within():
             program, matches, missed = patterns().find(graph, accept)
+        if self.certify != "off":
+            self.front.ahead((m, chosen[id(m)][1]) for m in matches)
         kept: list[tuple[Match, Kernel]] = []
         for i, match in enumerate(sorted(matches, key=lambda m: max(m.results))):
             kernel, fn, reason, others = chosen[id(match)]

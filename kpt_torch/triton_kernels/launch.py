@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,7 +16,9 @@ import triton
 
 from kpt_torch.triton_kernels.jitted import bounds
 
+log = logging.getLogger("kpt")
 _HERE = contextlib.nullcontext()
+_AHEAD = threading.local()
 
 
 def on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -27,6 +33,9 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
     Triton looks at each argument, and at its own settings, before it finds what it has compiled. What it compiles anew for is the dtype of
     a tensor and whether its address is a multiple of 16, whether an integer is one, and whether it is a multiple of 16, or wide.
     """
+    if (ahead := getattr(_AHEAD, "pool", None)) is not None:
+        ahead.compile(kernel, grid, args, constants)
+        return
     device = torch.cuda.current_device() if _LAUNCHES and torch.cuda.is_initialized() else None
     if device is None or _is_watched():
         kernel[grid](*args, **constants)
@@ -48,6 +57,47 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Non
 _COMPILED: dict[tuple, tuple[Any, Any, Any, tuple]] = {}
 # As Triton of these versions launches on NVIDIA's GPUs; of AMD's it looks at the size of a tensor's memory, too.
 _LAUNCHES = torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 5), (3, 6))
+
+
+@contextlib.contextmanager
+def compiled_ahead(device: torch.device) -> Iterator[None]:
+    """Within, kernels that this thread launches are compiled for the device, side by side, and nothing runs. At the end all are ready.
+
+    Triton compiles one kernel after the other, as they are launched, and half of the time waits for ptxas and a C compiler to end. What
+    cannot be compiled is reported when it is launched.
+    """
+    with ThreadPoolExecutor(COMPILERS, thread_name_prefix="kpt-compile") as pool:
+        _AHEAD.pool = _Pool(pool, device)
+        try:
+            yield
+        finally:
+            _AHEAD.pool = None
+
+
+class _Pool:
+    def __init__(self, pool: ThreadPoolExecutor, device: torch.device):
+        self.pool, self.device = pool, torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
+        self.seen: set[Any] = set()
+
+    def compile(self, kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any]) -> None:
+        # No memory of a tensor is read: its dtype stands for one whose address is a multiple of 16, as new memory's is.
+        given = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in args)
+        key = (kernel, *map(_kind, given), *constants.items())
+        if key not in self.seen:
+            self.seen.add(key)
+            kernel.device_caches[self.device.index]  # made here, once: threads that find none would make one each
+            self.pool.submit(self._ready, kernel, grid, given, constants)
+
+    def _ready(self, kernel: Any, grid: tuple[int, ...], given: tuple, constants: dict[str, Any]) -> None:
+        try:
+            with torch.cuda.device(self.device):
+                kernel.warmup(*given, grid=grid, **constants).run  # noqa: B018  # which compiles what launches it, and loads both
+        except Exception as problem:
+            log.info("%s was not compiled ahead: %s", getattr(kernel, "__name__", kernel), problem)
+
+
+COMPILERS = 8
+"""Threads that compile."""
 
 
 def _kind(arg: Any) -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
+import threading
+import types
 
 import pytest
 import torch
@@ -13,6 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+import kpt
+from kpt.ops import Spec
+from kpt_torch.library import torch_dtype
+from kpt_torch.shapes import PARAMS, specs_of
 from kpt_torch.triton_kernels import launch
 
 BUFFER = torch.zeros(64, dtype=torch.float32)
@@ -66,6 +74,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(launch, "_COMPILED", {})
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
 
 
@@ -104,3 +113,85 @@ def test_hooks_are_seen():
         assert launch._is_watched()
     finally:
         hooks.remove(watch)
+
+
+SHAPES = {
+    "rms_norm": (64, 256), "layer_norm": (64, 256), "cross_entropy": (32, 512), "rope": (2, 64, 4, 64), "linear_cross_entropy": (64, 128, 512),
+    "glu": (64, 128, 256), "attention": (2, 64, 4, 64),
+}  # fmt: skip
+PRODUCTS = {"linear_act": ("x", "w"), "matmul": ("a", "b")}
+
+
+def keys_of(monkeypatch, call):
+    """What Triton would compile for the launches of a call, none of which runs."""
+    found = set()
+
+    def note(kernel, grid, *args, **constants):
+        kinds = [(a.dtype, True) if isinstance(a, torch.Tensor) else launch._kind(a) for a in args]
+        found.add((kernel.fn.__name__, *kinds, *constants.items()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "run", note)
+        call()
+    return found
+
+
+@pytest.mark.parametrize("op", [*SHAPES, *PRODUCTS])
+def test_what_is_compiled_ahead_is_what_both_passes_launch(monkeypatch, op):
+    params = PARAMS.get(op, {})
+    if op in PRODUCTS:
+        specs = dict(zip(PRODUCTS[op], (Spec((64, 128), "bfloat16"), Spec((128, 256), "bfloat16")), strict=True))
+    else:
+        specs = specs_of(op, SHAPES[op], "bfloat16")
+    if op == "linear_cross_entropy":
+        params = {"invalid": "drop"}  # else the backward pass asks the device what it was given
+    fn = kpt.registry.load(f"{op}.triton")
+
+    def both():
+        arrays = {n: torch.zeros(s.shape, dtype=torch_dtype(s.dtype)) for n, s in specs.items()}
+        for a in arrays.values():
+            a.requires_grad_(a.is_floating_point())
+        out = fn(**arrays, **params)
+        out.sum().backward()
+
+    launched = keys_of(monkeypatch, both)
+    ahead = keys_of(monkeypatch, lambda: fn.ahead(specs, params, torch.device("cpu")))
+    assert launched and launched <= ahead
+
+
+def test_kernels_are_compiled_side_by_side_and_none_runs(on_gpu):
+    started, both = [], threading.Barrier(2, timeout=30)
+
+    class Compiles(Kernel):
+        device_caches = collections.defaultdict(dict)
+
+        def warmup(self, *given, grid, **constants):
+            started.append(given)
+            both.wait()  # until the other one is being compiled, too
+            return types.SimpleNamespace(run=None)
+
+    with launch.compiled_ahead(torch.device("cuda", 0)):
+        kernel = Compiles()
+        for x in (BUFFER, BUFFER.half(), BUFFER):
+            launch.run(kernel, (1,), x, 20, SIZE=64)
+        elsewhere = threading.Thread(target=launch.run, args=(kernel, (1,), BUFFER, 20), kwargs={"SIZE": 64})
+        elsewhere.start()
+        elsewhere.join()
+    assert sorted(map(repr, started)) == [repr((torch.float16, 20)), repr((torch.float32, 20))]
+    assert kernel.asked == 1  # by the thread that does not compile ahead
+    launch.run(kernel, (1,), BUFFER, 20, SIZE=64)
+    assert kernel.asked + len(kernel.made[0].launches) == 2
+
+
+def test_what_cannot_be_compiled_ahead_is_left_to_its_launch(on_gpu):
+    class Fails(Kernel):
+        device_caches = collections.defaultdict(dict)
+
+        def warmup(self, *given, grid, **constants):
+            raise RuntimeError("out of registers")
+
+    kernel = Fails()
+    with launch.compiled_ahead(torch.device("cuda", 0)):
+        launch.run(kernel, (1,), BUFFER, 20, SIZE=64)
+    launch.run(kernel, (1,), BUFFER, 20, SIZE=64)
+    assert kernel.asked == 1

@@ -50,8 +50,8 @@ _TINY, _SMALL, _LONG, _ONCE, _EVEN = Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Til
 # By family of GPUs and the wider of the two head dims, as a power of two: of Hopper's, forward and dk, dv of 128 were timed, and dq with
 # its loads by descriptors; the others are the largest of those tried that spill no register.
 TILES: dict[str, dict[int, Tiles]] = {
-    "hopper": {64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-               128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    "hopper": {64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3)),
+               128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
                256: Tiles(_LONG, _LONG, Tile(16, 32, 8, 1), _SMALL)},
     "blackwell": {64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
                   128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
