@@ -47,11 +47,11 @@ class Tiles:
 
 
 _TINY, _SMALL, _LONG, _ONCE, _EVEN = Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(64, 64, 8, 1)
-# By family of GPUs and the wider of the two head dims, as a power of two: of Hopper's, forward and dk, dv of 128 were timed, and dq with
-# its loads by descriptors; the others are the largest of those tried that spill no register.
+# By family of GPUs and the wider of the two head dims, as a power of two: Hopper's of 64 and 128 were timed on an H100
+# (docs/benchmarks/triton-notes.md); the others are the largest of those tried that spill no register.
 TILES: dict[str, dict[int, Tiles]] = {
     "hopper": {64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 4), Tile(64, 64, 4, 3)),
-               128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+               128: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
                256: Tiles(_LONG, _LONG, Tile(16, 32, 8, 1), _SMALL)},
     "blackwell": {64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
                   128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),

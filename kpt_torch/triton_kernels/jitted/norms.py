@@ -45,7 +45,7 @@ class Tile:
 # Widths above which a row no longer fits in registers: of a forward pass, which holds it once, and of a backward pass, which
 # holds x, dy and two rows of sums.
 WHOLE_FORWARD, WHOLE_BACKWARD = 16384, 8192
-PROGRAMS = 2
+PROGRAMS = 1
 """Of a backward pass on one processor: each leaves a row of partial sums."""
 WIDE = Tile(1, 4096, 8)
 COLUMNS = Tile(16, 128, 4)
@@ -65,18 +65,20 @@ def forward_tile(width: int) -> Tile:
 
 def backward_tile(width: int) -> Tile:
     columns = bounds.block(width, WHOLE_BACKWARD)
-    rows = max(1, 1024 // columns)
+    rows = max(1, 4096 // columns)
     return Tile(rows, columns, _warps(rows, columns), PROGRAMS)
 
 
 def stages(tile: Tile, row_bytes: int, shared: int) -> int:
-    """Of a backward pass: three, so that two tiles load ahead, where shared memory holds them for all programs of a processor, else one.
+    """Of a backward pass: four, so that three tiles load ahead, three of wide ones, where shared memory holds them, else one.
 
     Args:
       row_bytes: of an element in all arrays that are loaded.
       shared: bytes of shared memory on a processor, of which a tenth is left for sums.
     """
-    return 3 if 10 * 2 * tile.rows * tile.columns * row_bytes * tile.programs <= 9 * shared else 1
+    elements = tile.rows * tile.columns
+    wanted = 4 if elements <= 4096 else 3
+    return wanted if 10 * (wanted - 1) * elements * row_bytes * tile.programs <= 9 * shared else 1
 
 
 @triton.jit
