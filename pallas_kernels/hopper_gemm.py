@@ -6,7 +6,8 @@ the epilogue's results through small buffers while the ring fills for the next t
 that those that are made at one time share rows and columns in the L2.
 
 Sizes that tiles do not divide need no mask: the copy engine reads zeros outside an array, and writes nothing there. Rows of 64
-elements and groups of 8 rows are the exception, for they are what it swizzles.
+elements and groups of 8 rows are the exception, for they are what it swizzles. A result of 64 columns is another: jax drops a dimension
+that has one such group, and with it how far outside of the array a copy would begin, so that the copy lands on what there is.
 """
 
 from __future__ import annotations
@@ -247,18 +248,27 @@ def products(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the last tile left the buffers long ago
                 pieces = itertools.product(range(0, own_m, 64), range(0, own_n, 64))
                 for turn, (r, c) in enumerate(pieces):
-                    at_n = pl.ds(j * tile_n + first_n + c, 64)
-                    # Straight from device memory, each thread what it needs.
-                    wide = [plgpu.load(ref.at[at_n], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False) for ref in row_refs]
-                    wide = [lax.broadcast_in_dim(row, (64, 64), (1,)) for row in wide]
-                    made = epilogue(*(s[r : r + 64, c : c + 64] for s in sums), *wide)
-                    for number, (out_ref, result) in enumerate(zip(out_refs, made, strict=True)):
-                        buffer = out_buffer.at[warpgroup, (turn * outputs + number) % BUFFERS]
-                        plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
-                        buffer[...] = result.astype(out_ref.dtype)
-                        plgpu.commit_smem()
-                        there = out_ref.at[pl.ds(i * tiles.m + first_m + r, 64), at_n]
-                        plgpu.copy_smem_to_gmem(buffer, there, reduction_op=None if onto is None else "add")
+
+                    def write(turn: int = turn, r: int = r, c: int = c) -> None:
+                        at_n = pl.ds(j * tile_n + first_n + c, 64)
+                        # Straight from device memory, each thread what it needs.
+                        wide = [plgpu.load(ref.at[at_n], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False) for ref in row_refs]
+                        wide = [lax.broadcast_in_dim(row, (64, 64), (1,)) for row in wide]
+                        made = epilogue(*(s[r : r + 64, c : c + 64] for s in sums), *wide)
+                        for number, (out_ref, result) in enumerate(zip(out_refs, made, strict=True)):
+                            buffer = out_buffer.at[warpgroup, (turn * outputs + number) % BUFFERS]
+                            plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
+                            buffer[...] = result.astype(out_ref.dtype)
+                            plgpu.commit_smem()
+                            there = out_ref.at[pl.ds(i * tiles.m + first_m + r, 64), at_n]
+                            plgpu.copy_smem_to_gmem(buffer, there, reduction_op=None if onto is None else "add")
+
+                    if n > 64:
+                        write()
+                    elif tiles.split == "n":
+                        pl.when(first_n + c == 0)(write)
+                    elif c == 0:
+                        write()
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
