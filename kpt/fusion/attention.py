@@ -12,7 +12,7 @@ from kpt.fusion.mask import Layout, Reading, finish, narrow, never_empty, read_m
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.evaluate import evaluate
-from kpt.graph.expr import Expr, Exprs
+from kpt.graph.expr import ELEMENTWISE, Expr, Exprs
 from kpt.graph.normalize import boolean_behind, simplify
 from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
@@ -206,13 +206,11 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
             return
     if e.op == "select":
         pred, a, b = (Ref(x, r.dims) for x in e.args)
-        va, vb = scalar(ax.strip(a)), scalar(ax.strip(b))
-        if va == 0 and vb is not None and vb * factor <= _HIDDEN:
-            acc.masks.append((pred, vb * factor, True))
-            return
-        if vb == 0 and va is not None and va * factor <= _HIDDEN:
-            acc.masks.append((_negated(p, pred), va * factor, True))
-            return
+        for visible, zero, low in ((pred, a, b), (_negated(p, pred), b, a)):
+            fill = scalar(ax.strip(low))
+            if fill is not None and fill * factor <= _HIDDEN and _zero_where(p, ax, visible, zero):
+                acc.masks.append((visible, fill * factor, True))
+                return
     if e.op in ("mul", "div"):  # (1 - keep) * -1e9
         c, parts = factors(ax, r, lambda q: q.expr.op in ("sub", "convert"))
         c *= factor
@@ -235,6 +233,38 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
                 acc.masks.append((Ref(keep_e, r.dims), fills.pop(), True))
                 return
     acc.biases.append((factor, ref))
+
+
+def _zero_where(p: Program, ax: Axes, visible: Ref, r: Ref) -> bool:
+    """Whether `r` is 0 where `visible`: everywhere, or because `visible` is ~r.bool() and `r` has no gradient."""
+    r = ax.strip(r)
+    if (known := scalar(r)) is not None:
+        return known == 0
+    hidden = ax.strip(_negated(p, visible))
+    seen = boolean_behind(r.expr, p.exprs)
+    if seen is not None:
+        return ax.same(ax.strip(Ref(seen, r.dims)), hidden)
+    e = hidden.expr
+    tested = e.op == "convert" or e.op == "ne" and scalar(ax.strip(Ref(e.args[1], hidden.dims))) == 0
+    return tested and ax.same(ax.strip(Ref(e.args[0], hidden.dims)), r) and _counted(r.expr)
+
+
+def _counted(e: Expr, depth: int = 0) -> bool:
+    """Whether `e` is made of integers and booleans, which have no gradient."""
+    if e.op == "full" or e.dtype.startswith(("int", "uint", "bool")):
+        return True
+    return bool(e.args) and e.op in TRANSPARENT | ELEMENTWISE and depth < 8 and all(_counted(a, depth + 1) for a in e.args)
+
+
+def _may_hide(e: Expr, depth: int = 0) -> bool:
+    """Whether an added term is numbers from outside of the program, which may be a mask."""
+    while e.op in TRANSPARENT:
+        e = e.args[0]
+    if e.op == "mul":
+        return any(a.op == "full" and abs(a["value"]) >= -_HIDDEN for a in map(strip_shape, e.args))
+    if e.op in ("add", "sub", "select", "slice", "neg", "min", "max"):
+        return depth < 8 and any(_may_hide(a, depth + 1) for a in e.args)
+    return e.op == "value" and e.dtype.startswith(("float", "bfloat"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +412,12 @@ def _match(p: Program, found: _Weighted) -> Match:
     reading.terms = tightest(reading.terms)
     may_be_empty = ambiguous or not never_empty(reading.terms, ax.extent(query), ax.extent(key))
     _same_mask(ax, found, acc, may_be_empty)
+    beneath = [fill for _, fill, added in acc.masks if math.isfinite(fill) and (acc.biased_fill or added and not may_be_empty)]
+    if beneath and any(_may_hide(r.expr) for _, r in acc.biases):
+        raise Refuse(
+            f"numbers that are made elsewhere, and may be a mask, are added to scores that another mask hides with {min(beneath):g}: a "
+            "query to which they show no key would tell; join the masks, or hide with -inf"
+        )
     if found.zeroed and may_be_empty:  # such a query gives 0: a fill that gives numbers, and they are put to 0 below
         mask = Mask(tuple(reading.terms), -1e30)
     else:
@@ -576,7 +612,7 @@ def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased
         raise Refuse("two masks hide with different values, and a query may see nothing; use one value for both")
     fill, additive = next(iter(fills))
     if additive and masks > 1 and math.isfinite(fill):
-        raise Refuse("two masks are added, and a query may see nothing: it would weigh keys by how many masks hide them; join them first")
+        raise Refuse("two masks are added, and a query may see nothing: it weighs keys by how many masks hide them; join them first")
     if biased and math.isfinite(fill) and fill > -1e30:
         raise Refuse("a bias is added to scores hidden with a moderate fill, and a query may see nothing; hide with -inf")
     return fill, additive

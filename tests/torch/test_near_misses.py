@@ -119,6 +119,38 @@ def test_stays_as_written(fn, names):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def two_masks_added(q, k, v, seen):
+    """As in CLIP's text model: a key that both hide has less weight than one that one of them hides."""
+    hidden, low = 1.0 - seen.expand(-1, 1, T, T).to(q.dtype), torch.finfo(q.dtype).min
+    triangle = torch.full((T, T), low).triu(1)
+    return weighed(q, k, v, lambda s: s + (hidden.masked_fill(hidden.to(torch.bool), low) + triangle))
+
+
+def a_mask_made_elsewhere(q, k, v, added):
+    """As in GPT-Neo: what is added may hide all that the window shows."""
+    near = torch.ones(T, T, dtype=torch.bool).tril().triu(-3)
+    return weighed(q, k, v, lambda s: torch.where(near, s, torch.finfo(s.dtype).min) + added)
+
+
+def two_masks_made_apart(q, k, v, added):
+    triangle = torch.full((T, T), torch.finfo(q.dtype).min).triu(1)
+    return weighed(q, k, v, lambda s: s + triangle + added)
+
+
+@pytest.mark.parametrize(("fn", "why"), [(two_masks_added, "two masks are added"), (a_mask_made_elsewhere, "may be a mask"),
+                                         (two_masks_made_apart, "may be a mask")])  # fmt: skip
+def test_masks_that_meet_in_a_sum(fn, why):
+    """Proved where they hide nothing, read where they leave a query no key."""
+    q, k, v = given("q", "k", "v")
+    seen = INPUTS["pad"].flip(-1)[:, None, None] if fn is not a_mask_made_elsewhere else INPUTS["pad"][:, None, None]
+    fast = kpt_torch.optimize(fn)
+    everything, some = seen | True, seen
+    if fn is not two_masks_added:
+        everything, some = (torch.zeros(m.shape).masked_fill(~m, torch.finfo(torch.float32).min) for m in (everything, some))
+    assert why in fast.plan(q, k, v, everything).skipped[0].reason
+    torch.testing.assert_close(fast(q, k, v, some), fn(q, k, v, some), rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_left_alone_says_why():
     plan = kpt_torch.plan(weights_returned, *given("q", "k", "v"))
     assert "also returned" in plan.skipped[0].reason
