@@ -223,10 +223,10 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
         size = math.prod(e.shape)
         data = evaluate(e, p.exprs) if 0 < size <= 1 << 24 else None
         if data is not None:
-            low = data * factor
-            below = low <= _HIDDEN
-            fills = set(low[below].tolist())
-            if below.any() and len(fills) == 1 and not low[~below].any():
+            lowered = data * factor
+            below = lowered <= _HIDDEN
+            fills = set(lowered[below].tolist())
+            if below.any() and len(fills) == 1 and not lowered[~below].any():
                 key = -3 - len(p.exprs.consts)  # a constant of ours: no value of the program has its id
                 p.exprs.consts[key] = ~below
                 keep_e = p.exprs.make("const", (), (("key", key),), e.shape, "bool")

@@ -78,7 +78,8 @@ MODELS = {
                                                                              reference_compile=False, **TOKENS), "eager", PADDED,
                    {"rope": 4, "attention": 2}, {"rope": 4, "attention": 2}),  # padded queries see padded keys alone
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA | dict(head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=8,
-                                                                     **TOKENS), "eager", TEXT, {"rms_norm": 5, "attention": 2}, {"rms_norm": 5, "attention": 2}),
+                                                                     **TOKENS), "eager", TEXT, {"rms_norm": 9, "rope": 4, "attention": 2},
+               {"rms_norm": 9, "rope": 4, "attention": 2}),  # turns by complex numbers
     "mpt": ("MptForCausalLM", "MptConfig", dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "eager", PADDED, {"attention": 2},
             {"attention": 2}),  # ALiBi
     "falcon alibi": ("FalconForCausalLM", "FalconConfig", dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True,

@@ -69,6 +69,8 @@ CASES = {
     "added mask": (lambda q, x: F.scaled_dot_product_attention(q, q, q, attn_mask=x.flatten()[:25].view(5, 5)), Q, X),
     "dropout that is off": (lambda x: F.dropout(x, 0.5, training=False) + F.dropout(x, 0.0), X),
     "vmap": (lambda x, p: torch.vmap(lambda a: a * p + a.sum())(x), X, P),
+    "complex": (lambda x, y: torch.view_as_real(torch.complex(x, y) * torch.polar(y, x)), X, Y),
+    "parts": (lambda q: torch.view_as_complex(q.view(2, 4, 5, 4, 2)).real + torch.view_as_complex(q.view(2, 4, 5, 4, 2).contiguous()).imag, Q),
     "in place": (lambda x: x.clone().mul_(2).add_(1).masked_fill_(x > 0, 0.0), X),
 }  # fmt: skip
 
