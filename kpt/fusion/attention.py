@@ -98,6 +98,7 @@ class _Scores:
     masks: list[tuple[Ref, float, bool]] = dataclasses.field(default_factory=list)  # visible, fill, additive
     biases: list[tuple[float, Ref]] = dataclasses.field(default_factory=list)
     biased_fill: bool = False  # a bias is added to hidden scores too
+    factors: list[tuple[str, Ref]] = dataclasses.field(default_factory=list)  # "mul" or "div", by numbers that no key changes
 
 
 def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> Ref | None:
@@ -119,12 +120,17 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
         if a is not None and e.op == "mul":
             acc.scale *= a
             return _walk(p, ax, operands[1], key, acc)
-        return _masked_product(p, ax, operands, key, acc) if e.op == "mul" else None
+        found = _masked_product(p, ax, operands, key, acc) if e.op == "mul" else None
+        return found or _factor(p, ax, e, operands, key, acc)
     if e.op == "neg":
         acc.scale *= -1.0
         return _walk(p, ax, operands[0], key, acc)
-    if e.op == "stop_gradient":
+    if e.op == "stop_gradient" and _reaches_dot(e):
         raise Refuse("the scores pass through stop_gradient")
+    if e.op in ("max", "min") and _reaches_dot(e):
+        raise Refuse(f"the scores are clamped ({e.op}), which halves gradients where both sides are the same; no kernel does so")
+    if acc.factors and e.op in ("tanh", "add", "sub", "select"):
+        return None
     if e.op == "tanh":
         if acc.cap is not None:
             return None
@@ -171,6 +177,22 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
             acc.__dict__.update(trial.__dict__)
             return found
         return None
+    return None
+
+
+def _factor(p: Program, ax: Axes, e: Expr, operands: list[Ref], key: frozenset[int], acc: _Scores) -> Ref | None:
+    """scores * factor, one factor for all keys, as queries could be multiplied by before (cosine attention has one a head)."""
+    if acc.cap is not None or e.dtype not in ("float32", "float64"):  # narrower ones would round elsewhere
+        return None
+    for i in (0, 1) if e.op == "mul" else (0,):
+        factor = ax.strip(operands[1 - i])
+        if set(ax.flat(tuple(key))) & set(ax.of(factor)):
+            continue
+        trial = dataclasses.replace(acc, factors=[*acc.factors, (e.op, factor)])
+        found = _walk(p, ax, operands[i], key, trial)
+        if found is not None:
+            acc.__dict__.update(trial.__dict__)
+            return found
     return None
 
 
@@ -440,6 +462,16 @@ def _match(p: Program, found: _Weighted) -> Match:
         if arranged is None:
             raise Refuse(f"{name} has an axis that attention does not have")
         arrays[name] = x.convert(x.convert(arranged, rounded), dtype)
+    if acc.factors and dtype not in ("float32", "float64"):
+        raise Refuse(f"the scores are multiplied by an array; {dtype} queries that were multiplied by it before would round otherwise")
+    for op, factor in acc.factors:
+        if _depends_on(factor.expr, dot.expr):
+            raise Refuse("the scores are multiplied by numbers that are made of the scores")
+        each = ax.arrange(narrow(p, ax, factor), (batch, query, kv_heads + groups, ()), x, fill=False)
+        if each is None:
+            raise Refuse("the scores are multiplied by numbers that depend on an axis that queries lack")
+        q_ = arrays["q"]
+        arrays["q"] = x.apply(op, q_, x.broadcast(x.convert(each, dtype), q_.shape, (0, 1, 2, 3)))
     n = ax.extent(kv_heads + groups)
     shape = (ax.extent(batch), ax.extent(query), n, ax.extent(value_dim))
 

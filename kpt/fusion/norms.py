@@ -59,8 +59,8 @@ def _with_residual(p: Program, match: Match) -> Match | None:
     h = match.arrays["x"]
     if h.op != "add" or not h.origins or any(a.op in TRANSPARENT or not a.origins or a.spec != h.spec for a in h.args):
         return None
-    mine = {id(n) for n in p.consumed(match)}
-    users = [n for v in h.origins for n in p.readers(v) if id(n) not in mine]
+    mine, same = {id(n) for n in p.consumed(match)}, set(h.origins)  # a cast to its own dtype is no use of it
+    users = [n for v in h.origins for n in p.readers(v) if id(n) not in mine and not same.issuperset(n.outputs)]
     if not users and not set(h.origins) & set(p.graph.outputs):
         return None
     a, b = h.args

@@ -83,6 +83,13 @@ def a_mask_that_is_made_here_and_promoted(q, k, v):
     return weighed(q, k, v, lambda s: s + mask.bfloat16())
 
 
+@spelled(site("attention", terms=(Bias(),), scale=1.0))
+def cosines(q, k, v, g, bias):
+    """As in Swin V2: each head has a scale of its own."""
+    s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * torch.clamp(g[:N, None, None], max=1.5).exp()
+    return torch.softmax(s + 16 * torch.sigmoid(bias), -1) @ v
+
+
 @spelled(site("attention", terms=()))
 def plain(q, k, v):
     return weighed(q, k, v)
@@ -251,6 +258,14 @@ def rope_by_complex_numbers(qb, cos):
 def rope_by_a_table_of_complex_numbers(qb, cis):
     """As in the code that came with Llama: the table is a buffer."""
     return torch.view_as_real(torch.view_as_complex(qb.reshape(B, T, N, -1, 2)) * cis[None, :, None]).flatten(3)
+
+
+@spelled(site("rope", interleaved=False), site("rms_norm", x=(B, T, N, H)))
+def rope_and_then_a_norm(qb, cos, sin):
+    """As in HunYuan. The sum is read once, by the norm's cast, so that it is no residual."""
+    a, b = qb[..., : H // 2], qb[..., H // 2 :]
+    h = (qb * cos.unsqueeze(2) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(2)).to(torch.float32)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------------------

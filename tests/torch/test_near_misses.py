@@ -43,6 +43,19 @@ def weak_mask(q, k, v):
     return weighed(q, k, v, lambda s: s.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -10.0))
 
 
+def a_scale_outside_of_a_cap(q, k, v, g):
+    return (torch.tanh(q @ k.mT) * g[: q.shape[1], None, None]).softmax(-1) @ v
+
+
+def a_scale_of_sums(q, k, v, g):
+    return ((q @ k.mT + g[:T]) * g[: q.shape[1], None, None]).softmax(-1) @ v
+
+
+def a_scale_made_of_scores(q, k, v):
+    s = q @ k.mT
+    return (s / s.amax(-1, keepdim=True)).softmax(-1) @ v
+
+
 def detached_scores(q, k, v):
     return (q @ k.mT).detach().softmax(-1) @ v
 
@@ -97,6 +110,7 @@ def straight_through(q, k, v):
 
 CASES = [
     (weights_returned, "q k v"), (dropout_on, "q k v"), (sdpa_dropout, "q k v"), (softmax_over_queries, "q k v"), (weak_mask, "q k v"),
+    (a_scale_outside_of_a_cap, "q k v g"), (a_scale_of_sums, "q k v g"), (a_scale_made_of_scores, "q k v"),
     (detached_scores, "q k v"), (written_into, "q k v"), (a_view_written_into, "q k v"), (eps_outside, "x g"), (unbiased, "x g b"),
     (statistic_without_gradient, "x g"), (class_weights, "logits labels"), (logits_returned, "x head labels"), (straight_through, "q k v"),
 ]  # fmt: skip

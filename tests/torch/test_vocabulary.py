@@ -32,7 +32,7 @@ CASES = {
     "where": (lambda b, x, h: torch.where(b, x, h) + torch.where(b, 1.0, 0.0), BOOL, X, HALF),
     "masked_fill": (lambda x, b: x.masked_fill(b, -1e9), X, BOOL),
     "clamp": (lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0) + torch.relu(x), X),
-    "maximum": (lambda x, y: torch.maximum(x, y) - torch.minimum(x, y), X, Y),
+    "maximum": (lambda x, y: torch.maximum(x, y) - torch.minimum(x, y) + torch.max(x, y) / torch.min(x, y), X, Y),
     "silu": (lambda x, h: F.silu(x) + F.silu(h), X, HALF),
     "gelu": (lambda x, h: F.gelu(x) + F.gelu(x, approximate="tanh") + F.gelu(h), X, HALF),
     "mish": (lambda x: F.mish(x), X),
