@@ -72,7 +72,7 @@ def _values_product(p: Program, soft: Expr) -> Expr:
             continue
         if any(v in p.graph.outputs for v in at.origins) and not views:
             raise Refuse("the attention weights are returned, so they have to be computed")
-        what = ", ".join(sorted({u.op for u in users})) or "nothing"
+        what = ", ".join(sorted({_called(p, u) for u in users})) or "nothing"
         if len(users) > 1 and views:
             raise Refuse(f"the attention weights are used in more than one place ({what})")
         raise Refuse(
@@ -80,6 +80,12 @@ def _values_product(p: Program, soft: Expr) -> Expr:
             "out the output instead of the weights"
         )
     raise Refuse("no product with values follows the softmax")
+
+
+def _called(p: Program, e: Expr) -> str:
+    """The op that made `e`; a value that patterns do not look into has the front end's name for it."""
+    node = next((p.node_of[v] for v in e.origins if v in p.node_of), None)
+    return node.op.removeprefix("opaque:").removesuffix(".default") if e.op == "value" and node is not None else e.op
 
 
 def _only_hides(p: Program, e: Expr, weights: Expr) -> bool:
@@ -641,6 +647,9 @@ def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased
             a for _, a in fills
         ):
             return min(values), False
+        if len(values) == 1:
+            raise Refuse("one mask replaces scores and one is added to them, and a query may see nothing: it weighs keys by how many "
+                         "masks hide them; join them first")  # fmt: skip
         raise Refuse("two masks hide with different values, and a query may see nothing; use one value for both")
     fill, additive = next(iter(fills))
     if additive and masks > 1 and math.isfinite(fill):

@@ -151,7 +151,14 @@ def two_masks_made_apart(q, k, v, added):
     return weighed(q, k, v, lambda s: s + triangle + added)
 
 
-@pytest.mark.parametrize(("fn", "why"), [(two_masks_added, "two masks are added"), (a_mask_made_elsewhere, "may be a mask"),
+def a_mask_added_to_masked_scores(q, k, v, seen):
+    """As in GPT-2."""
+    triangle, low = torch.ones(T, T, dtype=torch.bool).tril(), torch.finfo(q.dtype).min
+    return weighed(q, k, v, lambda s: torch.where(triangle, s, low) + torch.where(seen & triangle, 0.0, low))
+
+
+@pytest.mark.parametrize(("fn", "why"), [(two_masks_added, "two masks are added"), (a_mask_added_to_masked_scores, "one mask replaces scores"),
+                                         (a_mask_made_elsewhere, "may be a mask"),
                                          (two_masks_made_apart, "may be a mask")])  # fmt: skip
 def test_masks_that_meet_in_a_sum(fn, why):
     """Proved where they hide nothing, read where they leave a query no key."""
@@ -159,7 +166,7 @@ def test_masks_that_meet_in_a_sum(fn, why):
     seen = INPUTS["pad"].flip(-1)[:, None, None] if fn is not a_mask_made_elsewhere else INPUTS["pad"][:, None, None]
     fast = kpt_torch.optimize(fn)
     everything, some = seen | True, seen
-    if fn is not two_masks_added:
+    if "elsewhere" in fn.__name__ or "apart" in fn.__name__:
         everything, some = (torch.zeros(m.shape).masked_fill(~m, torch.finfo(torch.float32).min) for m in (everything, some))
     assert why in fast.plan(q, k, v, everything).skipped[0].reason
     torch.testing.assert_close(fast(q, k, v, some), fn(q, k, v, some), rtol=1e-5, atol=1e-6)
@@ -169,6 +176,7 @@ def test_what_is_left_alone_says_why():
     plan = kpt_torch.plan(weights_returned, *given("q", "k", "v"))
     assert "also returned" in plan.skipped[0].reason
     assert "test_near_misses.py" in plan.skipped[0].source
+    assert "stands dropout; if" in kpt_torch.plan(dropout_on, *given("q", "k", "v")).skipped[0].reason
 
 
 def _attended(q, k, v):
