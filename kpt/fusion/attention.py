@@ -188,7 +188,7 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
 
 def _factor(p: Program, ax: Axes, e: Expr, operands: list[Ref], key: frozenset[int], acc: _Scores) -> Ref | None:
     """scores * factor, one factor for all keys, as queries could be multiplied by before (cosine attention has one a head)."""
-    if acc.cap is not None or e.dtype not in ("float32", "float64"):  # narrower ones would round elsewhere
+    if acc.cap is not None:
         return None
     for i in (0, 1) if e.op == "mul" else (0,):
         factor = ax.strip(operands[1 - i])
@@ -197,6 +197,8 @@ def _factor(p: Program, ax: Axes, e: Expr, operands: list[Ref], key: frozenset[i
         trial = dataclasses.replace(acc, factors=[*acc.factors, (e.op, factor)])
         found = _walk(p, ax, operands[i], key, trial)
         if found is not None:
+            if e.dtype not in ("float32", "float64"):
+                raise Refuse(f"the scores are multiplied by an array in {e.dtype}; queries multiplied by it before would round otherwise")
             acc.__dict__.update(trial.__dict__)
             return found
     return None
@@ -469,7 +471,7 @@ def _match(p: Program, found: _Weighted) -> Match:
             raise Refuse(f"{name} has an axis that attention does not have")
         arrays[name] = x.convert(x.convert(arranged, rounded), dtype)
     if acc.factors and dtype not in ("float32", "float64"):
-        raise Refuse(f"the scores are multiplied by an array; {dtype} queries that were multiplied by it before would round otherwise")
+        raise Refuse(f"the scores are multiplied by an array; {dtype} queries multiplied by it before would round otherwise")
     for op, factor in acc.factors:
         if _depends_on(factor.expr, dot.expr):
             raise Refuse("the scores are multiplied by numbers that are made of the scores")

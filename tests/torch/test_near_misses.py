@@ -51,6 +51,10 @@ def a_scale_of_sums(q, k, v, g):
     return ((q @ k.mT + g[:T]) * g[: q.shape[1], None, None]).softmax(-1) @ v
 
 
+def a_scale_of_heads(q, k, v, g):
+    return (q @ k.mT * g[: q.shape[1], None, None]).softmax(-1) @ v
+
+
 def a_scale_made_of_scores(q, k, v):
     s = q @ k.mT
     return (s / s.amax(-1, keepdim=True)).softmax(-1) @ v
@@ -176,6 +180,8 @@ def test_what_is_left_alone_says_why():
     plan = kpt_torch.plan(weights_returned, *given("q", "k", "v"))
     assert "also returned" in plan.skipped[0].reason
     assert "test_near_misses.py" in plan.skipped[0].source
+    halves = [a.bfloat16() for a in given("q", "k", "v", "g")]
+    assert "multiplied by an array in bfloat16" in kpt_torch.plan(a_scale_of_heads, *halves).skipped[0].reason
     assert "stands dropout; if" in kpt_torch.plan(dropout_on, *given("q", "k", "v")).skipped[0].reason
 
 
