@@ -27,7 +27,7 @@ _OPS: dict[str, Any] = {
     "max": aten.maximum.default, "min": aten.minimum.default, "power": aten.pow.Tensor_Tensor, "and": aten.bitwise_and.Tensor,
     "or": aten.bitwise_or.Tensor, "xor": aten.bitwise_xor.Tensor, "eq": aten.eq.Tensor, "ne": aten.ne.Tensor, "ge": aten.ge.Tensor,
     "gt": aten.gt.Tensor, "le": aten.le.Tensor, "lt": aten.lt.Tensor, "rem": aten.fmod.Tensor, "select": aten.where.self,
-    "identity": aten.alias.default,
+    "identity": aten.alias.default, "complex": aten.complex.default, "real": aten.real.default, "imag": aten.imag.default,
 }  # fmt: skip
 _REDUCTIONS: dict[str, Any] = {"reduce_sum": aten.sum.dim_IntList, "reduce_max": aten.amax.default}
 

@@ -12,7 +12,7 @@ from kpt.fusion.mask import Layout, Reading, finish, narrow, never_empty, read_m
 from kpt.fusion.program import Match, NearMiss, Program, Refuse
 from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.evaluate import evaluate
-from kpt.graph.expr import Expr, Exprs
+from kpt.graph.expr import ELEMENTWISE, Expr, Exprs
 from kpt.graph.normalize import boolean_behind, simplify
 from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window
@@ -72,7 +72,7 @@ def _values_product(p: Program, soft: Expr) -> Expr:
             continue
         if any(v in p.graph.outputs for v in at.origins) and not views:
             raise Refuse("the attention weights are returned, so they have to be computed")
-        what = ", ".join(sorted({u.op for u in users})) or "nothing"
+        what = ", ".join(sorted({_called(p, u) for u in users})) or "nothing"
         if len(users) > 1 and views:
             raise Refuse(f"the attention weights are used in more than one place ({what})")
         raise Refuse(
@@ -80,6 +80,12 @@ def _values_product(p: Program, soft: Expr) -> Expr:
             "out the output instead of the weights"
         )
     raise Refuse("no product with values follows the softmax")
+
+
+def _called(p: Program, e: Expr) -> str:
+    """The op that made `e`; a value that patterns do not look into has the front end's name for it."""
+    node = next((p.node_of[v] for v in e.origins if v in p.node_of), None)
+    return node.op.removeprefix("opaque:").removesuffix(".default") if e.op == "value" and node is not None else e.op
 
 
 def _only_hides(p: Program, e: Expr, weights: Expr) -> bool:
@@ -98,6 +104,7 @@ class _Scores:
     masks: list[tuple[Ref, float, bool]] = dataclasses.field(default_factory=list)  # visible, fill, additive
     biases: list[tuple[float, Ref]] = dataclasses.field(default_factory=list)
     biased_fill: bool = False  # a bias is added to hidden scores too
+    factors: list[tuple[str, Ref]] = dataclasses.field(default_factory=list)  # "mul" or "div", by numbers that no key changes
 
 
 def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> Ref | None:
@@ -119,12 +126,17 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
         if a is not None and e.op == "mul":
             acc.scale *= a
             return _walk(p, ax, operands[1], key, acc)
-        return _masked_product(p, ax, operands, key, acc) if e.op == "mul" else None
+        found = _masked_product(p, ax, operands, key, acc) if e.op == "mul" else None
+        return found or _factor(p, ax, e, operands, key, acc)
     if e.op == "neg":
         acc.scale *= -1.0
         return _walk(p, ax, operands[0], key, acc)
-    if e.op == "stop_gradient":
+    if e.op == "stop_gradient" and _reaches_dot(e):
         raise Refuse("the scores pass through stop_gradient")
+    if e.op in ("max", "min") and _reaches_dot(e):
+        raise Refuse(f"the scores are clamped ({e.op}), which halves gradients where both sides are the same; no kernel does so")
+    if acc.factors and e.op in ("tanh", "add", "sub", "select"):
+        return None
     if e.op == "tanh":
         if acc.cap is not None:
             return None
@@ -174,6 +186,24 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
     return None
 
 
+def _factor(p: Program, ax: Axes, e: Expr, operands: list[Ref], key: frozenset[int], acc: _Scores) -> Ref | None:
+    """scores * factor, one factor for all keys, as queries could be multiplied by before (cosine attention has one a head)."""
+    if acc.cap is not None:
+        return None
+    for i in (0, 1) if e.op == "mul" else (0,):
+        factor = ax.strip(operands[1 - i])
+        if set(ax.flat(tuple(key))) & set(ax.of(factor)):
+            continue
+        trial = dataclasses.replace(acc, factors=[*acc.factors, (e.op, factor)])
+        found = _walk(p, ax, operands[i], key, trial)
+        if found is not None:
+            if e.dtype not in ("float32", "float64"):
+                raise Refuse(f"the scores are multiplied by an array in {e.dtype}; queries multiplied by it before would round otherwise")
+            acc.__dict__.update(trial.__dict__)
+            return found
+    return None
+
+
 def _negated(p: Program, r: Ref) -> Ref:
     return Ref(simplify(p.exprs.apply("not", r.expr), p.exprs), r.dims)
 
@@ -206,13 +236,11 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
             return
     if e.op == "select":
         pred, a, b = (Ref(x, r.dims) for x in e.args)
-        va, vb = scalar(ax.strip(a)), scalar(ax.strip(b))
-        if va == 0 and vb is not None and vb * factor <= _HIDDEN:
-            acc.masks.append((pred, vb * factor, True))
-            return
-        if vb == 0 and va is not None and va * factor <= _HIDDEN:
-            acc.masks.append((_negated(p, pred), va * factor, True))
-            return
+        for visible, zero, low in ((pred, a, b), (_negated(p, pred), b, a)):
+            fill = scalar(ax.strip(low))
+            if fill is not None and fill * factor <= _HIDDEN and _zero_where(p, ax, visible, zero):
+                acc.masks.append((visible, fill * factor, True))
+                return
     if e.op in ("mul", "div"):  # (1 - keep) * -1e9
         c, parts = factors(ax, r, lambda q: q.expr.op in ("sub", "convert"))
         c *= factor
@@ -225,16 +253,48 @@ def _bias(p: Program, ax: Axes, ref: Ref, factor: float, acc: _Scores) -> None:
         size = math.prod(e.shape)
         data = evaluate(e, p.exprs) if 0 < size <= 1 << 24 else None
         if data is not None:
-            low = data * factor
-            below = low <= _HIDDEN
-            fills = set(low[below].tolist())
-            if below.any() and len(fills) == 1 and not low[~below].any():
+            lowered = data * factor
+            below = lowered <= _HIDDEN
+            fills = set(lowered[below].tolist())
+            if below.any() and len(fills) == 1 and not lowered[~below].any():
                 key = -3 - len(p.exprs.consts)  # a constant of ours: no value of the program has its id
                 p.exprs.consts[key] = ~below
                 keep_e = p.exprs.make("const", (), (("key", key),), e.shape, "bool")
                 acc.masks.append((Ref(keep_e, r.dims), fills.pop(), True))
                 return
     acc.biases.append((factor, ref))
+
+
+def _zero_where(p: Program, ax: Axes, visible: Ref, r: Ref) -> bool:
+    """Whether `r` is 0 where `visible`: everywhere, or because `visible` is ~r.bool() and `r` has no gradient."""
+    r = ax.strip(r)
+    if (known := scalar(r)) is not None:
+        return known == 0
+    hidden = ax.strip(_negated(p, visible))
+    seen = boolean_behind(r.expr, p.exprs)
+    if seen is not None:
+        return ax.same(ax.strip(Ref(seen, r.dims)), hidden)
+    e = hidden.expr
+    tested = e.op == "convert" or e.op == "ne" and scalar(ax.strip(Ref(e.args[1], hidden.dims))) == 0
+    return tested and ax.same(ax.strip(Ref(e.args[0], hidden.dims)), r) and _counted(r.expr)
+
+
+def _counted(e: Expr, depth: int = 0) -> bool:
+    """Whether `e` is made of integers and booleans, which have no gradient."""
+    if e.op == "full" or e.dtype.startswith(("int", "uint", "bool")):
+        return True
+    return bool(e.args) and e.op in TRANSPARENT | ELEMENTWISE and depth < 8 and all(_counted(a, depth + 1) for a in e.args)
+
+
+def _may_hide(e: Expr, depth: int = 0) -> bool:
+    """Whether an added term is numbers from outside of the program, which may be a mask."""
+    while e.op in TRANSPARENT:
+        e = e.args[0]
+    if e.op == "mul":
+        return any(a.op == "full" and abs(a["value"]) >= -_HIDDEN for a in map(strip_shape, e.args))
+    if e.op in ("add", "sub", "select", "slice", "neg", "min", "max"):
+        return depth < 8 and any(_may_hide(a, depth + 1) for a in e.args)
+    return e.op == "value" and e.dtype.startswith(("float", "bfloat"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,6 +442,12 @@ def _match(p: Program, found: _Weighted) -> Match:
     reading.terms = tightest(reading.terms)
     may_be_empty = ambiguous or not never_empty(reading.terms, ax.extent(query), ax.extent(key))
     _same_mask(ax, found, acc, may_be_empty)
+    beneath = [fill for _, fill, added in acc.masks if math.isfinite(fill) and (acc.biased_fill or added and not may_be_empty)]
+    if beneath and any(_may_hide(r.expr) for _, r in acc.biases):
+        raise Refuse(
+            f"numbers that are made elsewhere, and may be a mask, are added to scores that another mask hides with {min(beneath):g}: a "
+            "query to which they show no key would tell; join the masks, or hide with -inf"
+        )
     if found.zeroed and may_be_empty:  # such a query gives 0: a fill that gives numbers, and they are put to 0 below
         mask = Mask(tuple(reading.terms), -1e30)
     else:
@@ -404,6 +470,16 @@ def _match(p: Program, found: _Weighted) -> Match:
         if arranged is None:
             raise Refuse(f"{name} has an axis that attention does not have")
         arrays[name] = x.convert(x.convert(arranged, rounded), dtype)
+    if acc.factors and dtype not in ("float32", "float64"):
+        raise Refuse(f"the scores are multiplied by an array; {dtype} queries multiplied by it before would round otherwise")
+    for op, factor in acc.factors:
+        if _depends_on(factor.expr, dot.expr):
+            raise Refuse("the scores are multiplied by numbers that are made of the scores")
+        each = ax.arrange(narrow(p, ax, factor), (batch, query, kv_heads + groups, ()), x, fill=False)
+        if each is None:
+            raise Refuse("the scores are multiplied by numbers that depend on an axis that queries lack")
+        q_ = arrays["q"]
+        arrays["q"] = x.apply(op, q_, x.broadcast(x.convert(each, dtype), q_.shape, (0, 1, 2, 3)))
     n = ax.extent(kv_heads + groups)
     shape = (ax.extent(batch), ax.extent(query), n, ax.extent(value_dim))
 
@@ -573,10 +649,13 @@ def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased
             a for _, a in fills
         ):
             return min(values), False
+        if len(values) == 1:
+            raise Refuse("one mask replaces scores and one is added to them, and a query may see nothing: it weighs keys by how many "
+                         "masks hide them; join them first")  # fmt: skip
         raise Refuse("two masks hide with different values, and a query may see nothing; use one value for both")
     fill, additive = next(iter(fills))
     if additive and masks > 1 and math.isfinite(fill):
-        raise Refuse("two masks are added, and a query may see nothing: it would weigh keys by how many masks hide them; join them first")
+        raise Refuse("two masks are added, and a query may see nothing: it weighs keys by how many masks hide them; join them first")
     if biased and math.isfinite(fill) and fill > -1e30:
         raise Refuse("a bias is added to scores hidden with a moderate fill, and a query may see nothing; hide with -inf")
     return fill, additive

@@ -59,8 +59,8 @@ def _with_residual(p: Program, match: Match) -> Match | None:
     h = match.arrays["x"]
     if h.op != "add" or not h.origins or any(a.op in TRANSPARENT or not a.origins or a.spec != h.spec for a in h.args):
         return None
-    mine = {id(n) for n in p.consumed(match)}
-    users = [n for v in h.origins for n in p.readers(v) if id(n) not in mine]
+    mine, same = {id(n) for n in p.consumed(match)}, set(h.origins)  # a cast to its own dtype is no use of it
+    users = [n for v in h.origins for n in p.readers(v) if id(n) not in mine and not same.issuperset(n.outputs)]
     if not users and not set(h.origins) & set(p.graph.outputs):
         return None
     a, b = h.args
@@ -337,12 +337,23 @@ def _source(ax: Axes, r: Ref, x: Ref, kind: str) -> Ref:
     return ax.resolve(r) if kind == "rms" else ax.strip(Ref(r.expr.args[0], r.dims))
 
 
+def _counterpart(mine: Dims, theirs: Dims, axis: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What `axis` of `theirs` is in `mine`, which are alike but for it. It may be several dimensions that a view made one of."""
+    if any(len(a) != len(b) for a, b in zip(mine, theirs, strict=True)):
+        return None
+    other = {y: x for a, b in zip(mine, theirs, strict=True) for x, y in zip(a, b, strict=True) if x != y}
+    return tuple(other[a] for a in axis) if set(other) == set(axis) else None
+
+
 def _norm_axis(ax: Axes, r: Ref, x: Ref, axis: tuple[int, ...], kind: str) -> tuple[int, ...] | None:
     """The axis of the result over which the statistic was taken; every other axis must agree."""
     mine = ax.resolve(_source(ax, r, x, kind))
     theirs = ax.resolve(x)
     if mine.expr is not theirs.expr:
         return None
+    own = _counterpart(mine.dims, theirs.dims, axis)
+    if own is not None and ax.extent(own) == ax.extent(axis):
+        return own if kind == "rms" or _centred(ax, r, own) is not None else None
     own = None
     for a, b in zip(mine.dims, theirs.dims, strict=True):
         if b == axis:

@@ -404,8 +404,8 @@ def part_of_complex(e: Expr, x: Exprs) -> Expr | None:
         return simplify(x.make(a.op, (part(e.op, a.args[0]),), a.attrs, e.shape, e.dtype), x)
     if a.op in ("add", "sub"):
         return apply(a.op, *(part(e.op, b) for b in a.args))
-    if a.op == "neg":
-        return apply("neg", part(e.op, a.args[0]))
+    if a.op in ("neg", "stop_gradient"):
+        return apply(a.op, part(e.op, a.args[0]))
     if a.op == "mul":
         (p, q), (r, s) = ((part("real", b), part("imag", b)) for b in a.args)
         return apply("sub", product(p, r), product(q, s)) if real else apply("add", product(p, s), product(q, r))

@@ -5,7 +5,7 @@ the op makes. What it cannot say exactly raises `Unknown`, and the op runs as it
 the shape and dtype that torch gives it.
 """
 
-from kpt_torch.vocabulary import attention, elementwise, losses, products, reductions, shapes
+from kpt_torch.vocabulary import attention, complex_numbers, elementwise, losses, products, reductions, shapes
 from kpt_torch.vocabulary.table import TABLE, Rule, Unknown, rule
 
-__all__ = ["TABLE", "Rule", "Unknown", "attention", "elementwise", "losses", "products", "reductions", "rule", "shapes"]
+__all__ = ["TABLE", "Rule", "Unknown", "attention", "complex_numbers", "elementwise", "losses", "products", "reductions", "rule", "shapes"]

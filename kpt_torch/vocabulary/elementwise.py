@@ -91,12 +91,12 @@ def _div(b: Any, x: Any, y: Any) -> Any:
     return b.elementwise("div", *pair(b, x, y, to_float=True))
 
 
-@rule("maximum")
+@rule("maximum", "max.other")
 def _maximum(b: Any, x: Any, y: Any) -> Any:
     return b.elementwise("max", *pair(b, x, y))
 
 
-@rule("minimum")
+@rule("minimum", "min.other")
 def _minimum(b: Any, x: Any, y: Any) -> Any:
     return b.elementwise("min", *pair(b, x, y))
 

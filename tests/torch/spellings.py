@@ -28,6 +28,7 @@ INPUTS: dict[str, torch.Tensor] = {
     "w1": normal(32, D) / 4, "b1": normal(32), "w2": normal(32, D) / 4, "head": normal(V, D) / 4, "logits": normal(B, T, V),
     "labels": torch.randint(0, V, (B, T), generator=_generator), "cos": normal(1, T, H), "sin": normal(1, T, H),
 }  # fmt: skip
+INPUTS["cis"] = torch.polar(torch.ones(T, H // 2), normal(T, H // 2))
 INPUTS["ignored"] = INPUTS["labels"].masked_fill(~INPUTS["pad"], -100)
 
 
@@ -80,6 +81,13 @@ def a_mask_that_is_made_here_and_promoted(q, k, v):
     mask = torch.zeros(T, T)
     mask[: T // 2] = -1.0
     return weighed(q, k, v, lambda s: s + mask.bfloat16())
+
+
+@spelled(site("attention", terms=(Bias(),), scale=1.0))
+def cosines(q, k, v, g, bias):
+    """As in Swin V2: each head has a scale of its own."""
+    s = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * torch.clamp(g[:N, None, None], max=1.5).exp()
+    return torch.softmax(s + 16 * torch.sigmoid(bias), -1) @ v
 
 
 @spelled(site("attention", terms=()))
@@ -214,6 +222,13 @@ def rms_of_the_heads_of_a_projection(x, g):
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * g[: D // 2]).transpose(1, 2)
 
 
+@spelled(site("rms_norm", eps=1e-6, x=(B, T, D)))
+def rms_of_pairs(x):
+    """As of rotated queries in Llama 4: what is normalised is a view of pairs."""
+    h = torch.stack([x[..., 1::2], x[..., ::2]], -1).flatten(2)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 @spelled(site("layer_norm", eps=1e-5, x=(B, T, 2, D // 2)))
 def layer_norm_of_the_heads_of_a_projection(x, g):
     h = x.view(B, T, 2, -1)
@@ -228,6 +243,29 @@ def layer_norm_of_the_heads_of_a_projection(x, g):
 def rope_by_halves(qb, cos, sin):
     a, b = qb[..., : H // 2], qb[..., H // 2 :]
     return qb * cos.unsqueeze(2) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(2)
+
+
+@spelled(site("rope", interleaved=True))
+def rope_by_complex_numbers(qb, cos):
+    """As in Llama 4."""
+    angle = cos[..., ::2]
+    turn = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.view_as_complex(qb.float().reshape(B, T, N, -1, 2))
+    return torch.view_as_real(pairs * turn[:, :, None]).flatten(3).type_as(qb)
+
+
+@spelled(site("rope", interleaved=True))
+def rope_by_a_table_of_complex_numbers(qb, cis):
+    """As in the code that came with Llama: the table is a buffer."""
+    return torch.view_as_real(torch.view_as_complex(qb.reshape(B, T, N, -1, 2)) * cis[None, :, None]).flatten(3)
+
+
+@spelled(site("rope", interleaved=False), site("rms_norm", x=(B, T, N, H)))
+def rope_and_then_a_norm(qb, cos, sin):
+    """As in HunYuan. The sum is read once, by the norm's cast, so that it is no residual."""
+    a, b = qb[..., : H // 2], qb[..., H // 2 :]
+    h = (qb * cos.unsqueeze(2) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(2)).to(torch.float32)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ MODELS = {
                                                                              reference_compile=False, **TOKENS), "eager", PADDED,
                    {"rope": 4, "attention": 2}, {"rope": 4, "attention": 2}),  # padded queries see padded keys alone
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", LLAMA | dict(head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=8,
-                                                                     **TOKENS), "eager", TEXT, {"rms_norm": 5, "attention": 2}, {"rms_norm": 5, "attention": 2}),
+                                                                     **TOKENS), "eager", TEXT, {"rms_norm": 9, "rope": 4, "attention": 2},
+               {"rms_norm": 9, "rope": 4, "attention": 2}),  # turns by complex numbers
     "mpt": ("MptForCausalLM", "MptConfig", dict(vocab_size=V, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "eager", PADDED, {"attention": 2},
             {"attention": 2}),  # ALiBi
     "falcon alibi": ("FalconForCausalLM", "FalconConfig", dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True,
@@ -87,6 +88,18 @@ MODELS = {
                   {"rms_norm": 7, "rope": 4, "attention": 2}),
     "swin": ("SwinForImageClassification", "SwinConfig", dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
              "eager", PIXELS, {"attention": 4}, {"attention": 4}),
+    "swin v2": ("Swinv2ForImageClassification", "Swinv2Config", dict(image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
+                                                                     window_size=4, drop_path_rate=0.0), "eager", PIXELS, {"attention": 4},
+                {"attention": 4}),  # cosines, and a scale for each head
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", LLAMA | dict(head_dim=8, **TOKENS), "eager", LEFT,
+                {"rms_norm": 9, "rope": 4, "attention": 2}, {"rms_norm": 9, "rope": 4, "attention": 2}),  # norms of what was rotated
+    "deepseek v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", LLAMA | dict(num_key_value_heads=4, first_k_dense_replace=2, q_lora_rank=16,
+                                                                              kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+                                                                              head_dim=8, **TOKENS), "eager", LEFT,
+                    {"rms_norm": 9, "rope": 4, "attention": 2}, {"rms_norm": 9, "rope": 4, "attention": 2}),
+    # A mask from outside meets the model's own in a sum, and a query may be shown no key: it stays as it was written.
+    "gpt neo": ("GPTNeoForCausalLM", "GPTNeoConfig", dict(vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, window_size=5, max_position_embeddings=64,
+                                                          attention_types=[[["global", "local"], 1]], **TOKENS), "eager", PADDED, {}, {}),
     "beit": ("BeitForImageClassification", "BeitConfig", SMALL | dict(image_size=16, patch_size=4, use_relative_position_bias=True, out_indices=[1]),
              "eager", PIXELS, {"attention": 2}, {"attention": 2}),
 }  # fmt: skip

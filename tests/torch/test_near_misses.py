@@ -43,6 +43,23 @@ def weak_mask(q, k, v):
     return weighed(q, k, v, lambda s: s.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -10.0))
 
 
+def a_scale_outside_of_a_cap(q, k, v, g):
+    return (torch.tanh(q @ k.mT) * g[: q.shape[1], None, None]).softmax(-1) @ v
+
+
+def a_scale_of_sums(q, k, v, g):
+    return ((q @ k.mT + g[:T]) * g[: q.shape[1], None, None]).softmax(-1) @ v
+
+
+def a_scale_of_heads(q, k, v, g):
+    return (q @ k.mT * g[: q.shape[1], None, None]).softmax(-1) @ v
+
+
+def a_scale_made_of_scores(q, k, v):
+    s = q @ k.mT
+    return (s / s.amax(-1, keepdim=True)).softmax(-1) @ v
+
+
 def detached_scores(q, k, v):
     return (q @ k.mT).detach().softmax(-1) @ v
 
@@ -97,6 +114,7 @@ def straight_through(q, k, v):
 
 CASES = [
     (weights_returned, "q k v"), (dropout_on, "q k v"), (sdpa_dropout, "q k v"), (softmax_over_queries, "q k v"), (weak_mask, "q k v"),
+    (a_scale_outside_of_a_cap, "q k v g"), (a_scale_of_sums, "q k v g"), (a_scale_made_of_scores, "q k v"),
     (detached_scores, "q k v"), (written_into, "q k v"), (a_view_written_into, "q k v"), (eps_outside, "x g"), (unbiased, "x g b"),
     (statistic_without_gradient, "x g"), (class_weights, "logits labels"), (logits_returned, "x head labels"), (straight_through, "q k v"),
 ]  # fmt: skip
@@ -119,10 +137,52 @@ def test_stays_as_written(fn, names):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def two_masks_added(q, k, v, seen):
+    """As in CLIP's text model: a key that both hide has less weight than one that one of them hides."""
+    hidden, low = 1.0 - seen.expand(-1, 1, T, T).to(q.dtype), torch.finfo(q.dtype).min
+    triangle = torch.full((T, T), low).triu(1)
+    return weighed(q, k, v, lambda s: s + (hidden.masked_fill(hidden.to(torch.bool), low) + triangle))
+
+
+def a_mask_made_elsewhere(q, k, v, added):
+    """As in GPT-Neo: what is added may hide all that the window shows."""
+    near = torch.ones(T, T, dtype=torch.bool).tril().triu(-3)
+    return weighed(q, k, v, lambda s: torch.where(near, s, torch.finfo(s.dtype).min) + added)
+
+
+def two_masks_made_apart(q, k, v, added):
+    triangle = torch.full((T, T), torch.finfo(q.dtype).min).triu(1)
+    return weighed(q, k, v, lambda s: s + triangle + added)
+
+
+def a_mask_added_to_masked_scores(q, k, v, seen):
+    """As in GPT-2."""
+    triangle, low = torch.ones(T, T, dtype=torch.bool).tril(), torch.finfo(q.dtype).min
+    return weighed(q, k, v, lambda s: torch.where(triangle, s, low) + torch.where(seen & triangle, 0.0, low))
+
+
+@pytest.mark.parametrize(("fn", "why"), [(two_masks_added, "two masks are added"), (a_mask_added_to_masked_scores, "one mask replaces scores"),
+                                         (a_mask_made_elsewhere, "may be a mask"),
+                                         (two_masks_made_apart, "may be a mask")])  # fmt: skip
+def test_masks_that_meet_in_a_sum(fn, why):
+    """Proved where they hide nothing, read where they leave a query no key."""
+    q, k, v = given("q", "k", "v")
+    seen = INPUTS["pad"].flip(-1)[:, None, None] if fn is not a_mask_made_elsewhere else INPUTS["pad"][:, None, None]
+    fast = kpt_torch.optimize(fn)
+    everything, some = seen | True, seen
+    if "elsewhere" in fn.__name__ or "apart" in fn.__name__:
+        everything, some = (torch.zeros(m.shape).masked_fill(~m, torch.finfo(torch.float32).min) for m in (everything, some))
+    assert why in fast.plan(q, k, v, everything).skipped[0].reason
+    torch.testing.assert_close(fast(q, k, v, some), fn(q, k, v, some), rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_left_alone_says_why():
     plan = kpt_torch.plan(weights_returned, *given("q", "k", "v"))
     assert "also returned" in plan.skipped[0].reason
     assert "test_near_misses.py" in plan.skipped[0].source
+    halves = [a.bfloat16() for a in given("q", "k", "v", "g")]
+    assert "multiplied by an array in bfloat16" in kpt_torch.plan(a_scale_of_heads, *halves).skipped[0].reason
+    assert "stands dropout; if" in kpt_torch.plan(dropout_on, *given("q", "k", "v")).skipped[0].reason
 
 
 def _attended(q, k, v):

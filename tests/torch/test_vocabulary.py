@@ -32,7 +32,7 @@ CASES = {
     "where": (lambda b, x, h: torch.where(b, x, h) + torch.where(b, 1.0, 0.0), BOOL, X, HALF),
     "masked_fill": (lambda x, b: x.masked_fill(b, -1e9), X, BOOL),
     "clamp": (lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0) + torch.relu(x), X),
-    "maximum": (lambda x, y: torch.maximum(x, y) - torch.minimum(x, y), X, Y),
+    "maximum": (lambda x, y: torch.maximum(x, y) - torch.minimum(x, y) + torch.max(x, y) / torch.min(x, y), X, Y),
     "silu": (lambda x, h: F.silu(x) + F.silu(h), X, HALF),
     "gelu": (lambda x, h: F.gelu(x) + F.gelu(x, approximate="tanh") + F.gelu(h), X, HALF),
     "mish": (lambda x: F.mish(x), X),
@@ -69,6 +69,8 @@ CASES = {
     "added mask": (lambda q, x: F.scaled_dot_product_attention(q, q, q, attn_mask=x.flatten()[:25].view(5, 5)), Q, X),
     "dropout that is off": (lambda x: F.dropout(x, 0.5, training=False) + F.dropout(x, 0.0), X),
     "vmap": (lambda x, p: torch.vmap(lambda a: a * p + a.sum())(x), X, P),
+    "complex": (lambda x, y: torch.view_as_real(torch.complex(x, y) * torch.polar(y, x)), X, Y),
+    "parts": (lambda q: torch.view_as_complex(q.view(2, 4, 5, 4, 2)).real + torch.view_as_complex(q.view(2, 4, 5, 4, 2).contiguous()).imag, Q),
     "in place": (lambda x: x.clone().mul_(2).add_(1).masked_fill_(x > 0, 0.0), X),
 }  # fmt: skip
 
