@@ -19,6 +19,8 @@ from kpt.frameworks import framework_of
 from kpt.inputs import arrays_in
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
+from kpt.strategy.plan import differentiated
+from kpt.tracking.run import AS_CALLED as AS_CALLED
 from kpt.tuning import certain, gain, ratio, sigmas
 
 if TYPE_CHECKING:
@@ -34,13 +36,15 @@ class Report:
       function: name of the function or model.
       hardware: name of the profile.
       device: what the arrays were on.
-      measured: "forward", or "forward and backward" for a function that returns a scalar loss.
+      measured: "forward and backward" for a function that returns a scalar loss, timed with its gradients; any other one is timed
+        "as called", with the gradients that it takes itself.
       seconds_before, seconds_after: one figure a round, of the original and of the best rewrite.
       memory_before, memory_after: bytes that the compiled program needs besides its arguments; None where unknown.
       max_error: largest relative L2 difference from the original over results and gradients; None if not compared.
       kept: whether the rewrite won by more than the noise. Otherwise the original is what `Result.fn` is.
       noise: relative standard error of `speedup`.
       plan: in force.
+      one_program: whether no site has a kernel, so that nothing but the original was measured: before and after are the same figures.
     """
 
     function: str
@@ -55,6 +59,7 @@ class Report:
     kept: bool
     noise: float
     plan: Plan
+    one_program: bool = False
 
     @property
     def speedup(self) -> float:
@@ -66,11 +71,6 @@ class Report:
         """The same, whatever was kept."""
         pairs = zip(self.seconds_before, self.seconds_after, strict=True)
         return statistics.median(before / after for before, after in pairs)
-
-    @property
-    def one_program(self) -> bool:
-        """Whether no site has a kernel, so that nothing but the original was measured: before and after are the same figures."""
-        return self.seconds_before == self.seconds_after
 
     @property
     def peak_memory(self) -> tuple[int | None, int | None]:
@@ -92,6 +92,7 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """Inverse of `to_json`."""
         data = json.loads(text)
+        data.setdefault("one_program", data["seconds_before"] == data["seconds_after"])  # of an older version
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
         seconds = {n: tuple(fields[n]) for n in ("seconds_before", "seconds_after")}
         return cls(**{**fields, **seconds, "plan": Plan.from_json(json.dumps(data["plan"]))})
@@ -142,13 +143,15 @@ class Report:
             figures.append(under)
         error = "not compared" if self.max_error is None else f"{self.max_error:.1e}"
         speed = (bars[0].text, "time") if one else (f"{self.speedup:.2f}×", "time, before over after")
+        taken = self.measured == AS_CALLED and any(differentiated(s.path) for s in (*self.plan.sites, *self.plan.skipped))
+        own = ", with the gradients that it takes itself" if taken else ""
         worth = () if one else (("Time ratio", f"{self.measured_speedup:.2f} {self._worth}"),)
         return write(Page(
             title=self.function if one else f"{self.function}, as written and through kpt",
             verdict=verdict,
             passed=None if one else True,  # what fails its certificate is not in the plan
             headline=(speed, (error, "largest relative difference"), (str(len(self.plan.sites)), "sites with a kernel")),
-            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", self.measured), *worth,
+            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", f"{self.measured}{own}"), *worth,
                    ("Versions", ", ".join(f"{k} {v}" for k, v in self.plan.versions.items()))),
             figures=figures,
             plan=self.plan,
@@ -237,7 +240,7 @@ def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence
     """Whether a rewrite is kept, the relative standard error of its speedup, and a sentence for the plan.
 
     Args:
-      measured: "forward" or "forward and backward".
+      measured: as `Report.measured`.
       before, after: seconds, one figure a round, of the original and of the rewrite; the same where there is none.
     """
     if not plan.sites:
