@@ -67,8 +67,7 @@ MASKED = {"masks": frozenset({"causal", "bias"}), "fills": frozenset({"finite"})
 causal = Mask((Causal(),), fill=-1e9)
 REFUSED = [
     # changes of the kernel, of the call, words in the reason
-    ({"framework": "torch"}, {}, "torch"),
-    ({"platforms": ("cuda", "tpu")}, {}, "runs on cuda, tpu, and test CPU is cpu"),
+    ({"platforms": ("cuda", "tpu")}, {}, "runs on cuda or tpu, and test CPU is cpu"),
     ({"platforms": ("cuda",), "architectures": ("sm100",)}, {"hardware": H100}, "built for sm100, and H100 is sm90"),
     ({"level": "aggressive"}, {}, "level='aggressive'"),
     ({"level": "balanced"}, {"level": "conservative"}, "level='balanced'"),
@@ -112,6 +111,11 @@ def test_a_kernel_that_cannot_is_refused_with_the_reason(kernel, call, words):
     assert found.choice.provider == "original"
     assert found.why == "no kernel accepts this call"
     assert words in found.reasons["scale.fast"]
+
+
+def test_a_kernel_of_the_other_framework_is_no_candidate():
+    found = choose([with_(framework="torch")])
+    assert (found.choice.provider, dict(found.reasons)) == ("original", {})
 
 
 @pytest.mark.parametrize(("kernel", "call"), ACCEPTED)

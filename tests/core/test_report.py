@@ -1,5 +1,6 @@
 """Reports and their charts: valid, self-contained, and true to the numbers."""
 
+import dataclasses
 import html.parser
 import importlib.util
 import math
@@ -177,6 +178,14 @@ def test_where_passing_is_no_question_nothing_is_said_of_it():
 )
 def test_a_report_says_all_it_was_given_escaped(words):
     assert words in render(report())
+
+
+def test_kernels_for_other_hardware_share_a_line_at_the_end():
+    others = {"glu.gpu": "is built for sm90, and cpu is x86-64", "glu.slow": "runs on one core, and this has two",
+              "glu.tpu": "runs on tpu, and cpu is cpu", "glu.xla": "measured 2 s against 1 s for the choice"}  # fmt: skip
+    text = render(report(plan=dataclasses.replace(PLAN, sites=(), skipped=(dataclasses.replace(PLAN.skipped[0], alternatives=others),))))
+    shown = re.findall(r'<li class="note"><span class="mono">(.*?)</span> (.*?)</li>', text)
+    assert shown == [(n, others[n]) for n in ("glu.slow", "glu.xla")] + [("glu.gpu, glu.tpu", "for other hardware")]
 
 
 def test_write_returns_the_path(tmp_path, monkeypatch):
