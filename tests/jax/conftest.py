@@ -1,16 +1,14 @@
-import dataclasses
-
 import jax
 import pytest
 
 from kpt.kernels import registry
+from tests.estimates import chosen
 
 
 @pytest.fixture(autouse=True)
 def estimated(monkeypatch):
-    """Norms and losses are what most tests of swapping swap; on a CPU no estimate chooses their kernels."""
-    for name in ("rms_norm.xla", "cross_entropy.xla"):
-        monkeypatch.setitem(registry._kernels, name, dataclasses.replace(registry.get(name), efficiency_on={"cpu": 0.4}))
+    for name, kernel in chosen().items():
+        monkeypatch.setitem(registry._kernels, name, kernel)
 
 
 @pytest.fixture
