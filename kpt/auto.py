@@ -19,6 +19,7 @@ from kpt.frameworks import framework_of
 from kpt.inputs import arrays_in
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
+from kpt.strategy.explain import count
 from kpt.strategy.plan import differentiated
 from kpt.tracking.run import AS_CALLED as AS_CALLED
 from kpt.tuning import certain, gain, ratio, sigmas
@@ -78,11 +79,11 @@ class Report:
         return self.memory_before, self.memory_after if self.kept else self.memory_before
 
     def __repr__(self) -> str:
-        what = f"Report of {self.function} on {self.hardware}: {self.measured}, "
+        what = f"Report of {self.function} on {self.hardware}: {self.measured}"
         if self.one_program:
-            return what + "as written; no site has a kernel"
-        kept = f"{len(self.plan.sites)} sites with a kernel" if self.kept else "the original is kept"
-        return f"{what}{self.measured_speedup:.2f}x {self._worth}; {kept}"
+            return f"{what}; no site has a kernel"
+        kept = f"{count(len(self.plan.sites), 'site')} with a kernel" if self.kept else "the original is kept"
+        return f"{what}, {self.measured_speedup:.2f}x {self._worth}; {kept}"
 
     @property
     def _worth(self) -> str:
@@ -110,6 +111,7 @@ class Report:
           ConfigError: the path is a folder, or its folder is not there.
         """
         from kpt.console import seconds as in_words
+        from kpt.console import size
         from kpt.report import Bar, Figure, bar_chart, write
         from kpt.report import Report as Page
         from kpt.report.roofline import roofline
@@ -118,7 +120,7 @@ class Report:
             low, middle, high = statistics.quantiles(seconds, n=4)
             return Bar(label, middle, in_words(middle), style, low, high)
 
-        verdict = "; ".join(self.plan.notes[-1:]) or f"{len(self.plan.sites)} sites with a kernel"
+        verdict = "; ".join(self.plan.notes[-1:]) or f"{count(len(self.plan.sites), 'site')} with a kernel"
         one = self.one_program
         sides = ("as written", "before"), ("through kpt", "after")
         shown = sides[:1] if one else sides
@@ -135,7 +137,7 @@ class Report:
             sizes = [(*side, b) for side, b in zip(shown, (self.memory_before, self.memory_after), strict=False)]
             figures.append(Figure(
                 "Memory",
-                bar_chart([Bar(n, b, f"{b / 2**20:,.2f} MiB", s) for n, s, b in sizes], title="Memory",
+                bar_chart([Bar(n, b, size(b), s) for n, s, b in sizes], title="Memory",
                           description="; ".join(f"{n}: {b} bytes" for n, _, b in sizes)),
                 "What the compiled program needs besides its arguments, by the compiler's own account.",
             ))  # fmt: skip
@@ -145,12 +147,13 @@ class Report:
         speed = (bars[0].text, "time") if one else (f"{self.speedup:.2f}×", "time, before over after")
         taken = self.measured == AS_CALLED and any(differentiated(s.path) for s in (*self.plan.sites, *self.plan.skipped))
         own = ", with the gradients that it takes itself" if taken else ""
+        number, sites = count(len(self.plan.sites), "site").split()
         worth = () if one else (("Time ratio", f"{self.measured_speedup:.2f} {self._worth}"),)
         return write(Page(
             title=self.function if one else f"{self.function}, as written and through kpt",
             verdict=verdict,
-            passed=None if one else True,  # what fails its certificate is not in the plan
-            headline=(speed, (error, "largest relative difference"), (str(len(self.plan.sites)), "sites with a kernel")),
+            passed=True if self.kept else None,  # what fails its certificate is not in the plan
+            headline=(speed, (error, "largest relative difference"), (number, f"{sites} with a kernel")),
             facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", f"{self.measured}{own}"), *worth,
                    ("Versions", ", ".join(f"{k} {v}" for k, v in self.plan.versions.items()))),
             figures=figures,
@@ -246,15 +249,11 @@ def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence
     if not plan.sites:
         return False, 0.0, "The original is kept: no site has a kernel."
     won, noise = gain(before, after)
-    what, worth = f"{ratio(won)} with {_sites(len(plan.sites))}", certain(noise, len(before))
+    what, worth = f"{ratio(won)} with a kernel at {count(len(plan.sites), 'site')}", certain(noise, len(before))
     words = f"{measured}, median of {len(before)} rounds side by side: {what}, {worth}"
     if won > sigmas(len(before)) * noise:
         return True, noise, f"Measured {words}."
     return False, noise, f"The original is kept: nothing won by more than the noise ({words})."
-
-
-def _sites(count: int) -> str:
-    return f"a kernel at {count} site{'' if count == 1 else 's'}"
 
 
 def auto_optimize(

@@ -89,6 +89,9 @@ class Session:
             self.fast.ban(sites)
 
     def validate(self) -> tuple[Plan, float | None]:
+        plan = self.fast.plan(*self.args, **self.kwargs)
+        if not plan.sites:  # it is the original
+            return plan, None
         plan, worst = certify_whole(self.fast, self.args, self.kwargs, self._timed)
         return plan, worst if plan.sites else None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from kpt.errors import ConfigError
 from kpt.kernels.spec import elsewhere
 from kpt.strategy import Plan, Site
+from kpt.strategy.explain import count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def render(report: Report) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update(groups=groups, candidates=candidates)
+    environment.globals.update(groups=groups, candidates=candidates, count=count)
     environment.filters["error"] = lambda e: "not measured" if e is None else f"{e:.1e}"
     return environment.get_template("template.html").render(report=report)
 
