@@ -436,7 +436,7 @@ ROPE = {"x": (1, 512, 8, 64), "cos": (1, 512, 32), "sin": (1, 512, 32)}
     ("torch", "rope", ROPE),
 ])  # fmt: skip
 def test_what_won_nothing_on_a_cpu_is_not_chosen_by_estimate(framework, op, specs):
-    """In both passes (docs/benchmarks/README.md), and no array is kept for it."""
+    """In both passes (docs/benchmarks/README.md)."""
     found = registry.select(op, hardware_profile("cpu"), "float32", specs, framework=framework)
     assert found.choice.provider == "original" and "estimated" in found.reasons[f"{op}.{'xla' if framework == 'jax' else 'torch'}"]
 
