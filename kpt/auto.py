@@ -19,6 +19,9 @@ from kpt.frameworks import framework_of
 from kpt.inputs import arrays_in
 from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
+from kpt.strategy.explain import count
+from kpt.strategy.plan import differentiated
+from kpt.tracking.run import AS_CALLED as AS_CALLED
 from kpt.tuning import certain, gain, ratio, sigmas
 
 if TYPE_CHECKING:
@@ -34,13 +37,15 @@ class Report:
       function: name of the function or model.
       hardware: name of the profile.
       device: what the arrays were on.
-      measured: "forward", or "forward and backward" for a function that returns a scalar loss.
+      measured: "forward and backward" for a function that returns a scalar loss, timed with its gradients; any other one is timed
+        "as called", with the gradients that it takes itself.
       seconds_before, seconds_after: one figure a round, of the original and of the best rewrite.
       memory_before, memory_after: bytes that the compiled program needs besides its arguments; None where unknown.
       max_error: largest relative L2 difference from the original over results and gradients; None if not compared.
       kept: whether the rewrite won by more than the noise. Otherwise the original is what `Result.fn` is.
       noise: relative standard error of `speedup`.
       plan: in force.
+      one_program: whether no site has a kernel, so that nothing but the original was measured: before and after are the same figures.
     """
 
     function: str
@@ -55,6 +60,7 @@ class Report:
     kept: bool
     noise: float
     plan: Plan
+    one_program: bool = False
 
     @property
     def speedup(self) -> float:
@@ -68,21 +74,16 @@ class Report:
         return statistics.median(before / after for before, after in pairs)
 
     @property
-    def one_program(self) -> bool:
-        """Whether no site has a kernel, so that nothing but the original was measured: before and after are the same figures."""
-        return self.seconds_before == self.seconds_after
-
-    @property
     def peak_memory(self) -> tuple[int | None, int | None]:
         """Bytes before and after."""
         return self.memory_before, self.memory_after if self.kept else self.memory_before
 
     def __repr__(self) -> str:
-        what = f"Report of {self.function} on {self.hardware}: {self.measured}, "
+        what = f"Report of {self.function} on {self.hardware}: {self.measured}"
         if self.one_program:
-            return what + "as written; no site has a kernel"
-        kept = f"{len(self.plan.sites)} sites with a kernel" if self.kept else "the original is kept"
-        return f"{what}{self.measured_speedup:.2f}x {self._worth}; {kept}"
+            return f"{what}; no site has a kernel"
+        kept = f"{count(len(self.plan.sites), 'site')} with a kernel" if self.kept else "the original is kept"
+        return f"{what}, {self.measured_speedup:.2f}x {self._worth}; {kept}"
 
     @property
     def _worth(self) -> str:
@@ -92,6 +93,7 @@ class Report:
     def from_json(cls, text: str) -> Report:
         """Inverse of `to_json`."""
         data = json.loads(text)
+        data.setdefault("one_program", data["seconds_before"] == data["seconds_after"])  # of an older version
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
         seconds = {n: tuple(fields[n]) for n in ("seconds_before", "seconds_after")}
         return cls(**{**fields, **seconds, "plan": Plan.from_json(json.dumps(data["plan"]))})
@@ -109,6 +111,7 @@ class Report:
           ConfigError: the path is a folder, or its folder is not there.
         """
         from kpt.console import seconds as in_words
+        from kpt.console import size
         from kpt.report import Bar, Figure, bar_chart, write
         from kpt.report import Report as Page
         from kpt.report.roofline import roofline
@@ -117,7 +120,7 @@ class Report:
             low, middle, high = statistics.quantiles(seconds, n=4)
             return Bar(label, middle, in_words(middle), style, low, high)
 
-        verdict = "; ".join(self.plan.notes[-1:]) or f"{len(self.plan.sites)} sites with a kernel"
+        verdict = "; ".join(self.plan.notes[-1:]) or f"{count(len(self.plan.sites), 'site')} with a kernel"
         one = self.one_program
         sides = ("as written", "before"), ("through kpt", "after")
         shown = sides[:1] if one else sides
@@ -134,7 +137,7 @@ class Report:
             sizes = [(*side, b) for side, b in zip(shown, (self.memory_before, self.memory_after), strict=False)]
             figures.append(Figure(
                 "Memory",
-                bar_chart([Bar(n, b, f"{b / 2**20:,.2f} MiB", s) for n, s, b in sizes], title="Memory",
+                bar_chart([Bar(n, b, size(b), s) for n, s, b in sizes], title="Memory",
                           description="; ".join(f"{n}: {b} bytes" for n, _, b in sizes)),
                 "What the compiled program needs besides its arguments, by the compiler's own account.",
             ))  # fmt: skip
@@ -142,13 +145,16 @@ class Report:
             figures.append(under)
         error = "not compared" if self.max_error is None else f"{self.max_error:.1e}"
         speed = (bars[0].text, "time") if one else (f"{self.speedup:.2f}×", "time, before over after")
+        taken = self.measured == AS_CALLED and any(differentiated(s.path) for s in (*self.plan.sites, *self.plan.skipped))
+        own = ", with the gradients that it takes itself" if taken else ""
+        number, sites = count(len(self.plan.sites), "site").split()
         worth = () if one else (("Time ratio", f"{self.measured_speedup:.2f} {self._worth}"),)
         return write(Page(
             title=self.function if one else f"{self.function}, as written and through kpt",
             verdict=verdict,
-            passed=None if one else True,  # what fails its certificate is not in the plan
-            headline=(speed, (error, "largest relative difference"), (str(len(self.plan.sites)), "sites with a kernel")),
-            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", self.measured), *worth,
+            passed=True if self.kept else None,  # what fails its certificate is not in the plan
+            headline=(speed, (error, "largest relative difference"), (number, f"{sites} with a kernel")),
+            facts=(("Hardware", "; ".join(dict.fromkeys((self.hardware, self.device)))), ("Measured", f"{self.measured}{own}"), *worth,
                    ("Versions", ", ".join(f"{k} {v}" for k, v in self.plan.versions.items()))),
             figures=figures,
             plan=self.plan,
@@ -237,21 +243,17 @@ def compared(plan: Plan, measured: str, before: Sequence[float], after: Sequence
     """Whether a rewrite is kept, the relative standard error of its speedup, and a sentence for the plan.
 
     Args:
-      measured: "forward" or "forward and backward".
+      measured: as `Report.measured`.
       before, after: seconds, one figure a round, of the original and of the rewrite; the same where there is none.
     """
     if not plan.sites:
         return False, 0.0, "The original is kept: no site has a kernel."
     won, noise = gain(before, after)
-    what, worth = f"{ratio(won)} with {_sites(len(plan.sites))}", certain(noise, len(before))
+    what, worth = f"{ratio(won)} with a kernel at {count(len(plan.sites), 'site')}", certain(noise, len(before))
     words = f"{measured}, median of {len(before)} rounds side by side: {what}, {worth}"
     if won > sigmas(len(before)) * noise:
         return True, noise, f"Measured {words}."
     return False, noise, f"The original is kept: nothing won by more than the noise ({words})."
-
-
-def _sites(count: int) -> str:
-    return f"a kernel at {count} site{'' if count == 1 else 's'}"
 
 
 def auto_optimize(

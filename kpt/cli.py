@@ -302,7 +302,7 @@ def kernels_show(context: typer.Context, name: str, as_json: AsJson = False) -> 
 def doctor(context: typer.Context, as_json: AsJson = False) -> None:
     """Show versions, the chip, and which kernels can run.
 
-    Of each kernel that cannot, it says why, and of missing packages, what to install. Settings come from the environment.
+    Of those that cannot, it says why, and of missing packages, what to install. Settings come from the environment.
     Exits with 1 if no kernel can run.
     """
     with answering(context, as_json):
@@ -334,7 +334,11 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
             console.print()
             _print_profile(hardware, False, console, brief=True)
             console.print()
-            _print_table(("kernel", "here"), [(name, why or "can run") for name, why in kernels.items()], console)
+            alike: dict[str, list[str]] = {"can run": []}
+            for name, why in kernels.items():
+                alike.setdefault(why or "can run", []).append(name)
+            rows = [(str(len(names)), why, ", ".join(names) or "-") for why, names in alike.items()]
+            _print_table(("kernels", "here", "which"), rows, console)
             for name, why in registry.broken.items():
                 console.print(f"The entry point {name} cannot be loaded: {why}", style="red")
             for line in advice:

@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kpt.errors import InputError, KptError
@@ -15,14 +15,18 @@ from kpt.raised import told
 
 # A misspelt one of these lands among the program's keywords.
 _OPTIONS = ("level", "hardware", "budget", "plan")
-_APPLY = ("rngs", "method", "mutable", "capture_intermediates")  # what linen's `apply` takes itself
 _ARRAYS = {"torch": ("torch", "Tensor"), "jax": ("jax", "Array"), "jaxlib": ("jax", "Array"), "numpy": ("numpy", "ndarray")}
 _CONVERT = {"jax": "Pass arrays of JAX: jax.numpy.asarray(tensor.numpy())", "torch": "Pass tensors: torch.as_tensor(numpy.array(array))"}
 
 
 @contextlib.contextmanager
-def explained(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str) -> Iterator[None]:
+def explained(
+    program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str, call: Callable[..., Any] | None = None
+) -> Iterator[None]:
     """Around the first run of a program on its example inputs: an error that these explain becomes an InputError, any other stays.
+
+    Args:
+      call: what takes the inputs, by its signature, where that is not the program itself.
 
     Raises:
       InputError: the program does not take so many inputs or such a keyword, or it raised a TypeError or AttributeError that names the type
@@ -39,49 +43,44 @@ def explained(program: Any, inputs: tuple, keywords: Mapping[str, Any], framewor
     except KptError:
         raise
     except Exception as error:
-        advice = _advice(program, inputs, keywords, framework, error)
+        advice = _advice(_called(program) if call is None else call, inputs, keywords, framework, error)
         if advice is None:
             raise
         raise InputError(asked, f"It raised {told(error)}", advice) from error
 
 
-def _advice(program: Any, inputs: tuple, keywords: Mapping[str, Any], framework: str, error: Exception) -> str | None:
+def _advice(call: Callable[..., Any], inputs: tuple, keywords: Mapping[str, Any], framework: str, error: Exception) -> str | None:
     """What to do about the inputs; None where nothing is wrong with them that one could see."""
-    misfit = not _takes(program, inputs, keywords) and not _began(program, error)
+    misfit = not _takes(call, inputs, keywords) and not _began(call, error)
     said = str(error) if isinstance(error, TypeError | AttributeError) else ""
     (only,) = inputs if len(inputs) == 1 and not keywords else (None,)
     if misfit or type(only).__name__ in said:
-        if isinstance(only, tuple | list) and only and _takes(program, tuple(only), {}):
+        if isinstance(only, tuple | list) and only and _takes(call, tuple(only), {}):
             return "Unpack it: (function, *inputs) and not (function, inputs)"
-        if isinstance(only, Mapping) and only and all(isinstance(k, str) for k in only) and _takes(program, (), only):
+        if isinstance(only, Mapping) and only and all(isinstance(k, str) for k in only) and _takes(call, (), only):
             return "Unpack it: (function, **inputs) and not (function, inputs)"
     if misfit:
         for name in keywords:
-            if not _takes(program, inputs, {name: keywords[name]}) and (near := difflib.get_close_matches(name, _OPTIONS, 1)):
+            if not _takes(call, inputs, {name: keywords[name]}) and (near := difflib.get_close_matches(name, _OPTIONS, 1)):
                 return f"{name} may be {near[0]}, misspelt"
-        return f"Pass the arguments of one typical call: {_signature(program)}"
+        return f"Pass the arguments of one typical call: {_signature(call)}"
     foreign = framework == "torch" and any(_of(a) != _ARRAYS["torch"] and type(a).__name__ in said for a in arrays_in((inputs, keywords)))
     return _CONVERT["torch"] if foreign else None
 
 
-def _began(program: Any, error: Exception) -> bool:
+def _began(call: Callable[..., Any], error: Exception) -> bool:
     """Whether the program itself was under way, so that it was called with what it takes: a decorator may say other arguments."""
-    inner = _called(program)
+    inner: Any = call
     while isinstance(inner, functools.partial) or hasattr(inner, "__wrapped__"):
         inner = inner.func if isinstance(inner, functools.partial) else inner.__wrapped__
     code = getattr(inner if hasattr(inner, "__code__") else type(inner).__call__, "__code__", None)
     return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _takes(program: Any, inputs: tuple, keywords: Mapping[str, Any]) -> bool:
-    """Whether the program can be called so, as far as number and names tell."""
-    called = _called(program)
-    if called is not program and _is_linen(program):  # its variables come first
-        if not inputs or "method" in keywords:
-            return bool(inputs)
-        inputs, keywords = inputs[1:], {k: v for k, v in keywords.items() if k not in _APPLY}
+def _takes(call: Callable[..., Any], inputs: tuple, keywords: Mapping[str, Any]) -> bool:
+    """Whether it can be called so, as far as number and names tell."""
     try:
-        signature = inspect.signature(called)
+        signature = inspect.signature(call)
     except (TypeError, ValueError):
         return True
     try:
@@ -91,9 +90,8 @@ def _takes(program: Any, inputs: tuple, keywords: Mapping[str, Any]) -> bool:
     return True
 
 
-def _signature(program: Any) -> str:
-    parameters = [_shown(p) for p in inspect.signature(_called(program)).parameters.values()]
-    return ", ".join([*(["its variables"] if _is_linen(program) else []), *parameters]) or "it takes none"
+def _signature(call: Callable[..., Any]) -> str:
+    return ", ".join(map(_shown, inspect.signature(call).parameters.values())) or "it takes none"
 
 
 def _shown(p: inspect.Parameter) -> str:
@@ -105,13 +103,7 @@ def _shown(p: inspect.Parameter) -> str:
 
 def _called(program: Any) -> Any:
     """That of a model whose parameters are those of its call."""
-    if _is_linen(program):
-        return program.__call__
     return program.forward if hasattr(program, "forward") and hasattr(program, "state_dict") else program
-
-
-def _is_linen(program: Any) -> bool:
-    return hasattr(program, "init") and hasattr(program, "apply")
 
 
 def arrays_in(held: Any) -> Iterator[Any]:

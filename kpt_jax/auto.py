@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from kpt.auto import Report, Result, as_written, compared, showing
+from kpt.auto import AS_CALLED, Report, Result, as_written, compared, showing
 from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, to_time, tune
-from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.measurements import BOTH
 from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
 from kpt_jax.measure import Timed, Timing, loss_and_gradients, measure, sample
@@ -89,6 +89,9 @@ class Session:
             self.fast.ban(sites)
 
     def validate(self) -> tuple[Plan, float | None]:
+        plan = self.fast.plan(*self.args, **self.kwargs)
+        if not plan.sites:  # it is the original
+            return plan, None
         plan, worst = certify_whole(self.fast, self.args, self.kwargs, self._timed)
         return plan, worst if plan.sites else None
 
@@ -97,7 +100,7 @@ class Session:
         signature, arrays = fast.split(self.args, self.kwargs)
         sides: dict[str, Any] = {ORIGINAL: fast.original} | ({"rewrite": fast} if plan.sites else {})
         timed = {n: self._timed(f) for n, f in sides.items()}
-        measured = BOTH if all(t.trained for t in timed.values()) else FORWARD
+        measured = BOTH if all(t.trained for t in timed.values()) else AS_CALLED
         programs = {n: t.jitted if t.trained == (measured == BOTH) else _flat(signature, sides[n]) for n, t in timed.items()}
         timings = measure(programs, arrays)
         before = timings[ORIGINAL]
@@ -106,7 +109,7 @@ class Session:
         chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         after: Timing = timings[best]
         return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
-                      error, kept, noise, chosen)  # fmt: skip
+                      error, kept, noise, chosen, one_program=not plan.sites)  # fmt: skip
 
     def _timed(self, fn: Callable[..., Any]) -> Timed:
         """The program that is timed of a function: what it returns and its gradients, if it is a loss. Compiled once."""

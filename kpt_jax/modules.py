@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +25,29 @@ def is_nnx(x: Any) -> bool:
 def is_linen(x: Any) -> bool:
     linen = sys.modules.get("flax.linen")
     return linen is not None and isinstance(x, linen.Module)
+
+
+_APPLY = ("rngs", "method", "mutable", "capture_intermediates")  # what linen's `apply` takes itself
+
+
+def linen_call(module: Any, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+    """`module.apply` by its signature, for `kpt.inputs.explained`: the variables first, then what the module's own call takes."""
+    own = type(module).__call__ if callable(module) else None
+
+    def call(*inputs: Any, **keywords: Any) -> Any:
+        return module.apply(*inputs, **keywords)
+
+    kind = inspect.Parameter
+    taken = [kind("its_variables", kind.POSITIONAL_ONLY)]
+    if own is None or "method" in keywords:
+        taken += [kind("inputs", kind.VAR_POSITIONAL), kind("keywords", kind.VAR_KEYWORD)]
+    else:
+        call.__wrapped__ = own  # type: ignore[attr-defined]  # whose code is under way once the inputs fit
+        parameters = dict(list(inspect.signature(own).parameters.items())[1:])
+        taken += parameters.values()
+        taken += [kind(k, kind.KEYWORD_ONLY, default=None) for k in _APPLY if k in keywords and k not in parameters]
+    call.__signature__ = inspect.Signature(sorted(taken, key=lambda p: p.kind))  # type: ignore[attr-defined]
+    return call
 
 
 class _Fixed:

@@ -573,7 +573,7 @@ def planning(fn: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
     Raises:
       InputError, GraphError: as `plan`.
     """
-    with explained(fn, args, kwargs, "jax"):
+    with explained(fn, args, kwargs, "jax", modules.linen_call(fn, kwargs) if modules.is_linen(fn) else None):
         try:
             yield
         except _UNKNOWN as error:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from kpt.auto import Report, Result, as_written, compared, showing
+from kpt.auto import AS_CALLED, Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
 from kpt.inputs import explained
 from kpt.install import install
@@ -23,7 +23,7 @@ from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, to_time, tune
 from kpt.tuning import rounds
-from kpt.tuning.measurements import BOTH, FORWARD
+from kpt.tuning.measurements import BOTH
 from kpt.tuning.settings import found
 from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt_torch.backend import detected, device_of, profile
@@ -131,11 +131,11 @@ class Session:
             taken = rounds({n: functools.partial(sample, functools.partial(self._once, program), self.on) for n, program in sides.items()})
             memory = {n: self._peak(program) for n, program in sides.items()}
         best = "rewrite" if plan.sites else ORIGINAL
-        measured = BOTH if self.trained else FORWARD
+        measured = BOTH if self.trained else AS_CALLED
         kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best])
         chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         return Report(chosen.function, chosen.hardware, self.device, measured, taken[ORIGINAL], taken[best], memory[ORIGINAL], memory[best],
-                      error, kept, noise, chosen)  # fmt: skip
+                      error, kept, noise, chosen, one_program=not plan.sites)  # fmt: skip
 
     def result(self, report: Report) -> Result:
         return Result(self.fast if report.kept else self.given, report.plan, report)

@@ -156,10 +156,12 @@ def _row(r: Run) -> tuple[str, ...]:
 
 def change(finding: Finding) -> str:
     """A change and its interval in words."""
+    from kpt.tracking.statistics import signed
+
     if finding.effect is None:
         return "-"
-    interval = "" if finding.low is None or finding.high is None else f" [{finding.low:+.1%}, {finding.high:+.1%}]"
-    return f"{finding.effect:+.1%}{interval}"
+    interval = "" if finding.low is None or finding.high is None else f" [{signed(finding.low)}, {signed(finding.high)}]"
+    return f"{signed(finding.effect)}{interval}"
 
 
 def _answer(

@@ -30,6 +30,7 @@ def run(
     with answering(context, as_json):
         from kpt.commands.named import call
         from kpt.pipeline import STEPS, configured
+        from kpt.strategy.explain import count
 
         def named(function: str, inputs: str | None) -> tuple[Any, tuple]:
             return call(function, inputs, "The pipeline")
@@ -42,7 +43,7 @@ def run(
                         "kept": report.kept, "speedup": report.speedup, "sites": len(report.plan.sites)})  # fmt: skip
         else:
             before, after = (sorted(s)[len(s) // 2] for s in (report.seconds_before, report.seconds_after))
-            kept = f"{len(report.plan.sites)} sites with a kernel" if report.kept else "the original is kept"
+            kept = f"{count(len(report.plan.sites), 'site')} with a kernel" if report.kept else "the original is kept"
             through = "" if report.one_program else f", {seconds(after)} through kpt"
             typer.echo(f"{report.function}: {seconds(before)} as written{through}, {report.measured}; {kept}.")
             if report.plan.notes:

@@ -34,7 +34,7 @@ class Selection:
     Attributes:
       choice: a kernel, or the user's own code (`choice.provider == "original"`).
       why: why this one, in one clause.
-      reasons: every other candidate of the op, by name, and why not.
+      reasons: every other candidate of the op in this framework, by name, and why not.
       time: seconds of the choice, measured or estimated; None where neither is known.
       time_original: the same of the user's own code.
       measured: whether the times were measured.
@@ -132,9 +132,9 @@ class KernelRegistry:
     def able(
         self, op: str, hardware: Any, dtype: str, specs: Specs, params: Mapping[str, Any], level: str, framework: str
     ) -> tuple[list[KernelSpec], dict[str, str]]:
-        """The kernels that take this call, and for each other one of the op, by name, why it does not."""
+        """The kernels of a framework that take this call, and for each other one of the op, by name, why it does not."""
         found, reasons = [], {}
-        for kernel in self.kernels(op):
+        for kernel in (k for k in self.kernels(op) if k.framework == framework):
             if reason := _refusal(kernel, op, hardware, dtype, specs, params, level, framework):
                 reasons[kernel.name] = reason
             else:

@@ -209,7 +209,7 @@ def refusal(
     if kernel.framework != framework:
         return f"takes {kernel.framework} arrays, and this is {framework} code"
     if hardware.platform not in kernel.platforms:
-        return f"runs on {', '.join(kernel.platforms)}, and {hardware.name} is {hardware.platform}"
+        return f"runs on {' or '.join(kernel.platforms)}, and {hardware.name} is {hardware.platform}"
     if kernel.architectures and hardware.architecture not in kernel.architectures:
         return f"is built for {', '.join(kernel.architectures)}, and {hardware.name} is {hardware.architecture}"
     if LEVELS.index(kernel.level) > LEVELS.index(level):
@@ -223,6 +223,12 @@ def refusal(
             return reason
     accepts = resolve(kernel.accepts) if isinstance(kernel.accepts, str) else kernel.accepts
     return accepts(specs, params) if accepts else None
+
+
+def elsewhere(reasons: Mapping[str, str], hardware: str) -> tuple[str, ...]:
+    """The names among reasons of `refusal` for a chip of that name whose kernel is for other hardware."""
+    told = re.compile(rf"(runs on|is built for) .+, and {re.escape(hardware)} is \S+")
+    return tuple(name for name, why in reasons.items() if told.fullmatch(why))
 
 
 def _params_refused(kernel: KernelSpec, specs: Specs, params: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kpt.errors import ConfigError
+from kpt.kernels.spec import elsewhere
 from kpt.strategy import Plan, Site
+from kpt.strategy.explain import count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +88,20 @@ def groups(sites: Sequence[Site]) -> list[Group]:
     ]
 
 
+def candidates(site: Site, hardware: str) -> list[tuple[str, str]]:
+    """The kernels that a site might have had, and why not; those for other hardware together, at the end."""
+    others = elsewhere(site.alternatives, hardware)
+    listed = [(name, why) for name, why in site.alternatives.items() if name not in others]
+    return [*listed, *([(", ".join(others), "for other hardware")] if others else [])]
+
+
 def render(report: Report) -> str:
     """The report as the text of an HTML page. Needs jinja2."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["groups"] = groups
+    environment.globals.update(groups=groups, candidates=candidates, count=count)
     environment.filters["error"] = lambda e: "not measured" if e is None else f"{e:.1e}"
     return environment.get_template("template.html").render(report=report)
 

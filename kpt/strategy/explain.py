@@ -18,7 +18,7 @@ def explain(plan: Plan) -> str:
     lines = [
         f"Plan {plan.hash} for {plan.function}",
         f"  level {plan.level}, {plan.hardware}, {versions or plan.framework}",
-        f"  {_count(len(plan.sites), 'site')} with a kernel, {len(plan.skipped)} left as written",
+        f"  {count(len(plan.sites), 'site')} with a kernel, {len(plan.skipped)} left as written",
     ]
     if plan.sites:
         lines += ["", "With a kernel", *_table(plan.sites)]
@@ -29,7 +29,8 @@ def explain(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
+    """ "1 site", "2 sites"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from kpt.errors import ConfigError
 from kpt.kernels import KernelRegistry, KernelSpec, Measurement
 from kpt.kernels import registry as process_registry
-from kpt.kernels.spec import ORIGINAL
+from kpt.kernels.spec import ORIGINAL, elsewhere
 from kpt.ops.base import Specs
 
 
@@ -90,7 +90,9 @@ def choose(
     reasons = dict(found.reasons)
     if found.choice.provider != ORIGINAL:
         return found.choice, f"{found.why[0].upper()}{found.why[1:]}.", reasons
-    refused = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
-    if not refused:
-        return None, f"No kernel for {op} is registered; install one or register a KernelSpec.", reasons
-    return None, f"The original stays: {found.why} ({refused}).", reasons
+    if not reasons:
+        return None, f"No kernel for {op} in {framework} is registered; install one or register a KernelSpec.", reasons
+    others = elsewhere(reasons, hardware.name)
+    refused = [f"{name} {reason}" for name, reason in reasons.items() if name not in others]
+    refused += [f"{len(others)} for other hardware"] if others else []
+    return None, f"The original stays: {found.why} ({'; '.join(refused)}).", reasons

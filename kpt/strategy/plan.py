@@ -41,7 +41,7 @@ class Site:
       specs: the op's arrays, by name.
       fingerprint: structure of the matched graph; a plan is applied only where it is the same.
       certificate: `Certificate.to_json()`, or None.
-      alternatives: every other kernel by name, and why not.
+      alternatives: every other kernel of the framework by name, and why not.
     """
 
     op: str

@@ -11,7 +11,7 @@ from kpt.console import seconds, size
 from kpt.report import Figure, Line, Report, Table, line_chart, write
 from kpt.tracking.history import Comparison, by_series
 from kpt.tracking.run import Run
-from kpt.tracking.statistics import SEVERITIES, Thresholds
+from kpt.tracking.statistics import SEVERITIES, Thresholds, signed
 
 
 def history_page(runs: Sequence[Run], path: Path, command: str) -> Path:
@@ -48,7 +48,7 @@ def comparison_page(
     worst = max(found, key=lambda c: (c in slower, c.time.effect or 0.0), default=None)
     headline = [(str(len(slower)), "regressions"), (str(len(found)), "series")]
     if worst is not None and worst.time.effect is not None:
-        headline.insert(0, (f"{worst.time.effect:+.1%}", f"time of {worst.name}"))
+        headline.insert(0, (signed(worst.time.effect), f"time of {worst.name}"))
     runs = [r for c in found for r in (*c.before, *c.after)]
     facts = (*_facts(runs), ("Severities", f"minor from {limits.minor:.0%}, moderate from {limits.moderate:.0%}, "
                                            f"severe from {limits.severe:.0%}"))  # fmt: skip

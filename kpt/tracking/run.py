@@ -19,6 +19,9 @@ from kpt.errors import StoreError
 from kpt.ops.base import Spec
 from kpt.strategy import Plan, wire
 
+AS_CALLED = "as called"
+"""What is measured of a function that is no loss: the call, with the gradients that it takes itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -28,7 +31,7 @@ class Run:
       name: of the function or model, or of the benchmark's row.
       seconds: latency samples, in the order in which they were taken.
       fingerprint: of the model, see `fingerprint`; "" where there is none.
-      measured: "forward", or "forward and backward".
+      measured: "forward", "forward and backward", or "as called".
       plan: its hash; "" without a plan.
       throughput, unit: work per second, "FLOP/s" or another; None where it makes no sense.
       memory: bytes that the program needs besides its arguments; None where unknown.
@@ -73,7 +76,8 @@ class Run:
     @property
     def series(self) -> tuple[str, str, str, str, str]:
         """Runs that agree in this are measurements of the same thing on the same machine."""
-        return self.name, self.fingerprint, self.measured, self.hardware, self.machine
+        measured = "forward" if self.measured == AS_CALLED else self.measured  # which it was called in older histories
+        return self.name, self.fingerprint, measured, self.hardware, self.machine
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

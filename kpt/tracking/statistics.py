@@ -149,7 +149,7 @@ def judge(before: Runs, after: Runs, thresholds: Thresholds | None = None, machi
     if not enough or least > limits.alpha:
         needed = f"{limits.least_baseline} and {limits.least_recent} are needed" if not enough else "so few cannot differ significantly"
         return found("not enough data", reason=f"{len(x)} and {len(y)} runs; {needed}.")
-    interval = f"{effect:+.1%} [{low:+.1%}, {high:+.1%}], p = {p:.1g}, run-to-run noise {noise:.1%}"
+    interval = f"{signed(effect)} [{signed(low)}, {signed(high)}], p = {p:.1g}, run-to-run noise {noise:.1%}"
     if p > limits.alpha or (low <= 0 if shift >= 0 else high >= 0):
         return found("unchanged", reason=f"No more than the noise: {interval}.")
     if shift < 0:
@@ -159,6 +159,12 @@ def judge(before: Runs, after: Runs, thresholds: Thresholds | None = None, machi
     if size is None:
         return found("unchanged", reason=f"Below the threshold of {limits.minor:.0%}: {interval}.")
     return found(size, reason=f"More than the noise: {interval}.")
+
+
+def signed(change: float) -> str:
+    """A relative change in percent; what is rounded to nothing has no sign."""
+    text = f"{change:+z.1%}"
+    return "0.0%" if text == "+0.0%" else text
 
 
 def _percent(fraction: float) -> str:

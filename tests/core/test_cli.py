@@ -327,6 +327,17 @@ def test_doctor_says_no_where_nothing_can_run(monkeypatch):
     assert "attention.xla needs another machine" in result.stdout
 
 
+def test_doctor_has_a_line_for_what_kernels_need(monkeypatch):
+    monkeypatch.setattr("kpt.cli._refused_here", lambda kernel, hardware: "runs on tpu" if "tpu" in kernel.name else None)
+    lines = [line.split() for line in call("doctor").stdout.splitlines()]
+    data = json.loads(call("doctor", "--json").stdout)["kernels"]
+    names = [name for name, found in data.items() if found["why_not"] == "runs on tpu"]
+    (needing,) = [line for line in lines if line[1:4] == ["runs", "on", "tpu"]]
+    assert names and needing[0] == str(len(names)) and needing[4] == f"{names[0]},"
+    (running,) = [line for line in lines if line[1:3] == ["can", "run"]]
+    assert running[0] == str(len(data) - len(names))
+
+
 @pytest.mark.parametrize(("coincide", "code"), [(True, OK), (False, NO)])
 def test_demo_exits_with_1_when_the_curves_part(monkeypatch, tmp_path, coincide, code):
     monkeypatch.setattr(

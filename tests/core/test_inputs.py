@@ -69,19 +69,6 @@ class Module:
         return {}
 
 
-class Linen:
-    """As far as a linen module does."""
-
-    def init(self, x):
-        return {}
-
-    def apply(self, variables, *inputs, rngs=None):
-        return self(*inputs)
-
-    def __call__(self, x):
-        return x.missing
-
-
 X = np.ones(2)
 # (program, inputs, keywords, framework, what the message ends with)
 EXPLAINED = [
@@ -96,19 +83,15 @@ EXPLAINED = [
     (Module(), (), {}, "torch", "Pass the arguments of one typical call: x."),
     (Module(), (X,), {}, "torch", "Pass tensors: torch.as_tensor(numpy.array(array))."),
     (Module(), (X,), {"hardwear": "cpu"}, "torch", "hardwear may be hardware, misspelt."),
-    (Linen(), (), {}, "jax", "Pass the arguments of one typical call: its variables, x."),
-    (Linen(), ({},), {}, "jax", "Pass the arguments of one typical call: its variables, x."),
     (keyed, (X, X, X), {}, "jax", "Pass the arguments of one typical call: x, key."),
     (functools.partial(lambda w, x, *, scale, train=True: x @ w, scale=X), (X,), {}, "jax", "Pass the arguments of one typical call: w, x, scale=..., train=True."),
-    (Linen(), ({}, X), {"levle": "balanced", "rngs": {}}, "jax", "levle may be level, misspelt."),
 ]
 
 
 @pytest.mark.parametrize(("program", "inputs", "keywords", "framework", "advice"), EXPLAINED)
 def test_inputs_that_do_not_fit_are_explained(program, inputs, keywords, framework, advice):
-    run = program.apply if isinstance(program, Linen) else program
     with pytest.raises(InputError) as raised, explained(program, inputs, keywords, framework):
-        run(*inputs, **keywords)
+        program(*inputs, **keywords)
     assert str(raised.value).endswith(advice) and str(raised.value.__cause__) in str(raised.value)
     assert isinstance(raised.value, TypeError), "what it was before"
 

@@ -282,8 +282,11 @@ CHOICES = [
     ("glu", [spec("glu.xla")], {"level": "conservative"}, None, "Pass level='balanced'"),
     ("fft", [spec("fft.theirs")], {}, None, "Pass level='aggressive'"),
     ("fft", [spec("fft.theirs")], {"level": "aggressive"}, "fft.theirs", "accepts"),
-    ("glu", [], {}, None, "No kernel for glu is registered"),
-    ("glu", [spec("glu.gpu", platforms=("cuda",))], {}, None, "glu.gpu runs on cuda, and test CPU is cpu"),
+    ("glu", [], {}, None, "No kernel for glu in jax is registered"),
+    ("glu", [spec("glu.theirs", framework="torch")], {}, None, "No kernel for glu in jax is registered"),
+    ("glu", [spec("glu.gpu", platforms=("cuda",))], {}, None, r"accepts this call \(1 for other hardware\)\.$"),
+    ("glu", [spec("glu.gpu", platforms=("cuda",)), spec("glu.tpu", platforms=("tpu",)), spec("glu.xla"), spec("glu.theirs", framework="torch")],
+     {"measurements": {"original": 1.0, "glu.xla": 2.0}}, None, r"\(glu.xla measured 2 s against 1 s for the choice; 2 for other hardware\)\.$"),
     ("glu", [spec("glu.fp8", level="aggressive")], {}, None, "pass level='aggressive'"),
     ("glu", [spec("glu.xla")], {"measurements": {"original": 1.0, "glu.xla": 2.0}}, None, "glu.xla measured 2 s"),
     (

@@ -22,7 +22,7 @@ from kpt.tracking import History, Run, Thresholds, change_point, compare, finger
 from kpt.tracking.hooks import record_bench, record_report
 from kpt.tracking.run import commit
 from kpt.tracking.simulate import NOISES, Noise, histories, rate
-from kpt.tracking.statistics import _t_quantile
+from kpt.tracking.statistics import _t_quantile, signed
 
 ROOT = Path(kpt.__path__[0]).parent
 
@@ -321,6 +321,16 @@ def test_comparisons_are_of_the_series_that_both_have():
     (single,) = compare(a[:1], b[:1], history=a)
     assert single.time.verdict == "not enough data" and single.time.low is not None
     assert json.loads(json.dumps(single.to_json()))["before"] == [a[0].id]
+
+
+@pytest.mark.parametrize(("change", "said"), [(-3e-4, "0.0%"), (3e-4, "0.0%"), (0.0, "0.0%"), (-6e-4, "-0.1%"), (0.123, "+12.3%")])
+def test_what_is_rounded_to_nothing_has_no_sign(change, said):
+    assert signed(change) == said
+
+
+def test_what_is_measured_as_called_goes_on_with_the_series_that_was_called_forward():
+    assert Run("step", (1.0,), measured="as called").series == Run("step", (1.0,), measured="forward").series
+    assert Run("step", (1.0,), measured="forward and backward").series != Run("step", (1.0,)).series
 
 
 # What records

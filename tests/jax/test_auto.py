@@ -76,15 +76,37 @@ def test_what_wins_is_kept(monkeypatch, tmp_path):
     assert data["measured"] == "forward and backward"
     page = result.report.to_html(tmp_path / "report.html").read_text()
     assert re.search(r"<td>[12]\.\d\d ± \d\.\d% standard error; kept if faster", page) and ">through kpt</text>" in page
+    assert ">1 site with a kernel, 0 left as written" in page and "<dt>site with a kernel</dt><dd>1</dd>" in page
     assert "rms_norm" in page and "as written" in page and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_training_step_is_measured_with_the_gradients_that_it_takes(monkeypatch, tmp_path):
+    timed(monkeypatch, before=2.0, after=1.0)
+    result = kpt.auto_optimize(lambda x, w: jax.value_and_grad(loss, 1)(x, w), *arrays(), budget=0)
+    assert result.report.measured == "as called" and "Measured as called, median" in result.plan.notes[-1]
+    page = result.report.to_html(tmp_path / "report.html").read_text()
+    assert "<td>as called, with the gradients that it takes itself</td>" in page
+
+
+def test_one_program_is_told_by_its_plan(monkeypatch):
+    """Two programs may take the same time. A report of an older version tells by its figures alone."""
+    monkeypatch.setattr(auto, "measure", lambda programs, inputs: {n: Timing((1.0,) * 21, 1000) for n in programs})
+    report = kpt.auto_optimize(loss, *arrays(), budget=0).report
+    assert not report.one_program and not kpt.auto.Report.from_json(report.to_json()).one_program
+    assert kpt.auto_optimize(jnp.sin, arrays()[0], budget=0).report.one_program
+    older = json.loads(report.to_json())
+    del older["one_program"]
+    assert kpt.auto.Report.from_json(json.dumps(older)).one_program
+
+
 @pytest.mark.parametrize("before, after", [(1.0, 1.0), (1.0, 1.5), (1.0, 0.999)])
-def test_what_does_not_win_is_not_kept(monkeypatch, before, after):
+def test_what_does_not_win_is_not_kept(monkeypatch, tmp_path, before, after):
     timed(monkeypatch, before=before, after=after)
     result = kpt.auto_optimize(loss, *arrays())
     assert result.fn is loss and not result.report.kept and result.report.speedup == 1.0
     assert not result.plan.sites and [s.op for s in result.plan.skipped] == ["rms_norm"]
+    page = result.report.to_html(tmp_path / "report.html").read_text()
+    assert "Passed" not in page and "0 sites with a kernel, 1 left as written" in page  # of what is not in it nothing is said
     assert re.search(r"The original is kept: nothing won by more than the noise .* standard error; kept if faster", result.plan.notes[-1])
 
 
@@ -114,12 +136,12 @@ def test_nothing_to_swap(tmp_path):
     """One program is measured, and shown."""
     plain = lambda x: jnp.sin(x)  # noqa: E731
     result = kpt.auto_optimize(plain, jnp.ones((4, 4)))
-    assert repr(result.report).endswith("forward, as written; no site has a kernel")
+    assert repr(result.report).endswith(": as called; no site has a kernel")
     page = result.report.to_html(tmp_path / "report.html").read_text()
     assert page.count('<rect class="bar') == 2 and "through kpt" not in page and "standard error" not in page  # its time and its memory
     assert "no site has a kernel" in page and "Passed" not in page
-    assert result.fn is plain and "no site has a kernel" in result.plan.notes[-1]
-    assert result.report.measured == "forward" and result.report.max_error is None
+    assert result.fn is plain and result.plan.notes == ("The original is kept: no site has a kernel.",)
+    assert result.report.measured == "as called" and result.report.max_error is None
 
 
 def test_the_real_clock_sees_a_kernel_that_is_slow(monkeypatch):
@@ -171,12 +193,12 @@ def test_models(monkeypatch):
     np.testing.assert_allclose(result.model.apply(variables, x), model.apply(variables, x), rtol=1e-5)
 
 
-def test_a_number_without_a_derivative_is_measured_forward(monkeypatch):
+def test_a_number_without_a_derivative_is_measured_as_called(monkeypatch):
     def doubled(x, w):
         return jax.lax.while_loop(lambda c: c[1] < 3, lambda c: (c[0] * 2, c[1] + 1), (normalised(x, w).sum(), 0))[0]
 
     asked = timed(monkeypatch, before=1.0, after=2.0)
-    assert kpt.auto_optimize(doubled, *arrays(), budget=0).report.measured == "forward" and asked
+    assert kpt.auto_optimize(doubled, *arrays(), budget=0).report.measured == "as called" and asked
 
 
 def test_results_that_are_no_arrays(monkeypatch):
@@ -209,7 +231,7 @@ def branches(x):
     ("program", "inputs", "keywords", "words"),
     [(loss, (), {}, "missing 2 required positional arguments: 'x' and 'w'.*x, w"), (loss, (arrays(),), {}, "Unpack"),
      (only_one, ((jnp.ones(2),),), {}, "got <class 'tuple'>.*Unpack"), (loss, arrays(), {"bugdet": "10s"}, "bugdet may be budget"),
-     (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), (), {}, "inputs"), (linen.Dense(2), (), {}, "its variables, inputs")],
+     (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), (), {}, "inputs"), (linen.Dense(2), (), {}, "its_variables, inputs")],
 )  # fmt: skip
 def test_inputs_that_do_not_fit_say_what_to_do(program, inputs, keywords, words):
     with pytest.raises(InputError, match=f"(?s){words}") as raised:

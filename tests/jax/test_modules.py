@@ -17,6 +17,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import kpt_jax
+from kpt.errors import InputError
 
 B, T, D = 2, 6, 16
 
@@ -248,6 +249,28 @@ APPLIES = {
 def test_linen(use):
     plain, fast, variables = linen_pair()
     close(use(fast, variables, inputs()), use(plain, variables, inputs()))
+
+
+LINEN_TAKES = "Pass the arguments of one typical call: its_variables, x, train=False"
+
+
+@pytest.mark.parametrize(("inputs", "keywords", "advice"), [
+    ((), {}, LINEN_TAKES), (({},), {}, LINEN_TAKES), (({}, 1, 2, 3), {}, LINEN_TAKES), (({}, 1), {"levle": "balanced"}, "levle may be level, misspelt"),
+    (({}, 1), {"budgt": 3, "rngs": {}}, "budgt may be budget, misspelt"), ((({}, 1),), {}, "Unpack it: (function, *inputs)"),
+])  # fmt: skip
+def test_inputs_that_a_linen_module_does_not_take_are_explained(inputs, keywords, advice):
+    with pytest.raises(InputError, match=re.escape(advice)):
+        kpt_jax.plan(Block(), *inputs, **keywords)
+
+
+def test_an_error_inside_of_a_linen_module_stays():
+    class Fails(linen.Module):
+        def __call__(self, batch):
+            raise TypeError("dicts differ")
+
+    with pytest.raises(TypeError, match="dicts differ") as raised:
+        kpt_jax.plan(Fails(), {}, jnp.ones(2))
+    assert not isinstance(raised.value, InputError)
 
 
 def test_linen_is_still_that_module():
