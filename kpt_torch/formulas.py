@@ -57,7 +57,7 @@ def _matmul(arrays: Tensors, params: Mapping[str, Any]) -> Sequence[torch.Tensor
 
 
 def _rope_pair(arrays: Tensors, params: dict[str, Any]) -> Sequence[torch.Tensor]:
-    return [rows.rope_forward(arrays | {"x": arrays[n]}, params)[0][0] for n in ("x", "other")]
+    return [rows.rope_formula(arrays | {"x": arrays[n]}, params) for n in ("x", "other")]
 
 
 def _linear_cross_entropy(arrays: Tensors, params: dict[str, Any]) -> Sequence[torch.Tensor]:
@@ -91,7 +91,7 @@ def _attention(arrays: Tensors, params: Mapping[str, Any]) -> Sequence[torch.Ten
 FORMULAS: dict[str, Formula] = {
     "rms_norm": lambda arrays, params: rows.rms_forward(arrays, dict(params))[0],
     "layer_norm": lambda arrays, params: rows.layer_forward(arrays, dict(params))[0],
-    "rope": lambda arrays, params: rows.rope_forward(arrays, dict(params))[0],
+    "rope": lambda arrays, params: [rows.rope_formula(arrays, params)],
     "rope_pair": lambda arrays, params: _rope_pair(arrays, dict(params)),
     "cross_entropy": lambda arrays, params: rows.ce_forward(arrays, dict(params))[0],
     "linear_cross_entropy": lambda arrays, params: _linear_cross_entropy(arrays, dict(params)),

@@ -148,23 +148,51 @@ def _turned(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.cat((-b, a), -1)
 
 
-def rope_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+def _parts(x: torch.Tensor, interleaved: bool) -> Sequence[torch.Tensor]:
+    """The halves of rows, or the first and the second of their pairs."""
+    return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+
+
+def _rotate(into: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, back: bool = False) -> None:
+    """Writes `x cos + rotate(x) sin`, or its transpose: two passes over memory, and no half is negated or joined apart."""
+    (y, z), (a, b), (c, d), (s, t) = (_parts(array, interleaved) for array in (into, x, cos, sin))
+    if back:
+        s, t = t, s
+    sign = 1 if back else -1
+    torch.mul(a, c, out=y).addcmul_(b, s, value=sign)
+    torch.mul(b, d, out=z).addcmul_(a, t, value=-sign)
+
+
+def _rope(x: torch.Tensor, arrays: Tensors, interleaved: bool, back: bool = False) -> torch.Tensor:
+    """In float32, or float64."""
+    cos, sin = (wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
+    size, made = cos.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
+    if size:
+        _rotate(made[..., :size], x[..., :size], cos, sin, interleaved, back)
+    if size < x.shape[-1]:
+        made[..., size:] = x[..., size:]
+    return made
+
+
+def _rope_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    x = arrays["x"]
+    return [_rope(wide(x), arrays, params["interleaved"]).to(_out(params, x))], []
+
+
+def rope_formula(arrays: Tensors, params: Mapping[str, Any]) -> torch.Tensor:
+    """What autograd can go through."""
     x, out = arrays["x"], _out(params, arrays["x"])
     cos, sin = (wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
     size = cos.shape[-1]
     z = wide(x[..., :size])
     y = (z * cos + _turned(z, params["interleaved"]) * sin).to(out) if size else z.to(out)
-    return [torch.cat((y, x[..., size:].to(out)), -1)], []
+    return torch.cat((y, x[..., size:].to(out)), -1)
 
 
 def _rope_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
-    cos, sin = (wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
-    size, found = cos.shape[-1], {}
-    g = wide(cotangents[0])
-    turned = g[..., :size] * sin
+    size, found, g = arrays["cos"].shape[-1], {}, wide(cotangents[0])
     if "x" in wanted:
-        dx = g[..., :size] * cos - _turned(turned, params["interleaved"]) if size else g[..., :0]
-        found["x"] = torch.cat((dx, g[..., size:]), -1)
+        found["x"] = _rope(g, arrays, params["interleaved"], back=True)
     if {"cos", "sin"} & set(wanted):
         z = wide(arrays["x"][..., :size])
         for name, factor in (("cos", z), ("sin", _turned(z, params["interleaved"]) if size else z)):
@@ -174,7 +202,7 @@ def _rope_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotang
     return found
 
 
-rope = library.kernel("rope", "torch", rope_forward, _rope_backward)
+rope = library.kernel("rope", "torch", _rope_forward, _rope_backward)
 
 
 # -- losses --------------------------------------------------------------------------------------------------------------------

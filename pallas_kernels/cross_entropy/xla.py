@@ -59,10 +59,20 @@ def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid:
     total = jnp.sum(jnp.exp(z - m[..., None]), -1)
     if classes == 0:
         return jnp.full_like(m, -jnp.inf), m, total
-    # Picking by comparison is one fused pass over what is read anyway, and stays local where classes are sharded.
-    picked = jnp.sum(jnp.where(_is_label(labels, classes, invalid), z, 0), -1)
+    picked = lax.platform_dependent(z, labels, cpu=_gathered, default=functools.partial(_compared, invalid))
     mean = jnp.mean(z, -1) if label_smoothing else None
     return loss_of_row(m, total, picked, mean, labels, classes, label_smoothing, invalid), m, total
+
+
+def _compared(invalid: str, z, labels):
+    """The label's `z`: one fused pass over what is read anyway, which stays local where classes are sharded. 0 where there is none."""
+    return jnp.sum(jnp.where(_is_label(labels, z.shape[-1], invalid), z, 0), -1)
+
+
+def _gathered(z, labels):
+    """The same on a CPU, where XLA would write that comparison out. Of a label outside, the nearest class: for `loss_of_row` to leave out."""
+    at = jnp.clip(labels, 0, z.shape[-1] - 1)
+    return jnp.take_along_axis(z, at[..., None], -1)[..., 0]
 
 
 def loss_of_row(m, total, picked, mean, labels, classes: int, label_smoothing: float, invalid: str):
