@@ -426,19 +426,11 @@ def test_validate_forgives_what_cancels_in_float32_and_nothing_larger(
     assert not certificate(1e-3).passed
 
 
-NORM = {"x": (4096, 1024), "weight": (1024,)}
-LABELS = {"logits": Spec((512, 32000), "float32"), "labels": Spec((512,), "int32")}
-ROPE = {"x": (1, 512, 8, 64), "cos": (1, 512, 32), "sin": (1, 512, 32)}
-
-
-@pytest.mark.parametrize(("framework", "op", "specs"), [
-    ("jax", "rms_norm", NORM), ("jax", "cross_entropy", LABELS), ("torch", "rms_norm", NORM), ("torch", "rms_norm", NORM | {"residual": (4096, 1024)}),
-    ("torch", "rope", ROPE),
-])  # fmt: skip
-def test_what_won_nothing_on_a_cpu_is_not_chosen_by_estimate(framework, op, specs):
-    """In both passes (docs/benchmarks/README.md)."""
-    found = registry.select(op, hardware_profile("cpu"), "float32", specs, framework=framework)
-    assert found.choice.provider == "original" and "estimated" in found.reasons[f"{op}.{'xla' if framework == 'jax' else 'torch'}"]
+@pytest.mark.parametrize(("framework", "dims", "measured"), [("jax", (4096, 1024), (1.14 * 1.32) ** 0.5), ("torch", (4096, 1024), 1.19 * (1 + 0.059))])
+def test_no_more_is_estimated_of_rms_norm_on_a_cpu_than_was_measured(framework, dims, measured):
+    """With gradients (docs/benchmarks/README.md): JAX in two runs, PyTorch within the noise of one."""
+    found = registry.select("rms_norm", hardware_profile("cpu"), "float32", {"x": dims, "weight": dims[-1:]}, framework=framework)
+    assert 1 < found.time_original / found.time <= measured
 
 
 def test_selection_imports_no_kernel():
@@ -458,7 +450,7 @@ assert not {"jax", "torch", "pallas_kernels"} & set(sys.modules)
 @pytest.mark.parametrize("op", ["rms_norm", "layer_norm"])
 def test_the_sum_before_a_norm_is_left_to_xla(op):
     x = Spec((64, 256), "float32")
-    alone = registry.select(op, CPU, "float32", {"x": x}, params={"eps": 1e-6}, measurements={"original": 2.0, f"{op}.xla": 1.0})
+    alone = registry.select(op, CPU, "float32", {"x": x}, params={"eps": 1e-6})
     both = registry.select(op, CPU, "float32", {"x": x, "residual": x}, params={"eps": 1e-6})
     assert alone.choice.name == f"{op}.xla" and both.choice.provider == "original"
     assert "fuses it by itself" in both.reasons[f"{op}.xla"]

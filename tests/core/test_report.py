@@ -237,11 +237,11 @@ def test_a_png_without_matplotlib_is_refused_with_the_install_line(tmp_path, mon
 def a_site(kernel, rows, **more):
     specs = {"x": Spec((rows, 4096), "float32"), "weight": Spec((4096,), "float32")}
     version = None if kernel == "original" else registry.get(kernel).version
-    return Site("layer_norm", kernel, version, "", "model.py:1", "why", params={"eps": 1e-6}, specs=specs, **more)
+    return Site("rms_norm", kernel, version, "", "model.py:1", "why", params={"eps": 1e-6}, specs=specs, **more)
 
 
 def test_sites_stand_under_the_roof_of_their_chip():
-    plan = Plan("f", "balanced", "cpu", "jax", {}, (a_site("layer_norm.xla", 1024), a_site("layer_norm.xla", 1024)), (a_site("original", 64),))
+    plan = Plan("f", "balanced", "cpu", "jax", {}, (a_site("rms_norm.xla", 1024), a_site("rms_norm.xla", 1024)), (a_site("original", 64),))
     figure = roofline(plan)
     (roof,) = paths(figure.svg, "line")
     before, after = paths(figure.svg, "dots")
@@ -251,13 +251,13 @@ def test_sites_stand_under_the_roof_of_their_chip():
     (x0, y0), (x1, y1), (x2, y2) = roof
     assert x0 < before[0][0] < x1 <= x2 and y2 == y1 < y0
     assert all(y > y0 + (x - x0) / (x1 - x0) * (y1 - y0) for x, y in (*before, *after))
-    cpu, cost = detect_hardware(platform="cpu"), op("layer_norm").cost(plan.sites[0].specs, eps=1e-6)
-    assert [r[:4] for r in figure.table.rows] == [("layer_norm", "layer_norm.xla", "2", "float32"), ("layer_norm", "original", "1", "float32")]
+    cpu, cost = detect_hardware(platform="cpu"), op("rms_norm").cost(plan.sites[0].specs, eps=1e-6)
+    assert [r[:4] for r in figure.table.rows] == [("rms_norm", "rms_norm.xla", "2", "float32"), ("rms_norm", "original", "1", "float32")]
     assert figure.table.rows[0][4:7] == (f"{cost.flops / cost.bytes:,.3g}", "memory", seconds(cost.bytes / cpu.memory_bandwidth))
     assert render(report(plan=plan)) and "FLOP/byte" in figure.svg
 
 
-@pytest.mark.parametrize("plan", [Plan("f", "balanced", "a chip of mine", "jax", {}, (a_site("layer_norm.xla", 8),)),
+@pytest.mark.parametrize("plan", [Plan("f", "balanced", "a chip of mine", "jax", {}, (a_site("rms_norm.xla", 8),)),
                                   Plan("f", "balanced", "cpu", "jax", {}, ()), PLAN], ids=["unknown chip", "no sites", "no arrays"])  # fmt: skip
 def test_without_figures_there_is_no_roofline(plan):
     assert roofline(plan) is None

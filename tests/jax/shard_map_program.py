@@ -15,9 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import kpt_jax
-from kpt.kernels import registry
 from kpt_jax._compat import vary
-from tests.estimates import chosen
 from tests.jax.sharded_program import attend, close, norm
 
 N, T, W, H = 8, 12, 16, 4
@@ -114,7 +112,6 @@ def run(mesh, name, where, check_vma):
 
 
 if __name__ == "__main__":
-    registry._kernels.update(chosen())
     eight = Mesh(np.array(jax.devices()), ("i",))
     for case in sys.argv[1:] or CASES:
         for where in ("inside", "outside"):

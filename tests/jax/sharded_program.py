@@ -13,9 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kpt_jax
-from kpt.kernels import registry
 from kpt.validation import tolerance
-from tests.estimates import chosen
 
 B, T, N, H, W, V = 8, 16, 4, 8, 32, 64
 LONG = 1280  # more than one block of any provider
@@ -105,7 +103,6 @@ def run(mesh, name):
 
 
 if __name__ == "__main__":
-    registry._kernels.update(chosen())
     eight = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     for case in sys.argv[1:] or cases(eight):
         print(json.dumps({"case": case, **run(eight, case)}), flush=True)

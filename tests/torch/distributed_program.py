@@ -23,10 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import kpt_torch
-from kpt.kernels import registry
 from kpt_torch.backend import Backend
 from kpt_torch.backend import kpt as compile_backend
-from tests.estimates import chosen
 
 WIDTH, HEADS, VOCAB, RANKS = 32, 4, 48, 2
 
@@ -150,7 +148,6 @@ def run(case: str, rank: int) -> dict[str, Any]:
 
 def work(rank: int, directory: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    registry._kernels.update(chosen())
     dist._DEFAULT_FIRST_BUCKET_BYTES = 4096  # type: ignore[misc]  # as small as the others: one megabyte would hold the whole model
     dist.init_process_group("gloo", init_method=f"file://{os.path.join(directory, 'store')}", rank=rank, world_size=RANKS)
     torch.save({case: run(case, rank) for case in cases}, os.path.join(directory, f"{rank}.pt"))
