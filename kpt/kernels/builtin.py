@@ -225,10 +225,10 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("rope", params={"interleaved": (False, True)}),
     # Plain code is faster on an H100 (docs/benchmarks/hopper-notes-mem.md): no estimate chooses it, and where it is measured that counts.
     _hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (False, True)}, efficiency=0.05),
-    _xla("cross_entropy", version=2, params={"invalid": INVALID_LABELS}),
+    _xla("cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _hopper("cross_entropy", NARROW_FLOATS, params={"invalid": INVALID_LABELS}, efficiency=0.9),
     # Its products are of float32, 204 ms for plain code's 42 on an H100: chosen where the logits would not fit in memory.
-    _xla("linear_cross_entropy", version=3, params={"invalid": INVALID_LABELS}, efficiency_on={"cuda": 0.15}),
+    _xla("linear_cross_entropy", version=4, params={"invalid": INVALID_LABELS}, efficiency_on={"cuda": 0.15}),
     # 0.71 of the roofline forward, 0.70 with the backward pass; plain code reaches 0.66 and needs five times the memory.
     _hopper("linear_cross_entropy", HALVES, jax="0.11.2", params={"invalid": INVALID_LABELS}, efficiency=0.7),
     _hopper("linear_act", HALVES, level="balanced", jax="0.11.2", params={"activation": ACTIVATIONS}, efficiency=0.78),
@@ -268,7 +268,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     # choose it for a sum and its norm.
     _torch("rms_norm", "torch", "rows:rms_norm", efficiency_on={"cpu": 0.41}),
     _torch("layer_norm", "torch", "rows:layer_norm", version=2),
-    _torch("rope", "torch", "rows:rope", params={"interleaved": (False, True)}),
+    _torch("rope", "torch", "rows:rope", version=2, params={"interleaved": (False, True)}),
     _torch("cross_entropy", "torch", "rows:cross_entropy", params={"invalid": INVALID_LABELS}),
     _torch("linear_cross_entropy", "torch", "rows:linear_cross_entropy", params={"invalid": INVALID_LABELS}),
     *_triton("rms_norm", 0.8),

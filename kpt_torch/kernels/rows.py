@@ -163,7 +163,7 @@ def _rotate(into: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.T
     torch.mul(b, d, out=z).addcmul_(a, t, value=-sign)
 
 
-def _rope(x: torch.Tensor, arrays: Tensors, interleaved: bool, back: bool = False) -> torch.Tensor:
+def _rotated(x: torch.Tensor, arrays: Tensors, interleaved: bool, back: bool = False) -> torch.Tensor:
     """In float32, or float64."""
     cos, sin = (wide(arrays[n])[:, :, None] for n in ("cos", "sin"))
     size, made = cos.shape[-1], torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -176,7 +176,7 @@ def _rope(x: torch.Tensor, arrays: Tensors, interleaved: bool, back: bool = Fals
 
 def _rope_forward(arrays: Tensors, params: dict[str, Any]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     x = arrays["x"]
-    return [_rope(wide(x), arrays, params["interleaved"]).to(_out(params, x))], []
+    return [_rotated(wide(x), arrays, params["interleaved"]).to(_out(params, x))], []
 
 
 def rope_formula(arrays: Tensors, params: Mapping[str, Any]) -> torch.Tensor:
@@ -192,7 +192,7 @@ def rope_formula(arrays: Tensors, params: Mapping[str, Any]) -> torch.Tensor:
 def _rope_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cotangents: Any, wanted: Sequence[str]) -> Tensors:
     size, found, g = arrays["cos"].shape[-1], {}, wide(cotangents[0])
     if "x" in wanted:
-        found["x"] = _rope(g, arrays, params["interleaved"], back=True)
+        found["x"] = _rotated(g, arrays, params["interleaved"], back=True)
     if {"cos", "sin"} & set(wanted):
         z = wide(arrays["x"][..., :size])
         for name, factor in (("cos", z), ("sin", _turned(z, params["interleaved"]) if size else z)):
