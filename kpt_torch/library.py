@@ -137,11 +137,13 @@ def kernel(
             arrays = {n: _empty(s, device) for n, s in specs.items()}
             moving = [n for n in names if n in meaning.differentiable and n in arrays and arrays[n].is_floating_point()]
             params = {**meaning.params, **chosen} | ({"early": early(arrays, moving)} if early is not None else {})
-            made, saved = forward(arrays, params)
-            if backward is not None:
-                read_again = {i: made[i] for i in reads if i < len(made)}
-                cotangents = [t.new_empty(()).expand(t.shape) for t in made]  # as of a sum: nothing of their values is asked
-                backward(arrays, params | {"last": False}, read_again, saved, cotangents, moving)
+            with _plain(arrays):
+                made, saved = forward(arrays, params)
+                if backward is not None:
+                    read_again = {i: made[i] for i in reads if i < len(made)}
+                    # Of losses as of their mean, where nothing of its values is asked; else with memory of its own.
+                    cotangents = [t.new_empty(()).expand(t.shape) if "labels" in arrays else torch.empty_like(t) for t in made]
+                    backward(arrays, params | {"last": False}, read_again, saved, cotangents, moving)
 
     call.__name__ = call.__qualname__ = meaning.name
     call.ahead = ahead  # type: ignore[attr-defined]

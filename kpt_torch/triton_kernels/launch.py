@@ -66,12 +66,16 @@ def compiled_ahead(device: torch.device) -> Iterator[None]:
     Triton compiles one kernel after the other, as they are launched, and half of the time waits for ptxas and a C compiler to end. What
     cannot be compiled is reported when it is launched.
     """
-    with ThreadPoolExecutor(COMPILERS, thread_name_prefix="kpt-compile") as pool:
-        _AHEAD.pool = _Pool(pool, device)
+    pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="kpt-compile")
+    _AHEAD.pool = _Pool(pool, device)
+    try:
         try:
             yield
         finally:
             _AHEAD.pool = None
+        pool.shutdown()
+    finally:  # an interrupt does not wait for what has not begun
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import threading
 import types
@@ -152,11 +153,13 @@ def test_what_is_compiled_ahead_is_what_both_passes_launch(monkeypatch, op):
         for a in arrays.values():
             a.requires_grad_(a.is_floating_point())
         out = fn(**arrays, **params)
-        out.sum().backward()
+        out.mean().backward() if "labels" in arrays else out.backward(torch.ones_like(out))
 
     launched = keys_of(monkeypatch, both)
-    ahead = keys_of(monkeypatch, lambda: fn.ahead(specs, params, torch.device("cpu")))
-    assert launched and launched <= ahead
+    ahead = functools.partial(keys_of, monkeypatch, lambda: fn.ahead(specs, params, torch.device("cpu")))
+    assert launched and launched <= ahead()
+    with torch.autocast("cpu", torch.float16):  # a model is planned within its caller's; its kernels turn that off
+        assert launched <= ahead()
 
 
 def test_kernels_are_compiled_side_by_side_and_none_runs(on_gpu):
@@ -195,3 +198,21 @@ def test_what_cannot_be_compiled_ahead_is_left_to_its_launch(on_gpu):
         launch.run(kernel, (1,), BUFFER, 20, SIZE=64)
     launch.run(kernel, (1,), BUFFER, 20, SIZE=64)
     assert kernel.asked == 1
+
+
+def test_an_interrupt_waits_for_no_compilation_that_has_not_begun(on_gpu):
+    begun, end = [], threading.Event()
+
+    class Compiles(Kernel):
+        device_caches = collections.defaultdict(dict)
+
+        def warmup(self, *given, grid, **constants):
+            begun.append(given)
+            end.wait(1)
+
+    with pytest.raises(KeyboardInterrupt), launch.compiled_ahead(torch.device("cuda", 0)):
+        for size in range(4 * launch.COMPILERS):
+            launch.run(Compiles(), (1,), BUFFER, 20, SIZE=size)
+        raise KeyboardInterrupt
+    end.set()
+    assert len(begun) <= launch.COMPILERS
