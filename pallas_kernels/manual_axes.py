@@ -25,6 +25,11 @@ def unpartitioned() -> str | None:
     return f"runs on one device, and XLA may spread this program over {jax.device_count()}; optimize what a jax.shard_map runs"
 
 
+def spread(a: Any) -> bool:
+    """Whether the type of `a` says over which devices it lies: code that is traced for any platform may index no such dimension."""
+    return any(axes is not None for axes in jax.typeof(a).sharding.spec)
+
+
 def varying(a: Any) -> frozenset[str]:
     """Mesh axes over which `a` varies; none outside `shard_map`, and none where it does not check them."""
     kind = jax.typeof(a)

@@ -63,7 +63,7 @@ def cross_entropy(
     Raises:
       OpError: shapes do not fit, or `invalid` is none of these.
     """
-    check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
+    labels = check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
     return _cross_entropy((label_smoothing, logits_soft_cap, invalid), *vary_alike(logits, labels))
 
 

@@ -82,7 +82,7 @@ def cross_entropy(
       OpError: shapes do not fit, or `invalid` is none of these.
       KernelError: the blocks do not fit VMEM.
     """
-    check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
+    labels = check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
     rows, classes = labels.size, logits.shape[-1]
     blocks = blocks or tuned.blocks(
         "cross_entropy", Blocks, {}, lambda found: tensorcore.fits(_need(*_cut(found, rows, classes))), logits=logits, labels=labels

@@ -10,7 +10,7 @@ from jax import lax
 
 from kpt.errors import OpError
 from kpt.ops.cross_entropy import INVALID
-from pallas_kernels.manual_axes import vary_alike
+from pallas_kernels.manual_axes import spread, vary_alike
 
 
 def cross_entropy(
@@ -37,17 +37,22 @@ def cross_entropy(
     Raises:
       OpError: shapes do not fit, or `invalid` is none of these.
     """
-    check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
+    labels = check(f"cross_entropy of logits{list(logits.shape)}", logits.shape[:-1], labels, invalid)
     return _cross_entropy((label_smoothing, logits_soft_cap, invalid), *vary_alike(logits, labels))
 
 
-def check(asked: str, rows: tuple[int, ...], labels: jax.Array, invalid: str) -> None:
-    """Raises `OpError` unless the labels are integers shaped like `rows` and `invalid` is known."""
+def check(asked: str, rows: tuple[int, ...], labels: jax.Array, invalid: str) -> jax.Array:
+    """The labels, in 32 bits at least: beside a byte the number of classes would be one, too, and 300 be 44.
+
+    Raises:
+      OpError: the labels are no integers shaped like `rows`, or `invalid` is not known.
+    """
     if labels.shape != rows or not jnp.issubdtype(labels.dtype, jnp.integer):
         got = f"{asked} with labels {labels.dtype}{list(labels.shape)}"
         raise OpError(got, f"labels are integers {list(rows)}", "check the axes")
     if invalid not in INVALID:
         raise OpError(f"{asked} with invalid={invalid!r}", f"invalid is one of {INVALID}", "choose one")
+    return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
 
 
 def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid: str):
@@ -59,7 +64,8 @@ def row_loss(logits, labels, label_smoothing: float, cap: float | None, invalid:
     total = jnp.sum(jnp.exp(z - m[..., None]), -1)
     if classes == 0:
         return jnp.full_like(m, -jnp.inf), m, total
-    picked = lax.platform_dependent(z, labels, cpu=_gathered, default=functools.partial(_compared, invalid))
+    compared = functools.partial(_compared, invalid)
+    picked = compared(z, labels) if spread(z) else lax.platform_dependent(z, labels, cpu=_gathered, default=compared)
     mean = jnp.mean(z, -1) if label_smoothing else None
     return loss_of_row(m, total, picked, mean, labels, classes, label_smoothing, invalid), m, total
 

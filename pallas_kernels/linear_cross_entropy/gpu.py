@@ -78,7 +78,7 @@ def linear_cross_entropy(
     Raises:
       OpError: shapes do not fit, or `invalid` is unknown.
     """
-    check_arrays(x, w, labels, b, weights, invalid)
+    labels = check_arrays(x, w, labels, b, weights, invalid)
     by_token = (None if a is None else a.reshape(-1) for a in (labels, weights))
     arrays = vary_alike(x.reshape(-1, x.shape[-1]), w, b, *by_token)
     return _loss((label_smoothing, logits_soft_cap, invalid), *arrays).reshape(labels.shape)

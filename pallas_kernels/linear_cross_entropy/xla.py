@@ -65,7 +65,7 @@ def linear_cross_entropy(
     Raises:
       OpError: shapes do not fit, or `invalid` is unknown.
     """
-    check_arrays(x, w, labels, b, weights, invalid)
+    labels = check_arrays(x, w, labels, b, weights, invalid)
     x, w, b, labels, weights = vary_alike(x, w, b, labels, weights)
     static = _Static((label_smoothing, logits_soft_cap, invalid), *_cut(x.shape[:-1], w.shape[1]))
     if x.ndim == 1:
@@ -73,14 +73,17 @@ def linear_cross_entropy(
     return _loss(static, x, w, b, labels, weights)
 
 
-def check_arrays(x: jax.Array, w: jax.Array, labels: jax.Array, b: jax.Array | None, weights: jax.Array | None, invalid: str) -> None:
-    """Raises `OpError` unless the shapes fit and `invalid` is known."""
+def check_arrays(
+    x: jax.Array, w: jax.Array, labels: jax.Array, b: jax.Array | None, weights: jax.Array | None, invalid: str
+) -> jax.Array:
+    """The labels, as `check` gives them. Raises `OpError` unless the shapes fit and `invalid` is known."""
     asked = f"linear_cross_entropy of x{list(x.shape)} w{list(w.shape)}" + ("" if b is None else f" b{list(b.shape)}")
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
         raise OpError(asked, "x is [..., K], w is [K, V], b is [V]", "check the axes")
-    check(asked, x.shape[:-1], labels, invalid)
+    labels = check(asked, x.shape[:-1], labels, invalid)
     if weights is not None and weights.shape != labels.shape:
         raise OpError(f"{asked} weights{list(weights.shape)}", "weights are [...], one a token", "check the axes")
+    return labels
 
 
 def _cut(tokens: tuple[int, ...], classes: int) -> tuple[int, int]:

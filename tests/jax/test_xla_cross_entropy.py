@@ -224,6 +224,41 @@ def test_short_floats(dtype):
     close(grad, want_grad, eps=float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("invalid", ["nan", "zero", "clip", "drop"])
+def test_labels_of_a_byte_beside_more_classes_than_one_holds(invalid, dtype):
+    rng = np.random.default_rng(4)
+    x, w = (np.asarray(rng.normal(size=s), np.float32) for s in ((4, 16), (16, 300)))
+    labels, z = np.asarray([0, 100, 44, 127]).astype(dtype), x @ w
+    want_loss, want_grad = formula(z, labels, np.ones(4), invalid=invalid)
+    for fn, given in ((cross_entropy, {"logits": z}), (linear_cross_entropy, {"x": z, "w": np.eye(300, dtype=np.float32)})):
+        (name, z_), *more = given.items()
+        loss, vjp = jax.vjp(lambda a, fn=fn, name=name, more=more: fn(**{name: a}, **dict(more), labels=labels, invalid=invalid), z_)
+        close(loss, want_loss, terms=16)
+        close(vjp(jnp.ones(4))[0], want_grad, terms=16)
+
+
+@pytest.mark.parametrize("spec", [(None, "i"), ("i", None), ("i", "j")])
+def test_explicit_meshes(spec):
+    """Of classes that a mesh says it shares out none can be indexed."""
+    mesh = jax.make_mesh((1, 1), ("i", "j"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    rng, (rows, classes) = np.random.default_rng(5), spec
+    x, w, z = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 16), (16, 37), (6, 37)))
+    labels = jnp.asarray(rng.integers(0, 37, 6))
+
+    @jax.jit
+    def step(x, w, z, labels):
+        loss = jax.value_and_grad(lambda z: cross_entropy(logits=z, labels=labels).sum())(z)
+        return loss, linear_cross_entropy(x=x, w=w, labels=labels)
+
+    want = step(x, w, z, labels)
+    with jax.set_mesh(mesh):
+        specs = (rows, None), (None, classes), spec, (rows,)
+        places = [jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*s)) for s in specs]
+        got = step(*map(jax.device_put, (x, w, z, labels), places))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "scan", "remat"])
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 def test_transforms(op, transform, monkeypatch):
