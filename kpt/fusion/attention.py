@@ -107,6 +107,10 @@ class _Scores:
     factors: list[tuple[str, Ref]] = dataclasses.field(default_factory=list)  # "mul" or "div", by numbers that no key changes
 
 
+class _Blocked(Refuse):
+    """No way leads to the scores through this; another one may."""
+
+
 def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> Ref | None:
     """Down from the softmax to the dot product, filling `acc`. None where `ref` is not on that way."""
     ref = ax.strip(ref)
@@ -132,9 +136,9 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
         acc.scale *= -1.0
         return _walk(p, ax, operands[0], key, acc)
     if e.op == "stop_gradient" and _reaches_dot(e):
-        raise Refuse("the scores pass through stop_gradient")
+        raise _Blocked("the scores pass through stop_gradient")
     if e.op in ("max", "min") and _reaches_dot(e):
-        raise Refuse(f"the scores are clamped ({e.op}), which halves gradients where both sides are the same; no kernel does so")
+        raise _Blocked(f"the scores are clamped ({e.op}), which halves gradients where both sides are the same; no kernel does so")
     if acc.factors and e.op in ("tanh", "add", "sub", "select"):
         return None
     if e.op == "tanh":
@@ -144,6 +148,7 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
         found = _walk(p, ax, operands[0], key, acc)
         return found
     if e.op in ("add", "sub"):
+        blocked = None
         for i, other in ((0, 1), (1, 0)):
             if e.op == "sub" and i == 1:
                 continue
@@ -154,12 +159,18 @@ def _walk(p: Program, ax: Axes, ref: Ref, key: frozenset[int], acc: _Scores) -> 
                 pass  # the same for every key: softmax does not depend on it
             elif acc.cap is None:
                 _bias(p, ax, operands[other], sign * acc.scale, trial)
-            found = _walk(p, ax, operands[i], key, trial)
+            try:
+                found = _walk(p, ax, operands[i], key, trial)
+            except _Blocked as why:  # it may be the bias that is made so
+                blocked = blocked or why
+                continue
             if found is not None:
                 if acc.cap is not None:
                     raise Refuse("a bias is added before the soft cap")
                 acc.__dict__.update(trial.__dict__)
                 return found
+        if blocked is not None:
+            raise blocked
         return None
     if e.op == "select":
         for i, other in ((1, 2), (2, 1)):

@@ -90,6 +90,11 @@ def cosines(q, k, v, g, bias):
     return torch.softmax(s + 16 * torch.sigmoid(bias), -1) @ v
 
 
+@spelled(site("attention", terms=(Bias(),), scale=1.0))
+def a_bias_that_is_a_clamped_product_comes_first(q, k, v, bias):
+    return torch.softmax(F.relu(bias @ bias.mT) + q @ k.mT, -1) @ v
+
+
 @spelled(site("attention", terms=()))
 def plain(q, k, v):
     return weighed(q, k, v)
