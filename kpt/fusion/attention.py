@@ -297,15 +297,15 @@ def _counted(e: Expr, depth: int = 0) -> bool:
     return bool(e.args) and e.op in TRANSPARENT | ELEMENTWISE and depth < 8 and all(_counted(a, depth + 1) for a in e.args)
 
 
-def _may_hide(e: Expr, depth: int = 0) -> bool:
-    """Whether an added term is numbers from outside of the program, which may be a mask."""
+def _may_hide(p: Program, e: Expr, depth: int = 0) -> bool:
+    """Whether an added term is numbers from outside of the program, which may be a mask. What an embedding looks up is learned."""
     while e.op in TRANSPARENT:
         e = e.args[0]
     if e.op == "mul":
         return any(a.op == "full" and abs(a["value"]) >= -_HIDDEN for a in map(strip_shape, e.args))
     if e.op in ("add", "sub", "select", "slice", "neg", "min", "max"):
-        return depth < 8 and any(_may_hide(a, depth + 1) for a in e.args)
-    return e.op == "value" and e.dtype.startswith(("float", "bfloat"))
+        return depth < 8 and any(_may_hide(p, a, depth + 1) for a in e.args)
+    return e.op == "value" and e.dtype.startswith(("float", "bfloat")) and _called(p, e) != "embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,7 +454,7 @@ def _match(p: Program, found: _Weighted) -> Match:
     may_be_empty = ambiguous or not never_empty(reading.terms, ax.extent(query), ax.extent(key))
     _same_mask(ax, found, acc, may_be_empty)
     beneath = [fill for _, fill, added in acc.masks if math.isfinite(fill) and (acc.biased_fill or added and not may_be_empty)]
-    if beneath and any(_may_hide(r.expr) for _, r in acc.biases):
+    if beneath and any(_may_hide(p, r.expr) for _, r in acc.biases):
         raise Refuse(
             f"numbers that are made elsewhere, and may be a mask, are added to scores that another mask hides with {min(beneath):g}: a "
             "query to which they show no key would tell; join the masks, or hide with -inf"
