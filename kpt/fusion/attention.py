@@ -297,13 +297,19 @@ def _counted(e: Expr, depth: int = 0) -> bool:
     return bool(e.args) and e.op in TRANSPARENT | ELEMENTWISE and depth < 8 and all(_counted(a, depth + 1) for a in e.args)
 
 
+# What leaves a very negative number one, or makes one of 0.
+_CARRIES = {"add", "sub", "mul", "div", "select", "neg", "min", "max", "clamp", "log", "slice", "dynamic_slice", "concatenate"}
+
+
 def _may_hide(p: Program, e: Expr, depth: int = 0) -> bool:
     """Whether an added term is numbers from outside of the program, which may be a mask. What an embedding looks up is learned."""
     while e.op in TRANSPARENT:
         e = e.args[0]
-    if e.op == "mul":
-        return any(a.op == "full" and abs(a["value"]) >= -_HIDDEN for a in map(strip_shape, e.args))
-    if e.op in ("add", "sub", "select", "slice", "neg", "min", "max"):
+    if e.op in ("mul", "div"):
+        constants = [a["value"] for a in map(strip_shape, e.args) if a.op == "full"]
+        if not constants or any(abs(c) >= -_HIDDEN for c in constants if e.op == "mul"):
+            return bool(constants)
+    if e.op in _CARRIES:
         return depth < 8 and any(_may_hide(p, a, depth + 1) for a in e.args)
     return e.op == "value" and e.dtype.startswith(("float", "bfloat")) and _called(p, e) != "embedding"
 
