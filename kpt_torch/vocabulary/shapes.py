@@ -35,7 +35,8 @@ def _copy(b: Any, x: Any, *, memory_format: Any = None) -> Any:
 
 @rule("detach")
 def _detach(b: Any, x: Any) -> Any:
-    return b.op("stop_gradient", x, shape=x.shape, dtype=x.dtype) if is_float(x.dtype) else x
+    moves = is_float(x.dtype) or x.dtype.startswith("complex")
+    return b.op("stop_gradient", x, shape=x.shape, dtype=x.dtype) if moves else x
 
 
 @rule("to.dtype", "type_as.dtype", "to.prim_dtype")

@@ -268,6 +268,13 @@ def rope_by_complex_numbers(qb, cos):
 
 
 @spelled(site("rope", interleaved=True))
+def rope_by_complex_numbers_without_a_gradient(qb, cos):
+    cis = torch.polar(torch.ones(T, H // 2), cos[0, :, : H // 2]).detach()
+    turned = torch.view_as_real(torch.view_as_complex(qb.reshape(B, T, N, -1, 2)) * cis[None, :, None]).flatten(3)
+    return turned * cos.mean()
+
+
+@spelled(site("rope", interleaved=True))
 def rope_by_a_table_of_complex_numbers(qb, cis):
     """As in the code that came with Llama: the table is a buffer."""
     return torch.view_as_real(torch.view_as_complex(qb.reshape(B, T, N, -1, 2)) * cis[None, :, None]).flatten(3)
