@@ -150,13 +150,15 @@ JAX_TRITON = (
 )
 
 
-def _jax_triton(op: str, module: str, turing: bool = True, accepts: str = "refusal", **honours: Any) -> tuple[KernelSpec, ...]:
+def _jax_triton(
+    op: str, module: str, version: int = 1, turing: bool = True, accepts: str = "refusal", **honours: Any
+) -> tuple[KernelSpec, ...]:
     """A Triton kernel called from JAX through jax-triton, for GPUs that Mosaic does not reach; no estimate chooses it."""
     return tuple(
         KernelSpec(
             name=f"{op}.{name}",
             op=op,
-            version=1,
+            version=version,
             provider="jax_triton",
             framework="jax",
             platforms=tuple(sorted({"rocm" if a.startswith("gfx") else "cuda" for a in architectures})),
@@ -271,15 +273,15 @@ KERNELS: tuple[KernelSpec, ...] = (
     _torch("rope", "torch", "rows:rope", version=2, params={"interleaved": (False, True)}),
     _torch("cross_entropy", "torch", "rows:cross_entropy", params={"invalid": INVALID_LABELS}),
     _torch("linear_cross_entropy", "torch", "rows:linear_cross_entropy", params={"invalid": INVALID_LABELS}),
-    *_triton("rms_norm", 0.8),
-    *_triton("layer_norm", 0.8),
+    *_triton("rms_norm", 0.8, version=2),
+    *_triton("layer_norm", 0.8, version=2),
     *_triton("rope", 0.85, params={"interleaved": (False, True)}),
     *_triton("cross_entropy", 0.9, params={"invalid": INVALID_LABELS}),
     # Triton has no matrix units of Turing: its products there spill. The efficiency is that of both passes; cuDNN's is 1.5 times it.
     *_triton(
         "attention",
         0.32,
-        version=2,
+        version=3,
         turing=False,
         masks=frozenset({"causal", "window", "segments", "lengths"}),
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
@@ -289,13 +291,14 @@ KERNELS: tuple[KernelSpec, ...] = (
     # Neither has run on a GPU yet: no estimate chooses them over cuBLAS, and where they are measured that counts.
     *_triton("linear_act", 0.05, turing=False, level="balanced", params={"activation": ACTIVATIONS}),
     *_triton("matmul", 0.05, turing=False, level="balanced"),
-    *_jax_triton("rms_norm", "norms"),
-    *_jax_triton("layer_norm", "norms"),
+    *_jax_triton("rms_norm", "norms", version=2),
+    *_jax_triton("layer_norm", "norms", version=2),
     *_jax_triton("rope", "rope", params={"interleaved": (False, True)}),
     *_jax_triton("cross_entropy", "cross_entropy", params={"invalid": INVALID_LABELS}),
     *_jax_triton(
         "attention",
         "attention",
+        version=2,
         turing=False,
         masks=frozenset({"causal", "window", "segments", "lengths"}),
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),

@@ -54,6 +54,8 @@ def kernel(op: str, layer: bool) -> Any:
             empty = lambda n: torch.empty((count, width), dtype=torch.float32, device=h.device) if n in vectors else None  # noqa: E731
             return [empty("weight"), empty("bias")]
 
+        # A product less the mean of such products, which are rounded: 0 in a row of one, but not if the first one is not.
+        exact = {"enable_fp_fusion": False} if layer else {}
         with launch.on(h):
             if width <= jitted.WHOLE_BACKWARD:
                 tile = jitted.backward_tile(width)
@@ -62,13 +64,13 @@ def kernel(op: str, layer: bool) -> Any:
                 parts = partial(count)
                 launch.run(jitted.backward_whole, (count,),
                     h, weight, dy, dh, mean, left, rstd, *rowwise, *parts, rows, width, offset, LAYER=layer, ROWS=tile.rows,
-                    BLOCK=tile.columns, STAGES=jitted.stages(tile, row_bytes, launch.shared_bytes(h)), num_warps=tile.warps,
+                    BLOCK=tile.columns, STAGES=jitted.stages(tile, row_bytes, launch.shared_bytes(h)), num_warps=tile.warps, **exact,
                 )  # fmt: skip
             else:
                 if any(t is not None for t in rowwise):
                     launch.run(jitted.backward_wide, (rows,),
                         h, weight, dy, dh, mean, left, rstd, *rowwise, rows, width, offset,
-                        LAYER=layer, BLOCK=jitted.WIDE.columns, num_warps=jitted.WIDE.warps,
+                        LAYER=layer, BLOCK=jitted.WIDE.columns, num_warps=jitted.WIDE.warps, **exact,
                     )  # fmt: skip
                 across = triton.cdiv(width, jitted.COLUMNS.columns)
                 count = min(triton.cdiv(rows, jitted.COLUMNS.rows), max(1, 8 * launch.processors(h) // across))

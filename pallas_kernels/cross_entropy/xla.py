@@ -76,7 +76,7 @@ def _compared(invalid: str, z, labels):
 
 
 def _gathered(z, labels):
-    """The same on a CPU, where XLA would write that comparison out. Of a label outside, the nearest: `loss_of_row` leaves it out."""
+    """The same on a CPU, where XLA would write that comparison out. A label outside gets the nearest class, which `loss_of_row` drops."""
     at = jnp.clip(labels, 0, z.shape[-1] - 1)
     return jnp.take_along_axis(z, at[..., None], -1)[..., 0]
 

@@ -162,6 +162,12 @@ def test_what_is_compiled_ahead_is_what_both_passes_launch(monkeypatch, op):
         assert launched <= ahead()
 
 
+def test_layer_norm_rounds_its_products(monkeypatch):
+    specs = specs_of("layer_norm", (64, 256), "bfloat16")
+    launched = keys_of(monkeypatch, lambda: kpt.registry.load("layer_norm.triton").ahead(specs, {}, torch.device("cpu")))
+    assert [key[0] for key in launched if ("enable_fp_fusion", False) in key] == ["backward_whole"]
+
+
 def test_kernels_are_compiled_side_by_side_and_none_runs(on_gpu):
     started, both = [], threading.Barrier(2, timeout=30)
 

@@ -103,6 +103,8 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
         tile = norms.Tile(constants["ROWS"], constants["BLOCK"], warps, norms.PROGRAMS)
         constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
     options = {"num_warps": warps}
+    if fn in (norms.backward_whole, norms.backward_wide) and constants["LAYER"]:
+        options["enable_fp_fusion"] = False
     if types is ATTENTION and "KEYS" in fn.arg_names:
         tiles = attention.TILES["blackwell" if architecture == "sm100" else family(architecture)][constants["HEAD"]]
         chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(fn.__name__, tiles.busy if constants["CAP"] else tiles.forward)
