@@ -302,7 +302,9 @@ _CARRIES = {"add", "sub", "mul", "div", "select", "neg", "min", "max", "clamp", 
 
 
 def _may_hide(p: Program, e: Expr, depth: int = 0) -> bool:
-    """Whether an added term is numbers from outside of the program, which may be a mask. What an embedding looks up is learned."""
+    """Whether an added term is numbers from outside of the program, which may be a mask. What an embedding looks up is
+    learned, if its table is no constant.
+    """
     while e.op in TRANSPARENT:
         e = e.args[0]
     if e.op in ("mul", "div"):
@@ -311,7 +313,10 @@ def _may_hide(p: Program, e: Expr, depth: int = 0) -> bool:
             return bool(constants)
     if e.op in _CARRIES:
         return depth < 8 and any(_may_hide(p, a, depth + 1) for a in e.args)
-    return e.op == "value" and e.dtype.startswith(("float", "bfloat")) and _called(p, e) != "embedding"
+    if e.op != "value" or not e.dtype.startswith(("float", "bfloat")):
+        return False
+    node = next((p.node_of[v] for v in e.origins if v in p.node_of), None)
+    return node is None or _called(p, e) != "embedding" or evaluate(p.env[node.inputs[0]], p.exprs) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,6 +158,11 @@ def half_a_mask_made_elsewhere(q, k, v, added):
     return a_mask_made_elsewhere(q, k, v, 0.5 * added)
 
 
+def a_mask_that_is_looked_up(q, k, v, seen):
+    near, low = torch.ones(T, T, dtype=torch.bool).tril().triu(-3), torch.finfo(q.dtype).min
+    return weighed(q, k, v, lambda s: torch.where(near, s, low) + F.embedding(seen.long(), torch.tensor([[low], [0.0]]))[..., 0])
+
+
 def two_masks_made_apart(q, k, v, added):
     triangle = torch.full((T, T), torch.finfo(q.dtype).min).triu(1)
     return weighed(q, k, v, lambda s: s + triangle + added)
@@ -171,7 +176,7 @@ def a_mask_added_to_masked_scores(q, k, v, seen):
 
 @pytest.mark.parametrize(("fn", "why"), [(two_masks_added, "two masks are added"), (a_mask_added_to_masked_scores, "one mask replaces scores"),
                                          (a_mask_made_elsewhere, "may be a mask"),
-                                         (a_mask_made_elsewhere_behind_a_prefix, "may be a mask"),
+                                         (a_mask_made_elsewhere_behind_a_prefix, "may be a mask"), (a_mask_that_is_looked_up, "may be a mask"),
                                          (half_a_mask_made_elsewhere, "may be a mask"), (two_masks_made_apart, "may be a mask")])  # fmt: skip
 def test_masks_that_meet_in_a_sum(fn, why):
     """Proved where they hide nothing, read where they leave a query no key."""
