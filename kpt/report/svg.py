@@ -162,7 +162,7 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def _number(value: float, scale: Sequence[float]) -> str:
-    step = scale[1] - scale[0]
+    step = scale[1] - scale[0] if len(scale) > 1 else 1.0
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
