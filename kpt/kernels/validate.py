@@ -114,8 +114,8 @@ def cancelling_terms(
     """Size of the terms whose difference a result is, where moving the inputs does not show it; `terms` of `certify`.
 
     - A cross entropy is `logsumexp - logit`; both move together when the logit does.
-    - A query that sees no key, in words or by the marks of a bias, under an additive mask, adds the fill to all of its scores; what rounds away there comes back as
-      error when softmax subtracts it again.
+    - A query that sees no key, in words or by the marks of a bias, under an additive mask, adds the fill to all of its scores; what
+      rounds away there comes back as error when softmax subtracts it again.
     - An activation may be all but zero, as gelu is below -4: `1 + tanh` is then the difference of ones.
     - A gradient may vanish for every input, as that of a query which sees one key does. What is left of
       `p (dp - sum(p dp))` is rounding, and the only scale there is comes from units: cotangent times output, per input.

@@ -77,7 +77,7 @@ def attention(
         drowned = even = empty
     scored = None  # which scores are not replaced by a fill
     if bias is not None:
-        added, scored = _joined(bias, shown, added, mask)
+        added, scored = _joined(bias, shown, empty, mask)
         least, most = added.detach().aminmax(dim=-1, keepdim=True)
         drowned = _drowns(most, q.dtype) & most.isfinite()
         if scored is not None and empty is not None:
@@ -107,16 +107,18 @@ _FAR = 1024.0
 
 
 def _joined(
-    bias: torch.Tensor, shown: torch.Tensor | None, or_empty: torch.Tensor | None, mask: Mask
+    bias: torch.Tensor, shown: torch.Tensor | None, empty: torch.Tensor | None, mask: Mask
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(what is added to scores, bias and mask in one; where the scores stand that it is added to, None if everywhere)."""
-    if shown is None or or_empty is None:
+    if shown is None:
         return bias, None
     wide = bias if bias.dtype == torch.float64 else bias.float()
     if mask.additive:
         return torch.where(shown, wide, wide + mask.fill), None
     fill = mask.fill if mask.fill == float("-inf") else max(mask.fill, torch.finfo(wide.dtype).min)
-    return torch.where(or_empty, wide, torch.full((), fill, dtype=wide.dtype, device=wide.device)), or_empty
+    hidden = torch.full((), fill, dtype=wide.dtype, device=wide.device)
+    # A query that sees nothing has a row of its own later: what stands here is as good as any, but for NaN.
+    return torch.where(shown, wide, hidden if empty is None else torch.where(empty, 0.0, hidden)), shown
 
 
 def _can_be_differentiated_again(
@@ -283,7 +285,7 @@ _definition = torch.library.custom_op(
     "kpt::attention_drowned", _drowned_gradients, mutates_args=(),
     schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? added, Tensor? scored, Tensor drowned, Tensor even, float scale) -> Tensor[]",
 )  # fmt: skip
-_definition.register_fake(lambda g, q, k, *_: [torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=q.dtype, device=q.device)])
+_definition.register_fake(lambda g, q, k, *_: [torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k)])
 
 
 def seen(
