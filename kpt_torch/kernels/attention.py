@@ -205,7 +205,7 @@ class _Drowned(torch.autograd.Function):
         given = (g, *ctx.saved_tensors, ctx.scale)
         if not nobody_watches(given[:-1]):
             made = _definition(*given)
-        elif not bool(given[6].any()):  # nearly always
+        elif _may_look(g) and not bool(given[6].any()):  # nearly always
             made = (None, None)
         else:
             made = _Once.apply(*given) if torch.is_grad_enabled() else _drowned_gradients(*given)
@@ -251,6 +251,8 @@ def _drowned_gradients(
       drowned: rows, [B or 1, N or 1, T or 1, 1].
       even: those of them that weigh all keys alike.
     """
+    if _may_look(g) and not bool(drowned.any()):
+        return [torch.zeros(t.shape, dtype=q.dtype, device=q.device) for t in (q, k)]
     (batch, heads, queries, _), (shared, keys) = q.shape, k.shape[1:3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     g, qw, k, v = (t.to(wide) for t in (g, q, k, v))
@@ -263,15 +265,17 @@ def _drowned_gradients(
     dq = each @ (off.mT @ k).repeat_interleave(heads // shared, 1)
     dk = off @ grouped(each.mT @ qw)
     rows = (drowned & ~even).expand(batch, -1, queries, 1)
-    for b in range(batch):
-        for at in rows[b, :, :, 0].any(0).nonzero()[:, 0].split(max(1, (1 << 22) // (heads * keys))):
+    everywhere = None if _may_look(g) else torch.arange(queries, device=g.device)
+    for b in rows.flatten(1).any(1).nonzero()[:, 0].tolist() if everywhere is None else range(batch if added is not None else 0):
+        found = rows[b, :, :, 0].any(0).nonzero()[:, 0] if everywhere is None else everywhere
+        for at in found.split(max(1, (1 << 22) // (heads * keys))):
             kb, vb = (t[b].repeat_interleave(heads // shared, 0) for t in (k, v))
 
             def of(t: torch.Tensor, b: int = b, at: torch.Tensor = at) -> torch.Tensor:
                 t = t[b if t.shape[0] > 1 else 0]
                 return t[:, at] if t.shape[1] > 1 else t
 
-            assert added is not None
+            assert added is not None  # else all keys weigh alike
             p, gb = torch.softmax(of(added).to(wide), -1), of(g)
             dp = gb @ vb.mT
             ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
@@ -279,6 +283,11 @@ def _drowned_gradients(
             dq[b, :, at] += ds @ kb
             dk[b] += grouped((ds.mT @ of(qw))[None])[0]
     return [dq.to(q.dtype), dk.to(q.dtype)]
+
+
+def _may_look(t: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be asked for: while a CUDA graph is captured there are none."""
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 _definition = torch.library.custom_op(

@@ -172,8 +172,17 @@ def test_numbers_may_hide_what_words_show(fill, row, keep):
 def test_scores_that_drowned_where_a_compiler_traces():
     attention = kpt.registry.load("attention.sdpa")
     arrays, params = drowned(ROWS["halves"], torch.float32)
+    g, q, k, v, bias = (a.detach().transpose(1, 2) for a in (arrays["q"], *list(arrays.values())[:3], arrays["bias"].transpose(1, 2)))
+    torch.library.opcheck(torch.ops.kpt.attention_drowned, (g, q, k, v, bias, None, bias[..., :1] < -1, bias[..., :1] < -torch.inf, 0.5))
     traced = aot_function(lambda q, k, v, bias: attention(q=q, k=k, v=v, bias=bias, **params), nop)
     held(arrays, {"mask": params["mask"]}, torch.float32, lambda q, k, v, bias, mask: traced(q, k, v, bias))
+
+
+@pytest.mark.parametrize("row", ["halves", "the smallest float", "seen keys too"])
+def test_scores_that_drowned_while_a_graph_is_captured(row, monkeypatch):
+    """Values cannot be asked for there: no row is left out."""
+    monkeypatch.setattr("kpt_torch.kernels.attention._may_look", lambda t: False)
+    held(*drowned(ROWS[row], torch.float32), torch.float32)
 
 
 def test_a_soft_cap_is_refused():
