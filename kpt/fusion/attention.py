@@ -445,7 +445,7 @@ def _match(p: Program, found: _Weighted) -> Match:
     beneath = [fill for _, fill, added in acc.masks if math.isfinite(fill) and (acc.biased_fill or added and not may_be_empty)]
     told = beneath and any(_may_hide(r.expr) for _, r in acc.biases)
     if (told or len(acc.masks) > 1 and may_be_empty) and _all_added(acc) and not (found.idle or found.zeroed):
-        # How often a key is hidden can be told: what is added is one array, in which the smallest float twice is -inf, as it is in the code.
+        # How often a key is hidden can be told: what is added is one array, where the smallest float twice is -inf, as in the code.
         acc.biases += [(1.0, _in_numbers(p, ax, pred, fill, dot.expr.dtype)) for pred, fill, _ in acc.masks]
         reading, fills, may_be_empty = Reading(), set(), False
     elif told:

@@ -65,7 +65,8 @@ def attention(
     that came as numbers): their gradients are off by the number of keys. So what is added is shifted to end at 0, and scores that drown
     are taken out beforehand; what gradients they have is made here (`_drowned_gradients`).
 
-    A hidden key whose scores are NaN shows, since masks are added: this is no kernel for padding that holds NaN.
+    A hidden key whose scores are NaN shows, since masks are added: this is no kernel for padding that holds NaN. A query to which -inf in
+    the bias hides all that the mask shows is NaN, and so are the gradients of all of its keys, hidden ones too.
     """
     causal = mask.terms == (Causal(0),)
     shown, may_be_empty = (None, False) if causal else seen(mask, q, k, keep, q_segment_ids, kv_segment_ids, kv_lengths)
@@ -104,6 +105,7 @@ def attention(
 
 
 _FAR = 1024.0
+"""From which size on the largest number of a row is taken away from it."""
 
 
 def _joined(
