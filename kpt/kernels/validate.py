@@ -146,7 +146,8 @@ def cancelling_terms(
         terms[outputs[0]] = gate * up
     flowing = sum(_rms(c) * max(_rms(exact[o]), _rms(terms[o])) for o, c in zip(outputs, cotangents, strict=True))
     for name in differentiable:
-        per_input = _rms(np.where(np.abs(arrays[name]) < MARK, arrays[name], np.nan))
+        measured = np.abs(arrays[name]) < MARK
+        per_input = _rms(arrays[name][measured]) if measured.any() else 1.0  # marks alone stand among scores, of order 1
         terms[name] = flowing / per_input if per_input else 0.0
         if op in ("layer_norm", "rms_norm") and name in ("x", "residual"):
             h = arrays["x"] + arrays.get("residual", 0.0)
