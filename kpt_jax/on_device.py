@@ -17,7 +17,7 @@ from jax import lax
 from kpt.graph.expr import numpy_dtype
 from kpt.ops.base import Spec
 from kpt.strategy.arrays import NUMPY
-from kpt.validation import ErrorMetrics
+from kpt.validation import MARK, ErrorMetrics
 from kpt.validation.metrics import KEPT, PERCENTILES
 from kpt_jax import _compat
 from kpt_jax.devices import device_of
@@ -111,7 +111,7 @@ def _normal(key: jax.Array, mean: float, deviation: float, shape: tuple[int, ...
 def _nudged(x: jax.Array, key: jax.Array, step: float) -> jax.Array:
     wide = jnp.dtype("float64" if x.dtype == "float64" else "float32")
     moved = 1 + jnp.asarray(step, wide) * jax.random.uniform(key, x.shape, wide, -1, 1)
-    return (x.astype(wide) * moved).astype(x.dtype)
+    return jnp.where(jnp.abs(x) < MARK, x.astype(wide) * moved, x).astype(x.dtype)
 
 
 def figures(actual: jax.Array, reference: jax.Array) -> ErrorMetrics:

@@ -143,7 +143,7 @@ class Reference:
             far: dict[str, Sensitivity] = {n: (float(np.linalg.norm(m)), float(m.max(initial=0.0))) for n, m in made.items()}
         else:
             far = {n: (m.abs_l2 / COARSE, m.max_abs / COARSE) for n, m in self._distances(nearby()).items()}
-        # What is rounding alone (the gradient of a key's bias, and what Adam makes of its sign) moves as far with the last bits as with more.
+        # What is rounding alone (a gradient of a key's bias, and what Adam makes of its sign) moves as far with the last bits as with more.
         for _ in range(2):
             for n, m in self._distances(nearby(None)).items():
                 one = tolerance(self.dtype, self.terms, gradient=n.startswith("d"), chain=len(self.plan.sites))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from kpt.ops import Bias, Causal, Explicit, Lengths, Mask, Segments, Spec, Window
@@ -170,6 +171,24 @@ def ragged_matmul(rng: np.random.Generator, most: int = 130) -> Case:
     return Case("ragged_matmul", specs, _out_dtype(rng), ("x",))
 
 
+def masks_in_numbers() -> Iterator[Case]:
+    """Cases of attention for `marked`: alone, and beside masks in words of every fill."""
+    causal, low = Causal(0), float(np.finfo(np.float32).min)
+    for i, (mask, dtype, kind) in enumerate([
+        (Mask(), "float32", "float32"), (Mask(), "bfloat16", "bfloat16"), (Mask(), "bfloat16", "float32"), (Mask(), "float16", "float32"),
+        (Mask((causal,)), "float32", "float32"), (Mask((causal,), low), "float32", "float32"), (Mask((Explicit(),), low), "bfloat16", "float32"),
+        (Mask((Explicit(),), -1e30), "float32", "float32"), (Mask((causal, Lengths()), -1e4, True), "float32", "float32"),
+    ]):  # fmt: skip
+        b, t, s, kv, n = 2, 9, 13 - 4 * (i % 2), 2, 4
+        specs = {"q": Spec((b, t, n, 8), dtype), "k": Spec((b, s, kv, 8), dtype), "v": Spec((b, s, kv, 5 + 3 * (i % 2)), dtype)}
+        specs["bias"] = Spec((b, n if i % 3 == 0 else 1, t, s), kind)
+        if Explicit() in mask.terms:
+            specs["keep"] = Spec((b, 1, t, s), "bool")
+        if Lengths() in mask.terms:
+            specs["kv_lengths"] = Spec((b,), "int32")
+        yield Case("attention", specs, {"mask": mask & Mask((Bias(),))})
+
+
 CASES: dict[str, Callable[..., Case]] = {
     f.__name__: f
     for f in (attention, rms_norm, layer_norm, linear_act, glu, rope, cross_entropy, linear_cross_entropy, matmul, ragged_matmul)
@@ -192,6 +211,43 @@ def edge(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) ->
     if "x" in out and out["x"].size and case.op.endswith("norm"):
         out["x"] = (out["x"].astype(np.float32) * float(rng.choice([1e-3, 30.0]))).astype(out["x"].dtype)
     return out
+
+
+def marked(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The arrays with a bias that is a mask in numbers: rows of -inf, of the smallest float and of both.
+
+    Some rows show keys beside; of others nothing is left but the smallest float, in which scores drown, or -inf alone, or one key. float16
+    has no number in which they drown.
+    """
+    bias = arrays["bias"].copy()
+    low = ml_dtypes.finfo(bias.dtype).min
+    for row in bias.reshape(bias.size and -1, bias.shape[-1]):
+        drawn = rng.choice([low, -np.inf], row.shape).astype(row.dtype)
+        kind = rng.integers(8)
+        if kind < 2:  # as a mask: some keys are seen
+            row[:] = np.where(rng.random(row.shape) < 0.5, row, drawn)
+        elif kind == 2 and row.size:
+            row[:] = -np.inf
+            row[rng.integers(row.size)] = low
+        elif kind == 3:
+            row[:] = np.where(np.arange(row.size) < row.size // 2, low, -np.inf)
+        elif kind == 4 and rng.random() < 0.1:  # NaN in gradients of a whole head: seldom
+            row[:] = -np.inf
+        elif kind == 5:
+            row[:] = drawn
+            row[:1] = low
+        elif kind == 6:  # above what hides, and far below any score
+            row[:] = np.where(rng.random(row.shape) < 0.5, 0.875 * float(low), drawn)
+        else:
+            row[:] = low
+    mask = case.params["mask"]
+    if mask.fill == -math.inf and len(mask.terms) > 1:  # to which keys the NaN of a query comes is not specified, where words hide some
+        (b, t, n, _), s = arrays["q"].shape, arrays["k"].shape[1]
+        none = visible(mask, b, n, t, s, arrays) & (bias != -np.inf)
+        none = ~none.any(-1, keepdims=True)
+        axes = tuple(a for a in range(3) if bias.shape[a] == 1)
+        bias = np.where(none.any(axes, keepdims=True) & (bias == -np.inf), np.asarray(low, bias.dtype), bias)
+    return {**arrays, "bias": bias}
 
 
 def poisoned(case: Case, arrays: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ from kpt.kernels import KernelSpec
 from kpt.kernels.spec import refusal
 from kpt.kernels.validate import validate
 from kpt.ops import Op, Spec
-from tests.cases import CASES, Case, edge, poisoned
+from tests.cases import CASES, Case, edge, marked, poisoned
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,6 +39,8 @@ KINDS: dict[str, tuple[int, Callable[..., Arrays], bool]] = {
     "edge": (5, edge, True),
     "poisoned": (5, poisoned, False),
 }
+MARKED: dict[str, tuple[int, Callable[..., Arrays], bool]] = {"marked": (5, marked, True)}
+"""Kinds besides, where a bias can hold them."""
 VALUES_PER_SHAPE = sum(n for n, _, _ in KINDS.values())
 SHAPES_PER_TASK = 4
 SHOWN = 20  # failures
@@ -111,7 +113,8 @@ def check(kernel: KernelSpec, case: Case, first_seed: int) -> Iterator[str]:
         return outs
 
     seed = first_seed
-    for kind, (count, change, gradients) in KINDS.items():
+    in_numbers = case.op == "attention" and case.specs.get("bias", Spec((), "float16")).dtype != "float16"
+    for kind, (count, change, gradients) in (KINDS | (MARKED if in_numbers else {})).items():
         if kind == "poisoned" and kernel.name in NO_POISON:
             continue
 

@@ -465,7 +465,12 @@ def _match(p: Program, found: _Weighted) -> Match:
     may_be_empty = ambiguous or not never_empty(reading.terms, ax.extent(query), ax.extent(key))
     _same_mask(ax, found, acc, may_be_empty)
     beneath = [fill for _, fill, added in acc.masks if math.isfinite(fill) and (acc.biased_fill or added and not may_be_empty)]
-    if beneath and any(_may_hide(p, r.expr) for _, r in acc.biases):
+    told = beneath and any(_may_hide(p, r.expr) for _, r in acc.biases)
+    if (told or len(acc.masks) > 1 and may_be_empty) and _all_added(acc) and not (found.idle or found.zeroed):
+        # How often a key is hidden can be told: what is added is one array, where the smallest float twice is -inf, as in the code.
+        acc.biases += [(1.0, _in_numbers(p, ax, pred, fill, dot.expr.dtype)) for pred, fill, _ in acc.masks]
+        reading, fills, may_be_empty = Reading(), set(), False
+    elif told:
         raise Refuse(
             f"numbers that are made elsewhere, and may be a mask, are added to scores that another mask hides with {min(beneath):g}: a "
             "query to which they show no key would tell; join the masks, or hide with -inf"
@@ -657,6 +662,20 @@ def _query_axes(ax: Axes, only_q: list[int], free: list[tuple[int, ...]], key: t
     if same:
         return same[0]
     return max(whole, key=lambda d: ax.extent(d))
+
+
+def _all_added(acc: _Scores) -> bool:
+    """Whether all masks are added, and scores drown in each: their order in the sum is nothing then."""
+    return acc.cap is None and all(added and -math.inf < fill <= -1e30 for _, fill, added in acc.masks)
+
+
+def _in_numbers(p: Program, ax: Axes, pred: Ref, fill: float, dtype: str) -> Ref:
+    """A mask as it is added: 0 where a key is visible, else the fill."""
+    x, r = p.exprs, narrow(p, ax, pred)
+    dtype = dtype if dtype == "float64" else "float32"
+    shape = r.expr.shape
+    values = (x.broadcast(x.full(value, (), dtype), shape, ()) for value in (0.0, fill))
+    return Ref(x.make("select", (r.expr, *values), (), shape, dtype), r.dims)
 
 
 def _fill(p: Program, fills: set[tuple[float, bool]], may_be_empty: bool, biased: bool, masks: int) -> tuple[float, bool]:

@@ -259,7 +259,7 @@ KERNELS: tuple[KernelSpec, ...] = (
         "attention",
         "sdpa",
         "attention:attention",
-        version=2,
+        version=3,
         masks=EVERY_MASK,
         additive=True,
         params={"logits_soft_cap": (None,)},

@@ -11,7 +11,7 @@ import numpy as np
 from kpt.errors import ValidationError
 from kpt.ops.base import Op, Specs
 from kpt.ops.mask import Mask, visible
-from kpt.validation import Certificate, certify, epsilon, sensitivity
+from kpt.validation import MARK, Certificate, certify, epsilon, sensitivity
 
 Arrays = dict[str, np.ndarray]
 
@@ -114,8 +114,8 @@ def cancelling_terms(
     """Size of the terms whose difference a result is, where moving the inputs does not show it; `terms` of `certify`.
 
     - A cross entropy is `logsumexp - logit`; both move together when the logit does.
-    - A query that sees no key, under an additive mask, adds the fill to all of its scores; what rounds away there comes back as
-      error when softmax subtracts it again.
+    - A query that sees no key, in words or by the marks of a bias, under an additive mask, adds the fill to all of its scores; what
+      rounds away there comes back as error when softmax subtracts it again.
     - An activation may be all but zero, as gelu is below -4: `1 + tanh` is then the difference of ones.
     - A gradient may vanish for every input, as that of a query which sees one key does. What is left of
       `p (dp - sum(p dp))` is rounding, and the only scale there is comes from units: cotangent times output, per input.
@@ -136,7 +136,8 @@ def cancelling_terms(
         terms[outputs[0]] = np.abs(logits).max(axis=-1, initial=0.0)
     elif op == "attention" and params.get("mask", Mask()).additive:
         mask, (b, t, n, _), s = params["mask"], arrays["q"].shape, arrays["k"].shape[1]
-        sees_none = ~visible(mask, b, n, t, s, arrays).any(-1).swapaxes(1, 2)[..., None]
+        see = visible(mask, b, n, t, s, arrays) & (arrays.get("bias", 0.0) > -MARK)
+        sees_none = ~see.any(-1).swapaxes(1, 2)[..., None]
         terms[outputs[0]] = abs(mask.fill) * _rms(arrays["v"]) * sees_none
     elif op == "linear_act":
         terms[outputs[0]] = arrays["x"] @ arrays["w"] + arrays.get("b", 0.0)
@@ -145,7 +146,8 @@ def cancelling_terms(
         terms[outputs[0]] = gate * up
     flowing = sum(_rms(c) * max(_rms(exact[o]), _rms(terms[o])) for o, c in zip(outputs, cotangents, strict=True))
     for name in differentiable:
-        per_input = _rms(arrays[name])
+        measured = np.abs(arrays[name]) < MARK
+        per_input = _rms(arrays[name][measured]) if measured.any() else 1.0  # marks alone stand among scores, of order 1
         terms[name] = flowing / per_input if per_input else 0.0
         if op in ("layer_norm", "rms_norm") and name in ("x", "residual"):
             h = arrays["x"] + arrays.get("residual", 0.0)

@@ -12,6 +12,9 @@ import numpy as np
 FINE = 2.0**-20  # in float64
 COARSE = 2.0**-7  # in what programs store, float32 or narrower
 
+MARK = 1e30
+"""From which size on a number marks what is hidden, as the smallest float does in a mask: it is exact, and nothing is computed from it."""
+
 
 def sensitivity[Name](
     function: Callable[[Mapping[Name, np.ndarray]], Mapping[str, np.ndarray]],
@@ -23,7 +26,7 @@ def sensitivity[Name](
     """Movement of each output element per unit of relative change of the inputs: `|f(x (1 + h d)) - f(x)| / h`.
 
     `d` is uniform in [-1, 1], drawn for each element, as rounding errors are in units of the last place. Integer and
-    boolean arrays stay as they are.
+    boolean arrays stay as they are, and so do marks: moved, they would choose among what they hide.
 
     Args:
       function: from named arrays to named outputs.
@@ -39,7 +42,7 @@ def sensitivity[Name](
     with np.errstate(all="ignore"):
         for _ in range(draws(base)):
             shifted = {
-                name: (a * (1 + step * rng.uniform(-1, 1, np.shape(a)))).astype(a.dtype) if _is_float(a) else a
+                name: _moved(a, step * rng.uniform(-1, 1, np.shape(a))) if _is_float(a) else a
                 for name, a in arrays.items()
             }
             for name, value in function(shifted).items():
@@ -51,6 +54,10 @@ def sensitivity[Name](
 def draws(outputs: Mapping[str, Any]) -> int:
     """How often to look. One draw may miss the direction that matters. Many elements average over directions, few do not."""
     return min(16, max(1, 4096 // max(1, sum(math.prod(np.shape(v)) for v in outputs.values()))))
+
+
+def _moved(a: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(a) < MARK, a * (1 + by), a).astype(a.dtype)
 
 
 def _is_float(a: np.ndarray) -> bool:

@@ -15,7 +15,7 @@ from kpt.errors import KernelError
 from kpt.ops.base import Specs
 from kpt.ops.mask import Causal, Explicit, Lengths, Mask, Segments, Window
 from kpt.ops.shapes import keywords
-from kpt_torch.library import torch_dtype
+from kpt_torch.library import nobody_watches, torch_dtype
 
 
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
@@ -61,41 +61,66 @@ def attention(
     shape that says them. What a query that sees no key becomes is the fill's, not the back end's: its keys are all shown to it, and
     its row is put in afterwards.
 
-    A hidden key whose scores are NaN shows, since masks are added: this is no kernel for padding that holds NaN.
+    Back ends keep `max + log(sum)` of a row, in which log(sum) drowns as scores do where all that a query may see is far below 0 (a mask
+    that came as numbers): their gradients are off by the number of keys. So what is added is shifted to end at 0, and scores that drown
+    are taken out beforehand; what gradients they have is made here (`_drowned_gradients`).
+
+    A hidden key whose scores are NaN shows, since masks are added: this is no kernel for padding that holds NaN. A query to which -inf in
+    the bias hides all that the mask shows is NaN, and so are the gradients of all of its keys, hidden ones too.
     """
     causal = mask.terms == (Causal(0),)
     shown, may_be_empty = (None, False) if causal else seen(mask, q, k, keep, q_segment_ids, kv_segment_ids, kv_lengths)
-    empty = None
+    added, empty, drowned = shown, None, None
     if shown is not None and may_be_empty:
         empty = ~shown.any(-1, keepdim=True)
-        shown = shown | empty
-    added, drowned, low = shown, None, None
+        added = shown | empty
     if empty is not None and mask.additive and _drowns(mask.fill, q.dtype):
-        drowned = empty
+        drowned = even = empty
+    scored = None  # which scores are not replaced by a fill
     if bias is not None:
-        added = bias.to(q.dtype)
-        if shown is None:  # a mask that came as numbers, perhaps, which may hide all keys of a query
-            least, most = added.detach().aminmax(dim=-1, keepdim=True)
-            drowned = (least == most) & _drowns(most, q.dtype) & most.isfinite()
-            low = torch.where(drowned, added - added.detach(), 0.0) if bias.requires_grad else None
-            added = torch.where(drowned, 0.0, added)
-        else:
-            added = torch.where(shown, added, torch.full((), float("-inf"), dtype=q.dtype, device=q.device))
-    given = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None if causal else added)
+        added, scored = _joined(bias, shown, empty, mask)
+        least, most = added.detach().aminmax(dim=-1, keepdim=True)
+        drowned = _drowns(most, q.dtype) & most.isfinite()
+        if scored is not None and empty is not None:
+            drowned = drowned & ~empty
+        even = drowned & (least == most)
+        if scored is not None:
+            even = even & scored.all(-1, keepdim=True)
+        # Far from 0, narrow dtypes end and log(sum) loses digits. Where nothing is finite the difference is NaN, as softmax is.
+        added = (added - torch.where(most.abs() > _FAR, most, 0.0)).to(q.dtype)
+    qh, kh, vh = (t.transpose(1, 2) for t in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    given = (qh if drowned is None else torch.where(drowned, 0.0, qh), kh, vh, None if causal else added)
     out = F.scaled_dot_product_attention(
         *given[:3], attn_mask=given[3], is_causal=causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2]
     )  # fmt: skip
     if out.requires_grad and not torch.compiler.is_compiling():
         out = _can_be_differentiated_again(out, given, scale, causal)
+    if drowned is not None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        out = cast(torch.Tensor, _Drowned.apply(out, qh, kh, vh, added, scored, drowned, even, scale))
     if empty is not None and not mask.additive:
-        out = torch.where(empty, _unseen(mask, v, out), out)
-    if drowned is not None:
-        even = _even(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, low).to(out.dtype)
-        if even.requires_grad and not torch.compiler.is_compiling():
-            even.register_hook(functools.partial(_once, drowned=drowned))
-        out = torch.where(drowned, even, out)
+        out = torch.where(empty, _unseen(mask, v, out, empty), out)
     out = out.transpose(1, 2)
     return out if out_dtype is None else out.to(torch_dtype(out_dtype))
+
+
+_FAR = 1024.0
+"""From which size on the largest number of a row is taken away from it."""
+
+
+def _joined(
+    bias: torch.Tensor, shown: torch.Tensor | None, empty: torch.Tensor | None, mask: Mask
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(what is added to scores, bias and mask in one; where the scores stand that it is added to, None if everywhere)."""
+    if shown is None:
+        return bias, None
+    wide = bias if bias.dtype == torch.float64 else bias.float()
+    if mask.additive:
+        return torch.where(shown, wide, wide + mask.fill), None
+    fill = mask.fill if mask.fill == float("-inf") else max(mask.fill, torch.finfo(wide.dtype).min)
+    hidden = torch.full((), fill, dtype=wide.dtype, device=wide.device)
+    # A query that sees nothing has a row of its own later: what stands here is as good as any, but for NaN.
+    return torch.where(shown, wide, hidden if empty is None else torch.where(empty, 0.0, hidden)), shown
 
 
 def _can_be_differentiated_again(
@@ -168,55 +193,110 @@ class _ByFormula(torch.autograd.Function):
         return (None, *found, *[None] * (6 - len(found)))
 
 
-class _Once(torch.autograd.Function):
-    """What it is given; its gradient has none."""
+class _Drowned(torch.autograd.Function):
+    """A back end's result of queries without those whose scores drowned; these have their gradients here."""
 
     @staticmethod
-    def forward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        return g.clone()
+    def forward(ctx: Any, out: torch.Tensor, *given: Any) -> torch.Tensor:
+        *arrays, ctx.scale = given
+        ctx.save_for_backward(*arrays)
+        return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
+        given = (g, *ctx.saved_tensors, ctx.scale)
+        if not nobody_watches(given[:-1]):
+            made = _definition(*given)
+        elif _may_look(g) and not bool(given[6].any()):  # nearly always
+            made = (None, None)
+        else:
+            made = _Once.apply(*given) if torch.is_grad_enabled() else _drowned_gradients(*given)
+        return (g, *made, *[None] * 6)
+
+
+class _Once(torch.autograd.Function):
+    """`_drowned_gradients`, which have no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(_drowned_gradients(*given))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         raise KernelError("A gradient of a gradient was asked for through attention.sdpa", "A query sees no key there: its row has a first "
                           "derivative", "Differentiate the module as it was written: kpt_torch.optimize leaves it unchanged")  # fmt: skip
 
 
-def _once(g: torch.Tensor, drowned: torch.Tensor) -> torch.Tensor:
-    return _Once.apply(g) if torch.is_grad_enabled() and bool(drowned.any()) else g
-
-
-def _unseen(mask: Mask, v: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """The row of a query that sees nothing: NaN, or the mean of the values."""
-    if mask.fill == float("-inf"):
-        return torch.full((), float("nan"), dtype=out.dtype, device=out.device)
+def _unseen(mask: Mask, v: torch.Tensor, out: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+    """The row of a query that sees nothing: NaN, as is the values' gradient, or the mean of the values."""
     mean = v.mean(1, keepdim=True, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32).to(out.dtype)
-    return mean.repeat_interleave(out.shape[1] // v.shape[2], 2).transpose(1, 2)
+    row = mean.repeat_interleave(out.shape[1] // v.shape[2], 2).transpose(1, 2)
+    return row * torch.where(empty, float("nan"), 1.0).to(out.dtype) if mask.fill == float("-inf") else row
 
 
 def _drowns(added: Any, dtype: torch.dtype) -> Any:
     """Whether scores round away in a number that is added to them (-1e9, say, and the smallest float); scores are float32, or float64."""
-    return added * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps < -8
+    return abs(added) * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps > 8
 
 
-def _even(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, low: torch.Tensor | None) -> torch.Tensor:
-    """The row of a query whose scores all drowned, [B, N, 1 or T, Hv]: the mean of the values, and every gradient that the code has.
+def _drowned_gradients(
+    g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | None, scored: torch.Tensor | None,
+    drowned: torch.Tensor, even: torch.Tensor, scale: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of queries and keys through scores that drowned, [B, N, T, H]: they moved nothing, and yet the code's have derivatives.
 
-    Back ends keep `max + log(sum)` of a row, in which log(sum) drowns as well: their gradients are off by the number of keys. The weights
-    are 1/S, yet scores have gradients through them: the terms that are 0 here give these.
+    Rows that weigh all keys alike are two small products. Others are computed as written, row by row.
 
     Args:
-      low: zeros, through which the bias has its gradient.
+      added: of which weights are the softmax.
+      scored: where a score is what was computed and no fill; None: everywhere.
+      drowned: rows, [B or 1, N or 1, T or 1, 1].
+      even: those of them that weigh all keys alike.
     """
-    groups = q.shape[2] // v.shape[2]
-    mean = v.mean(1, keepdim=True, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32).to(v.dtype)
-    row, off = mean.transpose(1, 2).repeat_interleave(groups, 1), (v - mean).detach() / v.shape[1]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        slope = torch.einsum("bskh,bskd->bkhd", k, off) * scale
-        scores = q.transpose(1, 2) @ slope.repeat_interleave(groups, 1)
-        row = row + (scores - scores.detach())
-    if low is not None:
-        row = row + low.expand(*low.shape[:-1], v.shape[1]) @ off.transpose(1, 2).repeat_interleave(groups, 1)
-    return row
+    if _may_look(g) and not bool(drowned.any()):
+        return [torch.zeros(t.shape, dtype=q.dtype, device=q.device) for t in (q, k)]
+    (batch, heads, queries, _), (shared, keys) = q.shape, k.shape[1:3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    g, qw, k, v = (t.to(wide) for t in (g, q, k, v))
+
+    def grouped(t: torch.Tensor) -> torch.Tensor:
+        return t.unflatten(1, (shared, heads // shared)).sum(2)
+
+    off = (v - v.mean(2, keepdim=True)) * (scale / keys)
+    each = torch.where(even, g, 0.0)
+    dq = each @ (off.mT @ k).repeat_interleave(heads // shared, 1)
+    dk = off @ grouped(each.mT @ qw)
+    rows = (drowned & ~even).expand(batch, -1, queries, 1)
+    everywhere = None if _may_look(g) else torch.arange(queries, device=g.device)
+    for b in rows.flatten(1).any(1).nonzero()[:, 0].tolist() if everywhere is None else range(batch if added is not None else 0):
+        found = rows[b, :, :, 0].any(0).nonzero()[:, 0] if everywhere is None else everywhere
+        for at in found.split(max(1, (1 << 22) // (heads * keys))):
+            kb, vb = (t[b].repeat_interleave(heads // shared, 0) for t in (k, v))
+
+            def of(t: torch.Tensor, b: int = b, at: torch.Tensor = at) -> torch.Tensor:
+                t = t[b if t.shape[0] > 1 else 0]
+                return t[:, at] if t.shape[1] > 1 else t
+
+            assert added is not None  # else all keys weigh alike
+            p, gb = torch.softmax(of(added).to(wide), -1), of(g)
+            dp = gb @ vb.mT
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+            ds = torch.where(of(rows) if scored is None else of(rows) & of(scored), ds, 0.0)
+            dq[b, :, at] += ds @ kb
+            dk[b] += grouped((ds.mT @ of(qw))[None])[0]
+    return [dq.to(q.dtype), dk.to(q.dtype)]
+
+
+def _may_look(t: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be asked for: while a CUDA graph is captured there are none."""
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+_definition = torch.library.custom_op(
+    "kpt::attention_drowned", _drowned_gradients, mutates_args=(),
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? added, Tensor? scored, Tensor drowned, Tensor even, float scale) -> Tensor[]",
+)  # fmt: skip
+_definition.register_fake(lambda g, q, k, *_: [torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k)])
 
 
 def seen(

@@ -125,6 +125,19 @@ def test_a_bug_fails_where_the_dtype_can_show_it(program, shapes, length, bug, d
             assert not found.passed, f"{dtype}, gradient={gradient}: {found.summary()}"
 
 
+def test_marks_of_a_mask_are_not_moved():
+    """Weights of a query that sees nothing are even among the smallest floats; moved, one of them would have all, and any error be allowed."""
+    low = np.finfo(np.float32).min
+    bias, v = np.array([[low, low, -np.inf, low]]), np.random.default_rng(0).standard_normal((4, 5))
+
+    def weigh(named):
+        weights = np.exp(named["bias"] - named["bias"].max(-1, keepdims=True))
+        return {"y": weights / weights.sum(-1, keepdims=True) @ named["v"]}
+
+    moved = sensitivity(weigh, {"bias": bias, "v": v}, np.random.default_rng(0))
+    assert 0 < moved["y"].max() < 4 * np.abs(v).max()
+
+
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(("program", "shapes", "length"), PROGRAMS, ids=IDS)
 def test_two_roundings_of_one_program_compare(program, shapes, length, dtype):

@@ -154,6 +154,11 @@ def test_what_is_nudged_moves_by_no_more_than_the_step(dtype):
     assert 0.2 < np.abs(moved).max() <= 0.26 and abs(np.median(moved)) < 0.05
 
 
+def test_marks_of_a_mask_are_not_nudged():
+    marks = np.array([-np.inf, np.finfo(np.float32).min, 0, np.inf], np.float32)
+    assert (ROOM.get(ROOM.nudged(array(marks), 3, 2.0**-2)) == marks).all()
+
+
 def test_put_and_get_are_inverse():
     x = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
     assert isinstance(ROOM.put(x), jax.Array)
