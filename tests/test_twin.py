@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,28 @@ def test_the_first_difference_is_named(twin, stage, name):
     assert f"{stage} of {name}" in found.explain()
     row = json.loads(found.to_json())["differences"][json.loads(found.to_json())["first"]]
     assert (row["stage"], row["name"], row["passed"]) == (stage, name, False)
+
+
+def test_a_gradient_that_is_rounding_alone_is_no_difference():
+    """What softmax does not see has a gradient of 0, of which each framework leaves another rounding."""
+    def weights(seed):
+        drawn = np.random.default_rng(seed).normal(size=(16, 16)).astype("float32") / 4
+        return {"key": drawn, "key.bias": np.zeros(16, "float32")}
+
+    def loss(softmax, mean):
+        def run(w, batch, tap):
+            x = batch["x"]
+            scores = x @ (x @ w["key"] + w["key.bias"]).mT
+            return mean((tap("weights", softmax(scores, -1)) @ x) ** 2)
+
+        return run
+
+    batch = {"x": np.random.default_rng(1).normal(size=(2, 8, 16)).astype("float32")}
+    made = Twin("keys", weights, lambda step: batch, loss(jax.nn.softmax, jnp.mean), loss(torch.softmax, torch.mean))
+    found = compare(made, JaxSide(made), TorchSide(made), steps=0)
+    assert found.passed, found.explain()
+    halves = dataclasses.replace(made, torch=loss(lambda s, axis: torch.softmax(halved(s), axis), torch.mean))
+    assert (first := compare(halves, JaxSide(halves), TorchSide(halves), steps=0).first) and first.name == "key"
 
 
 def test_an_optimizer_that_differs_shows_in_the_update():

@@ -29,6 +29,8 @@ class Check:
       allowed_l2: bound on `metrics.abs_l2`.
       allowed_max: bound on the error of the element that comes nearest to its own.
       problem: why it failed, "" where it passed.
+      scale: what the L2 error is relative to: the norm of the reference, or how far the inputs' last bits move it by their own
+        size, or the size of what cancels in it, whichever is larger; 0 where that is not known.
     """
 
     name: str
@@ -38,10 +40,17 @@ class Check:
     allowed_l2: float
     allowed_max: float
     problem: str
+    scale: float = 0.0
 
     @property
     def passed(self) -> bool:
         return not self.problem
+
+    @property
+    def relative(self) -> float:
+        """The L2 error relative to `scale`; NaN where there was nothing to compare with."""
+        size = max(self.scale, self.metrics.reference_l2) if self.metrics else 0.0
+        return self.metrics.abs_l2 / size if self.metrics and size else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +67,13 @@ class Certificate:
         return bool(self.checks) and all(c.passed for c in self.checks)
 
     def worst(self, *, gradient: bool) -> float | None:
-        """Largest relative L2 error over the outputs or the gradients; None where there are none. What is 0 has none."""
-        found = [c.metrics.rel_l2 for c in self.checks if c.gradient == gradient and c.metrics and c.metrics.reference_l2]
+        """Largest relative L2 error over the outputs or the gradients; None where there are none. What is 0 has none.
+
+        What passed and is nothing but rounding (the gradient of a key's bias, which softmax does not see) is measured by what it is
+        left of.
+        """
+        compared = [c for c in self.checks if c.gradient == gradient and c.metrics and c.metrics.reference_l2]
+        found = [c.relative if c.passed else c.metrics.rel_l2 for c in compared if c.metrics]
         return max(found, default=None)
 
     def summary(self) -> str:
@@ -251,7 +265,8 @@ def _check(
         problem = f"its largest error {error:.2e} exceeds {allowed_max:.2e}"
     else:
         problem = ""
-    return Check(name, gradient, where, found, allowed_l2, allowed_max, problem)
+    scale = max(found.reference_l2, s_norm, t_norm * bound.rtol_sum / bound.rtol_l2)
+    return Check(name, gradient, where, found, allowed_l2, allowed_max, problem, scale if math.isfinite(scale) else 0.0)
 
 
 def _nearest(

@@ -208,6 +208,14 @@ def test_pages_of_nothing_are_pages(cache):
         Page((cache / "page.html").read_text())
 
 
+def test_a_page_of_one_run_is_a_page(cache):
+    """What there is after the first `kpt bench`."""
+    History().put(Run("loss", (1e-3, 1.1e-3, 1e-3), machine="here", hardware="cpu"))
+    for command in ("history", "regress"):
+        assert call(command, "--html", "page.html").exit_code == OK
+        Page((cache / "page.html").read_text())
+
+
 @pytest.mark.parametrize(("framework", "why"), [("jax 1", "this machine is cpu"), ("abacus 3", "Kernels of 'abacus' were asked for")])
 def test_measurements_move_between_machines(cache, monkeypatch, framework, why):
     key = Key("a.fast", 1, "h100-sxm", "1", framework, "float32", "x[8]")
