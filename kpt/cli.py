@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -349,6 +350,7 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
 
 def main() -> None:
     """The console script."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"Warning: {message}", err=True)  # a reader is no reader of source
     app()
 
 

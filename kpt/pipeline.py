@@ -299,7 +299,8 @@ def configured(path: Path, named: Callable[[str, str | None], tuple[Any, tuple]]
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))["pipeline"]
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise ConfigError(asked, getattr(problem, "strerror", None) or str(problem), "Name a TOML file; docs/pipeline.md has one") from None
+        advice = "Name a TOML file" if isinstance(problem, OSError) else "Mend what is no TOML"
+        raise ConfigError(asked, getattr(problem, "strerror", None) or str(problem), f"{advice}; docs/pipeline.md has an example") from None
     except KeyError:
         raise ConfigError(asked, "It has no [pipeline]", "docs/pipeline.md has an example") from None
     if wrong := [k for k in table if k not in _FIELDS]:

@@ -51,6 +51,8 @@ def history(
             _say_where(history_page(runs, html, " ".join(filter(None, ("kpt history", name and f"--name {name!r}")))), as_json)
         if as_json:
             print_json([r.to_json() for r in runs])
+        elif not runs and (name or label or since) and History().runs(last=1):
+            typer.echo("No run is so named, labelled or recent; kpt history lists all of them.")
         elif not runs:
             typer.echo("No runs. kpt.auto_optimize and kpt bench record what they measure.")
         else:

@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from kpt import cli
 from kpt.cli import app
 from kpt.console import NO, OK, REFUSED
 from kpt.tracking import History, Run
@@ -206,6 +208,18 @@ def test_pages_of_nothing_are_pages(cache):
     for command in ("history", "regress"):
         assert call(command, "--html", "page.html").exit_code == OK
         Page((cache / "page.html").read_text())
+
+
+def test_a_name_of_no_run_is_told_from_an_empty_history(slower):
+    assert "kpt history lists all of them" in call("history", "--name", "nosuch").output
+
+
+def test_the_console_script_says_a_warning_in_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "app", lambda: warnings.warn("a file is set aside", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main()
+    assert capsys.readouterr().err == "Warning: a file is set aside\n"
 
 
 def test_a_page_of_one_run_is_a_page(cache):
