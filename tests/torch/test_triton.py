@@ -68,6 +68,11 @@ def test_compiles_without_spills(architecture, tmp_path):
     compile_without_spills(FEW, architecture, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["rms_norm backward 8192", "layer_norm backward 8192", "layer_norm backward 4096"])
+def test_rows_of_float32_do_not_spill(name, tmp_path):
+    assert triton_ahead.spills(triton_ahead.compiled(name, target("sm90"), "sm90", "fp32"), tmp_path) == 0
+
+
 def test_products_whose_mean_is_taken_off_are_rounded():
     """A row of one element has the gradient 0 in layer_norm: a product less itself. (An H100 gave 2e-5 for it.)"""
     fused = triton_ahead.compiled("rms_norm backward 128", target("sm90"), "sm90", "bf16")

@@ -101,7 +101,7 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
     fn, types, constants, warps = kernels()[name]
     if fn is norms.backward_whole:  # with h, dy and dh, as it is launched with a residual
         tile = norms.Tile(constants["ROWS"], constants["BLOCK"], warps, norms.PROGRAMS)
-        constants = constants | {"STAGES": norms.stages(tile, 3 * 2, SHARED[architecture])}
+        constants = constants | {"STAGES": norms.stages(tile, 3 * (4 if dtype == "fp32" else 2), SHARED[architecture])}
     options = {"num_warps": warps}
     if fn in (norms.backward_whole, norms.backward_wide) and constants["LAYER"]:
         options["enable_fp_fusion"] = False

@@ -77,8 +77,8 @@ def stages(tile: Tile, row_bytes: int, shared: int) -> int:
       shared: bytes of shared memory on a processor, of which a tenth is left for sums.
     """
     elements = tile.rows * tile.columns
-    wanted = 4 if elements <= 4096 else 3
-    return wanted if 10 * (wanted - 1) * elements * row_bytes * tile.programs <= 9 * shared else 1
+    size, wanted = elements * row_bytes, 4 if elements <= 4096 else 3
+    return wanted if size <= 3 << 14 and 10 * (wanted - 1) * size * tile.programs <= 9 * shared else 1  # larger ones spill
 
 
 @triton.jit
