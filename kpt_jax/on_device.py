@@ -111,7 +111,8 @@ def _normal(key: jax.Array, mean: float, deviation: float, shape: tuple[int, ...
 def _nudged(x: jax.Array, key: jax.Array, step: float) -> jax.Array:
     wide = jnp.dtype("float64" if x.dtype == "float64" else "float32")
     moved = 1 + jnp.asarray(step, wide) * jax.random.uniform(key, x.shape, wide, -1, 1)
-    return jnp.where(jnp.abs(x) < MARK, x.astype(wide) * moved, x).astype(x.dtype)
+    y = x.astype(wide)
+    return jnp.where(jnp.abs(y) < jnp.asarray(MARK, wide), y * moved, y).astype(x.dtype)
 
 
 def figures(actual: jax.Array, reference: jax.Array) -> ErrorMetrics:
