@@ -4,10 +4,10 @@
 
 Flax NNX, width 2048, 16 heads, gated MLP of 5632, vocabulary 32000, batch 2, context 4096; bfloat16 compute, float32 parameters, AdamW,
 the state donated. Each contender is compiled and makes its first steps from the same state; then all take turns on one state, each making
-the next eight steps of the same training, in an order that turns around every round: who comes after a program that heats the card less
-finds it faster. Wall time of a step, medians over eight that nothing waits between, as training runs: the 9 to 11 ms that the host takes
-to start one step overlap what the device does for another. Memory is XLA's analysis of the compiled step. The JSON is written anew after
-each contender: what a run that is ended has found so far is in it, with `alone` for the steps that were not in turn.
+the next eight steps of the same training, in an order that turns around every round. Wall time of a step, medians over eight that nothing
+waits between, as training runs: what the host takes to start one step overlaps what the device does for another. Memory is XLA's analysis
+of the compiled step. The JSON is written anew after each contender: what a run that is ended has found so far is in it, with `alone` for
+the steps that were not in turn.
 
 `auto_optimize` is given the step and its state, which it neither donates nor changes: it holds the state twice, as what goes in and what
 comes out, and three times while it finds how far rounding moves the results; where there is room, what came out of the step as written

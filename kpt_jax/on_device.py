@@ -18,6 +18,7 @@ from kpt.graph.expr import numpy_dtype
 from kpt.ops.base import Spec
 from kpt.strategy.arrays import NUMPY
 from kpt.validation import MARK, ErrorMetrics
+from kpt.validation.conditioning import nudged
 from kpt.validation.metrics import KEPT, PERCENTILES
 from kpt_jax import _compat
 from kpt_jax.devices import device_of
@@ -51,12 +52,11 @@ class OnDevice:
             return _normal(_key(seed), mean, deviation, spec.shape, spec.dtype)
 
     def nudged(self, array: Any, seed: int, step: float) -> Any:
-        """`x (1 + step d)`, `d` uniform in [-1, 1] for each element."""
+        """As `kpt.validation.conditioning.nudged`."""
         if _worth_it(array):
             with _compat.with_64_bits():
                 return _nudged(array, _key(seed), step)
-        x = self.get(array)
-        return (x * (1 + step * np.random.default_rng(seed).uniform(-1, 1, x.shape))).astype(x.dtype)
+        return nudged(self.get(array), np.random.default_rng(seed), step)
 
     def metrics(self, actual: Any, reference: Any) -> ErrorMetrics:
         if _worth_it(actual) and isinstance(reference, np.ndarray) and reference.dtype.name in _NUMBERS:

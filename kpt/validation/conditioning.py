@@ -42,7 +42,7 @@ def sensitivity[Name](
     with np.errstate(all="ignore"):
         for _ in range(draws(base)):
             shifted = {
-                name: _moved(a, step * rng.uniform(-1, 1, np.shape(a))) if _is_float(a) else a
+                name: nudged(a, rng, step) if _is_float(a) else a
                 for name, a in arrays.items()
             }
             for name, value in function(shifted).items():
@@ -56,8 +56,9 @@ def draws(outputs: Mapping[str, Any]) -> int:
     return min(16, max(1, 4096 // max(1, sum(math.prod(np.shape(v)) for v in outputs.values()))))
 
 
-def _moved(a: np.ndarray, by: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(a) < MARK, a * (1 + by), a).astype(a.dtype)
+def nudged(a: np.ndarray, rng: np.random.Generator, step: float) -> np.ndarray:
+    """`a (1 + step d)`, `d` uniform in [-1, 1] for each element, in a's dtype; marks stay as they are."""
+    return np.where(np.abs(a) < MARK, a * (1 + step * rng.uniform(-1, 1, np.shape(a))), a).astype(a.dtype)
 
 
 def _is_float(a: np.ndarray) -> bool:

@@ -63,8 +63,8 @@ _LAUNCHES = torch.version.hip is None and tuple(map(int, triton.__version__.spli
 def compiled_ahead(device: torch.device) -> Iterator[None]:
     """Within, kernels that this thread launches are compiled for the device, side by side, and nothing runs. At the end all are ready.
 
-    Triton compiles one kernel after the other, as they are launched, and half of the time waits for ptxas and a C compiler to end. What
-    cannot be compiled is reported when it is launched.
+    Triton compiles one kernel after the other, as they are launched, and waits for ptxas and a C compiler to end. What cannot be
+    compiled is reported when it is launched.
     """
     pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="kpt-compile")
     _AHEAD.pool = _Pool(pool, device)

@@ -154,7 +154,9 @@ def test_what_is_nudged_moves_by_no_more_than_the_step(dtype):
     assert 0.2 < np.abs(moved).max() <= 0.26 and abs(np.median(moved)) < 0.05
 
 
-def test_marks_of_a_mask_are_not_nudged():
+@pytest.mark.parametrize("platforms", [("cpu",), ("gpu",)], ids=["on the device", "by NumPy"])
+def test_marks_of_a_mask_are_not_nudged(platforms, monkeypatch):
+    monkeypatch.setattr(on_device, "_PLATFORMS", platforms)
     marks = np.array([-np.inf, np.finfo(np.float32).min, 0, np.inf], np.float32)
     assert (ROOM.get(ROOM.nudged(array(marks), 3, 2.0**-2)) == marks).all()
 

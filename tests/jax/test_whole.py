@@ -182,7 +182,7 @@ def test_what_is_rounding_alone_is_not_held_to_itself(fn):
     wrong = kpt_jax.optimize(fn)
     reference = Reference(wrong, (weights, x := jax.random.normal(jax.random.key(5), (4, 64, 32))), {}, wrong.plan(weights, x))
     found = reference.compare(lambda w, x: jax.tree.map(lambda a: a * (1 + 1e-3) if a.ndim > 1 or not a.ndim else a, fn(w, x)))
-    assert not found.passed and all("bias" not in c.name for c in found.checks)
+    assert not found.passed
 
 
 def test_complex_results_are_refused_as_before():
