@@ -9,3 +9,11 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="module")
+def on_hopper():
+    """Skips a module where jax's first device is not what its kernels are written for."""
+    gpu = jax.devices()[0]
+    if getattr(gpu, "compute_capability", None) != "9.0":
+        pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")

@@ -12,17 +12,10 @@ from kpt.ops.mask import Causal, Lengths, Mask, Segments, Window
 from tests.jax.certified import certify
 from tests.jax.test_hopper_attention import MASKS, attended
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 KERNEL = "attention.pallas_gpu"
 FUZZED = 200
 FUZZED_TO_256 = 50
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_hopper():
-    gpu = jax.devices()[0]
-    if getattr(gpu, "compute_capability", None) != "9.0":
-        pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")
 
 
 SHAPES = {

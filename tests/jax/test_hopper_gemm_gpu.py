@@ -12,14 +12,7 @@ from kpt.ops.activations import ACTIVATIONS
 from tests.jax.certified import certify
 from tests.jax.test_hopper_gemm import gated, head, linear, product
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_hopper():
-    gpu = jax.devices()[0]
-    if getattr(gpu, "compute_capability", None) != "9.0":
-        pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
 
 @pytest.fixture

@@ -14,18 +14,11 @@ from kpt.ops.mask import Causal, Lengths, Mask, Window
 from tests.cases import CASES
 from tests.jax.certified import certify, specs_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "layer_norm.pallas_gpu_wide", "rms_norm.pallas_gpu_wide",
            "cross_entropy.pallas_gpu", "rope.pallas_gpu", "attention.cudnn", "attention.cudnn_wide")  # fmt: skip
 
 ROWS, WIDE = (512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000), (16392, 20000, 32768, 40960, 50264, 65536)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _on_hopper():
-    gpu = jax.devices()[0]
-    if getattr(gpu, "compute_capability", None) != "9.0":
-        pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")
 
 
 def rows(dtype, n, width, *names):
