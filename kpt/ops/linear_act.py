@@ -68,8 +68,16 @@ def reference_vjp(cotangents: tuple, *, x: Any, w: Any, b: Any = None, activatio
 
 
 def sample(rng: np.random.Generator, specs: Specs, **params: Any) -> dict[str, np.ndarray]:
+    """Normal; for relu whole multiples of a unit, so that sums in float32 are exact: its slope jumps where rounding moves a sum past 0."""
     k = 1 / math.sqrt(max(specs["x"].shape[-1], 1))
-    return {n: sh.normal(rng, s, k if n.startswith("w") else 1.0) for n, s in specs.items()}
+    made = {}
+    for n, s in specs.items():
+        scale = k if n.startswith("w") else 1.0
+        made[n] = sh.normal(rng, s, scale)
+        if params.get("activation") == "relu":
+            unit = 2.0 ** math.floor(math.log2(scale)) / 8
+            made[n] = (np.rint(made[n].astype(np.float64) / unit) * unit).astype(made[n].dtype)
+    return made
 
 
 def cost(specs: Specs, **params: Any) -> Cost:

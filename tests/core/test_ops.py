@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from kpt.errors import OpError
@@ -165,3 +166,14 @@ COSTS = [
 @pytest.mark.parametrize("name, arrays, params, wanted", COSTS, ids=[f"{c[0]}-{i}" for i, c in enumerate(COSTS)])
 def test_cost(name, arrays, params, wanted):
     assert OPS[name].cost(specs(arrays), **params) == wanted
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_samples_for_relu_have_sums_that_float32_holds(dtype):
+    shapes = {"x": ((96, 640), dtype), "w": ((640, 192), dtype), "b": ((192,), dtype)}
+    x, w, b = op("linear_act").sample(np.random.default_rng(0), specs(shapes), activation="relu").values()
+    assert {a.dtype.name for a in (x, w, b)} == {dtype}
+    x, w, b = (a.astype(np.float64) for a in (x, w, b))
+    assert 0.9 < x.std() < 1.1 and 0.9 < w.std() * math.sqrt(640) < 1.1
+    unit = 2.0**-11  # of a product: 1/8 times 1/8 times the power of 2 below 1 / sqrt(640)
+    assert np.all(np.rint((x @ w + b) / unit) * unit == x @ w + b) and (np.abs(x) @ np.abs(w)).max() / unit < 2**24
