@@ -41,7 +41,7 @@ def read_by_linear(program: Program, kept: Kept, proved: bool = True) -> dict[in
         if together is None:
             continue
         call = tuple((n, e.spec) for n, e in together.arrays.items()), tuple(sorted(match.params.items()))
-        if not proved or _agrees(kernel, *call):
+        if not proved or _agrees(kernel, *call, jax.default_backend()):
             found[i] = together, kernel.then_linear  # type: ignore[attr-defined]
     return found
 
@@ -72,8 +72,8 @@ def _with_reader(program: Program, match: Match, inside: set[int]) -> Match | No
 
 
 @functools.cache
-def _agrees(kernel: Any, specs: tuple[tuple[str, Spec], ...], params: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether one call gives what two give, results and gradients, as far as roundings go: what is made again is of rounded projections."""
+def _agrees(kernel: Any, specs: tuple[tuple[str, Spec], ...], params: tuple[tuple[str, Any], ...], backend: str) -> bool:
+    """Whether one call gives what two give there, results and gradients, within the tolerance: what is made again is of what was rounded."""
     try:
         return _compared(kernel, dict(specs), dict(params))
     except Exception as error:  # what fails costs memory, never the user's run
