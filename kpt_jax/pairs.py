@@ -73,7 +73,7 @@ def _with_reader(program: Program, match: Match, inside: set[int]) -> Match | No
 
 @functools.cache
 def _agrees(kernel: Any, specs: tuple[tuple[str, Spec], ...], params: tuple[tuple[str, Any], ...], backend: str) -> bool:
-    """Whether one call gives what two give there, results and gradients, within the tolerance: what is made again is of what was rounded."""
+    """Whether one call gives what two give, results and gradients, within the tolerance: what is made again is of what was rounded."""
     try:
         return _compared(kernel, dict(specs), dict(params))
     except Exception as error:  # what fails costs memory, never the user's run
