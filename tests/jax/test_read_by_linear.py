@@ -171,7 +171,7 @@ def test_one_call_where_it_can_be(name):
     program, together = PROGRAMS[name]
     fn, args = total(program), given()
     fast = kpt_jax.optimize(fn)
-    assert one_call(fast.plan(*args)) is together
+    assert one_call(fast.plan(*args)) is one_call(fast.unproved().plan(*args)) is together
     agree(jax.value_and_grad(fast, (0, 1))(*args), jax.value_and_grad(fn, (0, 1))(*args))
 
 
@@ -266,6 +266,13 @@ def test_transformed_from_outside(transform):
     fast = kpt_jax.optimize(fn)
     assert one_call(fast.plan(*args))
     agree(transform(fast, *args), transform(fn, *args))
+
+
+def test_forward_derivatives_of_a_weight_that_lies_both_ways():
+    args = given()
+    fast = kpt_jax.optimize(both_ways)
+    assert one_call(fast.plan(*args))
+    agree(jax.jvp(jax.jit(fast), args, args), jax.jvp(both_ways, args, args))
 
 
 def of_its_size(fn, *args):
