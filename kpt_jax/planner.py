@@ -28,6 +28,7 @@ from kpt_jax.apply import REBUILT, Rewrite, run
 from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, rules_text, uncertifiable
 from kpt_jax.on_device import ROOM
+from kpt_jax.pairs import read_by_linear
 from kpt_jax.settings import SETTINGS
 
 
@@ -107,7 +108,10 @@ class Planner(core.Planner):
             return bool(self.nested) and not path and (miss.reason.startswith("an inner value") or same_miss(miss, self.skipped))
 
         program, kept = self.sites_of(graph, path, Example(graph, example).leaves, uncollected, woven)
-        rw = Rewrite(graph, program, kept)
+        together = read_by_linear(program, kept, proved=self.certify != "off")
+        if together:
+            self.notes.append(f"{len(together)} sites run in one call with the linear layer that reads them, and keep no result for it.")
+        rw = Rewrite(graph, program, [together.get(i, site) for i, site in enumerate(kept)])
         for n, bodies in self.bodies_of(graph, path):
             if n.op in REBUILT:
                 rw.bodies[id(n)] = tuple(self.rewrite(b, where) for where, b in bodies)

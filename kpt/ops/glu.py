@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -53,3 +54,34 @@ def cost(specs: Specs, **params: Any) -> Cost:
 
 OP = Op(NAME, ARRAYS, OPTIONAL, {"activation": "silu", "out_dtype": None},
         ("x", "w_gate", "w_up", "b_gate", "b_up"), infer, reference, reference_vjp, sample, cost)  # fmt: skip
+
+
+def _without(specs: Specs) -> dict[str, Spec]:
+    return {n: s for n, s in specs.items() if n != "w_down"}
+
+
+def _linear_infer(specs: Specs, **params: Any) -> tuple[Spec, ...]:
+    (h,) = infer(_without(specs), **params)
+    return (Spec((*h.shape[:-1], specs["w_down"].shape[1]), h.dtype),)
+
+
+def _linear_reference(*, w_down: Any, **rest: Any) -> tuple[np.ndarray, ...]:
+    return (project(reference(**rest)[0], w_down, None),)
+
+
+def _linear_reference_vjp(cotangents: tuple, *, w_down: Any, **rest: Any) -> dict[str, np.ndarray]:
+    dh, dw, _ = project_vjp(sh.wide(cotangents[0]), reference(**rest)[0], w_down)
+    return reference_vjp((dh,), **rest) | {"w_down": dw}
+
+
+def _linear_cost(specs: Specs, **params: Any) -> Cost:
+    one, (out,) = cost(_without(specs), **params), _linear_infer(specs, **params)
+    h, down = infer(_without(specs), **params)[0], specs["w_down"]
+    return Cost(one.flops + 2.0 * sh.size(h) * down.shape[1], one.bytes + sh.nbytes(h, down, out))
+
+
+LINEAR = dataclasses.replace(
+    OP, name="glu_linear", arrays=(*ARRAYS, "w_down"), differentiable=(*OP.differentiable, "w_down"), infer=_linear_infer,
+    reference=_linear_reference, reference_vjp=_linear_reference_vjp, cost=_linear_cost,
+)  # fmt: skip
+"""`glu(x) w_down`, w_down `[N, M]`: no op that programs are searched for, but how a site and the linear layer that reads it are run."""

@@ -9,7 +9,6 @@ gradient, and the gradient's is made again in the launch that makes the factors'
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 import triton
 
-from kpt import ops
-from kpt.ops.base import Cost, Spec, Specs
-from kpt.ops.linear_act import project_vjp
+from kpt.ops.base import Spec
+from kpt.ops.glu import LINEAR
 from kpt_torch import library
 from kpt_torch.library import Tensors, torch_dtype
 from kpt_torch.triton_kernels import launch
@@ -129,37 +127,6 @@ def _linear_backward(arrays: Tensors, params: Any, results: Any, kept: Any, cota
     return found | _of_products(arrays, x, dgate, dup, wanted)
 
 
-def _without(specs: Specs) -> dict[str, Spec]:
-    return {n: s for n, s in specs.items() if n != "w_down"}
-
-
-def _infer(specs: Specs, **params: Any) -> tuple[Spec, ...]:
-    (h,) = GLU.infer(_without(specs), **params)
-    return (Spec((*h.shape[:-1], specs["w_down"].shape[1]), h.dtype),)
-
-
-def _cost(specs: Specs, **params: Any) -> Cost:
-    one, (h,) = GLU.cost(_without(specs), **params), GLU.infer(_without(specs), **params)
-    down = ops.op("matmul").cost({"a": Spec((math.prod(h.shape[:-1]), h.shape[-1]), h.dtype), "b": specs["w_down"]})
-    return Cost(one.flops + down.flops, one.bytes + down.bytes)
-
-
-def _reference(*, w_down: Any, **rest: Any) -> tuple[Any, ...]:
-    return (GLU.reference(**rest)[0] @ w_down,)
-
-
-def _reference_vjp(cotangents: tuple, *, w_down: Any, **rest: Any) -> dict[str, Any]:
-    (g,), (h,) = cotangents, GLU.reference(**rest)
-    dh, dw, _ = project_vjp(g, h, w_down)
-    return GLU.reference_vjp((dh,), **rest) | {"w_down": dw}
-
-
-GLU = ops.op("glu")
-LINEAR = dataclasses.replace(
-    GLU, name="glu_linear", arrays=(*GLU.arrays, "w_down"), differentiable=(*GLU.differentiable, "w_down"), infer=_infer,
-    reference=_reference, reference_vjp=_reference_vjp, cost=_cost,
-)  # fmt: skip
-"""`glu(x) w_down`: no op that programs are searched for, but how a site and the linear layer that reads it are run."""
 glu_linear = library.kernel(LINEAR, "triton", _linear_forward, _linear_backward, kept=_kept, early=_early, fresh=True)
 
 

@@ -2,6 +2,9 @@
 
 Where a gradient is wanted, the two projections are written beside their product and kept. x's gradient is one product of ours, in whose
 sums both parts meet; those of the weights are XLA's, which are at the ceiling.
+
+`then_linear` is the product with the weight that follows, too, as in every gated MLP: what glu makes is read by that product and by the
+gradient of its weight alone, which can make it again beside the projections' gradients. An array of the MLP's width less is kept.
 """
 
 from __future__ import annotations
@@ -68,11 +71,22 @@ def _fwd(static, *arrays):
 
 
 def _bwd(static, residuals, g):
-    x, w_gate, w_up, b_gate, b_up, gate, up = residuals
+    *arrays, gate, up = residuals
+    d_gate, d_up, _ = _between(static, gate, up, g)
+    return _of_products(arrays, d_gate, d_up)
+
+
+def _between(static, gate, up, g):
+    """Gradients of both projections, and their product once more; XLA makes all three in one pass, and none that nobody reads."""
     act, slope = ACTIVATIONS[static[0]]
-    gf, gate_f, up_f = (a.astype(jnp.float32) for a in (g, gate, up))
-    d_gate = (gf * up_f * slope(gate_f)).astype(gate.dtype)
-    d_up = (gf * act(gate_f)).astype(gate.dtype)
+    g, gate_f, up_f = (a.astype(jnp.float32) for a in (g, gate, up))
+    activated = act(gate_f)
+    return [a.astype(gate.dtype) for a in (g * up_f * slope(gate_f), g * activated, activated * up_f)]
+
+
+def _of_products(arrays, d_gate, d_up):
+    """Gradients of what the two projections are of."""
+    x, w_gate, w_up, b_gate, b_up = arrays
     if enough(*x.shape):
         (dx,) = products(d_gate, [w_gate], lambda acc: [acc], 1, b_axis=1, then=(d_up, w_up), name="glu_dx")
     else:
@@ -82,3 +96,49 @@ def _bwd(static, residuals, g):
 
 
 _glu.defvjp(_fwd, _bwd)
+
+
+def then_linear(
+    *,
+    x: Array,
+    w_gate: Array,
+    w_up: Array,
+    b_gate: Array | None = None,
+    b_up: Array | None = None,
+    w_down: Array,
+    activation: str = "silu",
+    out_dtype: str | None = None,
+    tiles: Tiles | None = None,
+) -> Array:
+    """`glu(...) w_down`, whose backward pass keeps both projections and not their product.
+
+    Args:
+      w_down: `[N, M]`, of x's dtype; all else as `glu` has it.
+    """
+    y = _linear((activation, tiles), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up, w_down))
+    return y.reshape(*x.shape[:-1], w_down.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(static, x, w_gate, w_up, b_gate, b_up, w_down):
+    return _down(_glu(static, x, w_gate, w_up, b_gate, b_up), w_down)
+
+
+def _down(y, w_down):
+    return contract(y, w_down, ((1,), (0,)), y.dtype)
+
+
+def _linear_fwd(static, *given):
+    *arrays, w_down = given
+    y, kept = _fwd(static, *arrays)
+    return _down(y, w_down), (*kept, w_down)
+
+
+def _linear_bwd(static, residuals, g):
+    *arrays, gate, up, w_down = residuals
+    d_gate, d_up, y = _between(static, gate, up, contract(g, w_down, ((1,), (1,)), g.dtype))
+    return *_of_products(arrays, d_gate, d_up), weight_vjp(y, None, g)[0]
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+glu.then_linear = then_linear  # type: ignore[attr-defined]  # see kpt_jax/pairs.py

@@ -9,7 +9,7 @@ import numpy as np
 
 import kpt
 from kpt.kernels.validate import validate
-from kpt.ops import Spec, op
+from kpt.ops import Op, Spec, op
 
 EIGHT_DEVICES = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -23,17 +23,19 @@ def specs_of(dtype: str, **arrays: Any) -> dict[str, Spec]:
 
 
 def certify(
-    name: str, specs: dict[str, Spec], params: dict[str, Any], held_to: str | None = None, fn: Any = None, seeds: Any = (0, 1)
+    name: str | Op, specs: dict[str, Spec], params: dict[str, Any], held_to: str | None = None, fn: Any = None, seeds: Any = (0, 1)
 ) -> None:
     """Fails unless a kernel of op `name` agrees with the reference, forward and in every gradient, and gives the dtypes promised.
 
     Args:
+      name: or the op itself.
       held_to: the dtype of the tolerance; that of the first array by default.
       fn: the kernel; `<name>.xla` by default.
       seeds: of the samples, one each.
     """
+    meaning = op(name) if isinstance(name, str) else name
     fn = fn or kpt.registry.load(f"{name}.xla")
-    moving = [n for n in op(name).differentiable if n in specs and "float" in specs[n].dtype]
+    moving = [n for n in meaning.differentiable if n in specs and "float" in specs[n].dtype]
 
     @jax.jit
     def both(arrays: dict[str, Any], cotangents: list[Any]) -> Any:
@@ -42,7 +44,7 @@ def certify(
         gradients = pull(tuple(cotangents) if isinstance(out, tuple) else cotangents[0])[0]
         return out if isinstance(out, tuple) else (out,), gradients
 
-    outputs = op(name).infer(specs, **params)
+    outputs = meaning.infer(specs, **params)
 
     @jax.jit
     def forward(arrays: dict[str, Any]) -> Any:
@@ -59,7 +61,7 @@ def certify(
         assert {n: Spec(g.shape, g.dtype.name) for n, g in gradients.items()} == {n: specs[n] for n in moving}
         return gradients
 
-    certificate = validate(fn, op(name), specs, params, run=run, run_vjp=run_vjp, dtype=held_to, seeds=seeds)
+    certificate = validate(fn, meaning, specs, params, run=run, run_vjp=run_vjp, dtype=held_to, seeds=seeds)
     assert certificate.passed, certificate.summary()
 
 

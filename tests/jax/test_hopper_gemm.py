@@ -14,6 +14,7 @@ from kpt.hardware import hardware_profile
 from kpt.kernels.spec import refusal, unmet
 from kpt.ops import Spec, op
 from kpt.ops.activations import ACTIVATIONS
+from kpt.ops.glu import LINEAR
 from kpt.strategy import choose
 from tests.jax.certified import certify, mesh_of_one, specs_of
 
@@ -45,6 +46,8 @@ CASES = {f"linear_act {a}": ("linear_act", linear(m=72, k=64, n=192), {"activati
     "glu": ("glu", gated(), {}),
     "glu, biases": ("glu", gated("float16", **BIASES), {"activation": "gelu"}),
     "glu, one bias": ("glu", gated(b_up=((192,), "float32")), {"activation": "gelu_tanh"}),
+    "glu_linear": ("glu_linear", gated(w_down=(192, 64)), {}),
+    "glu_linear, biases": ("glu_linear", gated("float16", w_down=(192, 128), **BIASES), {"activation": "gelu"}),
     "matmul": ("matmul", product(), {}),
     "matmul float16": ("matmul", product("float16", 64, 64, 64), {}),
     "linear_cross_entropy": ("linear_cross_entropy", head(), {}),
@@ -60,6 +63,15 @@ CASES = {f"linear_act {a}": ("linear_act", linear(m=72, k=64, n=192), {"activati
         {"label_smoothing": 0.1, "logits_soft_cap": 5.0, "invalid": "clip"},
     ),
 }
+
+
+def kernel_of(name):
+    """The kernel of an op; that of "glu_linear" is part of another."""
+    return kpt.registry.load("glu.pallas_gpu").then_linear if name == "glu_linear" else kpt.registry.load(f"{name}.pallas_gpu")
+
+
+def meaning_of(name):
+    return LINEAR if name == "glu_linear" else op(name)
 
 
 @pytest.fixture
@@ -85,10 +97,10 @@ def in_chunks(monkeypatch):
 def test_agrees_with_float64(case, interpreted, request, monkeypatch):
     if "chunks" in case:
         request.getfixturevalue("in_chunks")
-    if case == "glu, biases":  # x's gradient by the kernel that adds two products
+    if case in ("glu, biases", "glu_linear, biases"):  # x's gradient by the kernel that adds two products
         monkeypatch.setattr("pallas_kernels.hopper_gemm.FEWEST", 1)
     name, specs, params = CASES[case]
-    certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+    certify(meaning_of(name), specs, params, fn=kernel_of(name), seeds=(0,))
 
 
 @pytest.mark.parametrize("tokens_differ", [False, True])
@@ -162,6 +174,7 @@ LARGE = {
     "linear_act": (linear(m=8192, k=4096, n=16384), 2),
     "linear_act no bias": (linear("float16", 1000, 768, 3072, False), 2),
     "glu": (gated(m=8192, k=4096, n=14336), 2),
+    "glu_linear": (gated(m=8192, k=4096, n=14336, w_down=(14336, 4096)), 2),
     "matmul": (product(m=4096, k=4096, n=4096), 3),
     "linear_cross_entropy": (head(tokens=8192, k=4096, classes=128256), 4),
     "linear_cross_entropy one chunk": (head("float16", 4096, 2048, 50257, b=(50257,)), 1),
@@ -169,7 +182,7 @@ LARGE = {
 
 
 def gradients_of(name, **params):
-    fn = kpt.registry.load(f"{name}.pallas_gpu")
+    fn = kernel_of(name)
 
     def gradients(arrays):
         moving = {n: a for n, a in arrays.items() if n != "labels"}
@@ -194,12 +207,13 @@ def test_every_activation_lowers_for_cuda(activation):
 
 
 @pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
-@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+@pytest.mark.parametrize("case", ["linear_act", "glu", "glu_linear", "matmul", "linear_cross_entropy"])
 def test_lowers_under_transformations(case, transform, monkeypatch):
     if case == "linear_cross_entropy":
         monkeypatch.setattr("pallas_kernels.linear_cross_entropy.gpu.CHUNK_BYTES", 2 * 128 * 1088)
-    specs = {"linear_act": linear(), "glu": gated(), "matmul": product(), "linear_cross_entropy": head(tokens=304, classes=1088)}[case]
-    gradients, first = gradients_of(case), op(case).arrays[0]
+    specs = {"linear_act": linear(), "glu": gated(), "glu_linear": gated(w_down=(192, 64)), "matmul": product(),
+             "linear_cross_entropy": head(tokens=304, classes=1088)}[case]  # fmt: skip
+    gradients, first = gradients_of(case), meaning_of(case).arrays[0]
     cut = (first, "labels")
     lead = (2,) if transform in ("vmap", "scan") else ()
     arrays = {n: jax.ShapeDtypeStruct((*lead, *s.shape) if n in cut else s.shape, s.dtype) for n, s in specs.items()}
@@ -219,6 +233,18 @@ def test_lowers_under_transformations(case, transform, monkeypatch):
     lowered = jax.jit(f).trace(arrays).lower(lowering_platforms=("cuda",))
     assert "@mosaic_gpu_v2" in lowered.as_text()
     assert lowered.out_info[first].shape == arrays[first].shape
+
+
+def test_glu_and_what_reads_it_keep_the_projections_alone():
+    arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in gated(w_down=(192, 64)).items()}
+
+    def kept(fn):
+        left = jax.eval_shape(lambda d: jax.tree.leaves(jax.vjp(lambda d: fn(**d), d)[1]), arrays)
+        return sum(a.shape == (136, 192) for a in left)
+
+    glu = kernel_of("glu")
+    assert kept(kernel_of("glu_linear")) == 2
+    assert kept(lambda w_down, **rest: glu(**rest) @ w_down) == 3
 
 
 BIG = {"m": 4096, "k": 512, "n": 4096}

@@ -10,7 +10,7 @@ import kpt
 from kpt.ops import op
 from kpt.ops.activations import ACTIVATIONS
 from tests.jax.certified import certify
-from tests.jax.test_hopper_gemm import gated, head, linear, product
+from tests.jax.test_hopper_gemm import gated, head, kernel_of, linear, meaning_of, product
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
@@ -27,6 +27,12 @@ FIXED = {
     "glu": ("glu", gated(m=1000, k=1088, n=2112), {}),
     "glu float16, biases": ("glu", gated("float16", 520, 512, 4032, b_gate=(4032,), b_up=(4032,)), {"activation": "gelu"}),
     "glu, dx in one product": ("glu", gated(m=2048, k=1088, n=576), {}),
+    "glu_linear": ("glu_linear", gated(m=1000, k=1088, n=2112, w_down=(2112, 1088)), {}),
+    "glu_linear float16, biases": (
+        "glu_linear",
+        gated("float16", 2048, 512, 4032, b_gate=(4032,), b_up=(4032,), w_down=(4032, 576)),
+        {"activation": "gelu"},
+    ),
     "matmul": ("matmul", product(m=1000, k=1088, n=2112), {}),
     "matmul float16": ("matmul", product("float16", 2048, 2048, 512), {}),
     "linear_cross_entropy": ("linear_cross_entropy", head(tokens=1000, k=512, classes=4992), {}),
@@ -42,7 +48,7 @@ FIXED = {
 @pytest.mark.parametrize("case", FIXED)
 def test_agrees_with_float64(case):
     name, specs, params = FIXED[case]
-    certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(0,))
+    certify(meaning_of(name), specs, params, fn=kernel_of(name), seeds=(0,))
 
 
 @pytest.mark.parametrize("case", ["linear_cross_entropy", "linear_cross_entropy float16, all"])

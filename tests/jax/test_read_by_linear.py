@@ -1,0 +1,313 @@
+"""A gated MLP's glu and the product that reads it as one site: where it is made, what it keeps, and that the program is what it was."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import kpt_jax
+from kpt.fusion.registry import default_fusion
+from kpt.kernels import KernelSpec, registry
+from kpt_jax import pairs
+from kpt_jax.capture import capture
+from kpt_jax.demo_model import Config, FeedForward
+from tests.jax import plain_kernels
+from tests.jax.certified import mesh_of_one
+
+WIDTH, HIDDEN, ROWS = 24, 40, 16
+SAYS = "1 sites run in one call with the linear layer that reads them, and keep no result for it."
+
+
+def projected(x, w_gate, w_up):
+    return x @ w_gate, x @ w_up
+
+
+def product(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def down(gate, up, w_down):
+    return product(gate, up) @ w_down
+
+
+def keeping_projections(last):
+    """`last` of both projections and further weights; its backward pass keeps the projections of what it computes."""
+
+    @jax.custom_vjp
+    def fn(x, w_gate, w_up, *rest):
+        return last(*projected(x, w_gate, w_up), *rest)
+
+    def forward(x, w_gate, w_up, *rest):
+        made = projected(x, w_gate, w_up)
+        return last(*made, *rest), (x, w_gate, w_up, made, rest)
+
+    def backward(kept, g):
+        *arrays, made, rest = kept
+        d_gate, d_up, *others = jax.vjp(last, *made, *rest)[1](g)
+        return *jax.vjp(projected, *arrays)[1]((d_gate, d_up)), *others
+
+    fn.defvjp(forward, backward)
+    return fn
+
+
+ALONE, TOGETHER = keeping_projections(product), keeping_projections(down)
+
+
+def glu(*, x, w_gate, w_up, activation="silu", out_dtype=None):
+    return ALONE(x, w_gate, w_up)
+
+
+def then_linear(*, x, w_gate, w_up, w_down, activation="silu", out_dtype=None):
+    return TOGETHER(x, w_gate, w_up, w_down)
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    """The function above as the best of glu on a CPU; gives it as programs get it. What is proved is proved once for all tests of this file."""
+    monkeypatch.setenv("KPT_CERTIFY", "random")
+    monkeypatch.setitem(sys.modules, "glu_of_this_test", sys.modules[__name__])
+    monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
+    registry.register(KernelSpec("glu.fake", "glu", 1, "test", "jax", ("cpu",), "glu_of_this_test:glu", ("float32", "bfloat16"),
+                                 arrays=frozenset({"x", "w_gate", "w_up"}), params={"activation": ("silu",)}, efficiency=1.0))  # fmt: skip
+    fn = registry.load("glu.fake")
+    monkeypatch.setattr(fn, "then_linear", then_linear, raising=False)
+    return fn
+
+
+@pytest.fixture
+def unproved():
+    pairs._agrees.cache_clear()
+    yield
+    pairs._agrees.cache_clear()
+
+
+def given(dtype="float32"):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape) * shape[-2] ** -0.5, dtype)
+
+    weights = {"gate": normal(WIDTH, HIDDEN), "up": normal(WIDTH, HIDDEN), "down": normal(HIDDEN, WIDTH)}
+    return weights, normal(2, ROWS // 2, WIDTH)
+
+
+def gated(w, x):
+    return jax.nn.silu(x @ w["gate"]) * (x @ w["up"])
+
+
+def dot(dims=((2,), (0,)), batch=((), ()), **more):
+    return functools.partial(jax.lax.dot_general, dimension_numbers=(dims, batch), **more)
+
+
+def mlp(w, x):
+    return x + gated(w, x) @ w["down"]
+
+
+def read_twice(w, x):
+    h = gated(w, x)
+    return h @ w["down"] + h.mean()
+
+
+def returned(w, x):
+    h = gated(w, x)
+    return h @ w["down"], h
+
+
+def read_by_two_layers(w, x):
+    h = gated(w, x)
+    return h @ w["down"] + h @ (2 * w["down"])
+
+
+def both_ways(w, x):
+    turned = jnp.cumsum(w["down"].T, 1)  # which no formula looks into
+    return dot(((2,), (1,)))(gated(w, x), turned), jnp.cos(turned.T)
+
+
+PROGRAMS = {
+    "alone": (mlp, True),
+    "a transposed weight": (lambda w, x: gated(w, x) @ jnp.tanh(w["down"].T).T, True),
+    "the weight's last dimension": (lambda w, x: dot(((2,), (1,)))(gated(w, x), jnp.tanh(w["down"].T)), True),
+    "a weight that lies both ways": (both_ways, True),
+    "a weight that is another's transpose": (lambda w, x: gated(w, x) @ w["gate"].T, True),
+    "a weight made of what stands after": (lambda w, x: (lambda h: h @ (w["down"] * jnp.exp(x).mean()))(gated(w, x)), True),
+    "a constant weight": (lambda w, x: gated(w, x) @ np.ones((HIDDEN, 8), x.dtype), True),
+    "rows": (lambda w, x: mlp(w, x.reshape(ROWS, WIDTH)), True),
+    "read twice": (read_twice, False),
+    "read by two layers": (read_by_two_layers, False),
+    "returned": (returned, False),
+    "both factors": (lambda w, x: dot(((2,), (2,)), ((0,), (0,)))(*2 * [gated(w, x)]), False),
+    "both factors, no batch": (lambda w, x: dot(((1,), (1,)))(*2 * [gated(w, x.reshape(ROWS, WIDTH))]), False),
+    "as the right factor": (lambda w, x: dot(((0,), (2,)))(w["down"], gated(w, x)), False),
+    "another dimension": (lambda w, x: dot(((1,), (0,)))(gated(w, x), x[0]), False),
+    "a weight for each sequence": (lambda w, x: jnp.einsum("bth,bhw->btw", gated(w, x), jnp.stack([w["down"], -w["down"]])), False),
+    "a weight of three dimensions": (lambda w, x: dot()(gated(w, x), w["down"].reshape(HIDDEN, 4, 6)), False),
+    "more precise": (lambda w, x: dot(precision=jax.lax.Precision.HIGHEST)(gated(w, x), w["down"]), False),
+    "an effect on it": (lambda w, x: (lambda h: (jax.debug.callback(lambda h: None, h), h @ w["down"])[1])(gated(w, x)), False),
+}
+
+
+def agree(got, want, bound=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, "float64"), np.asarray(b, "float64"), rtol=bound,
+                                                         atol=bound * float(jnp.abs(b).max())), got, want)  # fmt: skip
+
+
+def total(fn):
+    return lambda *args: sum(jnp.sin(y.astype("float32")).sum() for y in jax.tree.leaves(fn(*args)))
+
+
+def one_call(plan):
+    assert any(s.kernel == "glu.fake" for s in plan.sites), plan.explain()
+    return SAYS in plan.notes
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_one_call_where_it_can_be(name):
+    program, together = PROGRAMS[name]
+    fn, args = total(program), given()
+    fast = kpt_jax.optimize(fn)
+    assert one_call(fast.plan(*args)) is one_call(fast.unproved().plan(*args)) is together
+    agree(jax.value_and_grad(fast, (0, 1))(*args), jax.value_and_grad(fn, (0, 1))(*args))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bfloat16", "summed to float32"])
+def test_what_rounds_as_the_kernel_does(wide):
+    def fn(w, x):
+        return dot(preferred_element_type="float32" if wide else None)(gated(w, x), w["down"])
+
+    args = given("bfloat16")
+    fast = kpt_jax.optimize(fn)
+    assert one_call(fast.plan(*args)) is not wide
+    agree(fast(*args), fn(*args), 0.05)
+    assert fast(*args).dtype == ("float32" if wide else "bfloat16")
+
+
+def test_float32_parameters_in_bfloat16():
+    config = Config(width=WIDTH, hidden=HIDDEN)
+    model = FeedForward(config, nnx.Rngs(0))
+    for layer in (model.gate, model.up, model.down):
+        layer.dtype = jnp.bfloat16
+    plan = kpt_jax.plan(model, given("bfloat16")[1])
+    assert one_call(plan), plan.explain()
+
+
+def test_a_product_that_is_another_site_is_that():
+    registry.register(KernelSpec("linear_act.fake", "linear_act", 1, "test", "jax", ("cpu",), f"{plain_kernels.__name__}:linear_act",
+                                 ("float32",), efficiency=1.0))  # fmt: skip
+    plan = kpt_jax.plan(lambda w, x: jax.nn.gelu(gated(w, x) @ w["down"]), *given())
+    assert {s.kernel for s in plan.sites} == {"glu.fake", "linear_act.fake"} and not one_call(plan)
+
+
+def layers(body):
+    def run(w, x):
+        two = jax.tree.map(lambda a: jnp.stack([a, -a]), w)
+        return jax.lax.scan(lambda x, w: (body(w, x), None), x, two)[0]
+
+    return run
+
+
+def sharded(w, x):
+    return jax.shard_map(mlp, mesh=mesh_of_one(), in_specs=(P(), P("data")), out_specs=P("data"))(w, x)
+
+
+def stepped(w, x):
+    value, grads = jax.value_and_grad(lambda w: jnp.square(mlp(w, x)).mean())(w)
+    return optax.apply_updates(w, optax.sgd(0.1).update(grads, optax.sgd(0.1).init(w))[0]), value
+
+
+INSIDE = {
+    "scan": layers(mlp),
+    "scan of remat": layers(jax.checkpoint(mlp)),
+    "remat, products kept": jax.checkpoint(mlp, policy=jax.checkpoint_policies.dots_saveable),
+    "cond": lambda w, x: jax.lax.cond(x[0, 0, 0] > 9, lambda w, x: x, mlp, w, x),
+    "vmap": lambda w, x: jax.vmap(lambda x: mlp(w, x))(x),
+    "shard_map": sharded,
+}
+
+
+@pytest.mark.parametrize("program", INSIDE.values(), ids=INSIDE)
+def test_inside_of_a_program(program):
+    fn, args = total(program), given()
+    fast = kpt_jax.optimize(fn)
+    assert one_call(fast.plan(*args))
+    agree(jax.jit(jax.value_and_grad(fast, (0, 1)))(*args), jax.value_and_grad(fn, (0, 1))(*args))
+
+
+def test_gradients_inside():
+    fast, args = kpt_jax.optimize(stepped), given()
+    plan = fast.plan(*args)
+    assert one_call(plan) and [s.path for s in plan.sites] == ["grad0/glu0"]
+    agree(fast(*args), stepped(*args))
+
+
+OUTSIDE = {
+    "vmap": lambda f, w, x: jax.vmap(f, (None, 0))(w, x[:, None]),
+    "vmap of weights": lambda f, w, x: jax.vmap(jax.grad(f), (0, None))(jax.tree.map(lambda a: jnp.stack([a, 2 * a]), w), x),
+    "jvp": lambda f, w, x: jax.jvp(f, (w, x), (w, x)),
+    "jvp of jit": lambda f, w, x: jax.jvp(jax.jit(f), (w, x), (w, x)),
+    "linearize": lambda f, w, x: jax.linearize(f, w, x)[1](w, x),
+    "jacfwd": lambda f, w, x: jax.jacfwd(jax.jit(lambda s: f(w, s * x)))(1.0),
+    "jvp of grad": lambda f, w, x: jax.jvp(lambda x: jax.grad(jax.jit(f))(w, x), (x,), (x,))[1],
+    "grad of checkpoint": lambda f, w, x: jax.grad(jax.checkpoint(f))(w, x),
+    "scan": lambda f, w, x: jax.lax.scan(lambda s, x: (s + f(w, x[None]), None), 0.0, x)[0],
+    "shard_map": lambda f, w, x: jax.shard_map(lambda w, x: jax.lax.psum(f(w, x), "data"), mesh=mesh_of_one(),
+                                               in_specs=(P(), P("data")), out_specs=P())(w, x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", OUTSIDE.values(), ids=OUTSIDE)
+def test_transformed_from_outside(transform):
+    fn, args = total(mlp), given()
+    fast = kpt_jax.optimize(fn)
+    assert one_call(fast.plan(*args))
+    agree(transform(fast, *args), transform(fn, *args))
+
+
+def test_what_makes_a_weight_is_no_part_of_the_site(kernel):
+    """Though the program makes the weight's transpose for something else, and the product reads the weight as it lies."""
+    program, matches, _ = default_fusion().find(capture(jax.make_jaxpr(both_ways)(*given()), "both_ways"))
+    ((site, _),) = pairs.read_by_linear(program, [(m, kernel) for m in matches], proved=False).values()
+    assert [n.op for n in program.consumed(site)].count("dot_general") == 3
+    assert "opaque:cumsum" not in [n.op for n in program.consumed(site)]
+
+
+def of_its_size(fn, *args):
+    """Arrays of an MLP's width that a forward pass leaves for the backward one."""
+    return sum(a.size == ROWS * HIDDEN for a in jax.tree.leaves(jax.vjp(fn, *args)[1]))
+
+
+def test_the_result_of_glu_is_not_kept(kernel, monkeypatch):
+    """The projections are, and where the product runs apart, what it multiplies."""
+    args = given()
+    assert of_its_size(kpt_jax.optimize(mlp), *args) == 2
+    monkeypatch.delattr(kernel, "then_linear")
+    assert of_its_size(kpt_jax.optimize(mlp), *args) == 3
+
+
+def test_other_numbers_run_apart(kernel, unproved, monkeypatch, caplog):
+    monkeypatch.setattr(kernel, "then_linear", lambda **a: 1.001 * then_linear(**a))
+    assert not one_call(kpt_jax.plan(mlp, *given())) and "runs alone" in caplog.text
+
+
+def test_what_raises_runs_apart(kernel, unproved, monkeypatch, caplog):
+    def broken(**arrays):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kernel, "then_linear", broken)
+    assert not one_call(kpt_jax.plan(mlp, *given())) and "out of memory" in caplog.text
+    assert not one_call(kpt_jax.plan(mlp, *given()))
+
+
+def test_a_plan_without_proofs_runs_nothing(kernel, unproved, monkeypatch):
+    def broken(**arrays):
+        raise RuntimeError("it was run")
+
+    monkeypatch.setattr(kernel, "then_linear", broken)
+    assert one_call(kpt_jax.optimize(mlp).unproved().plan(*given()))
