@@ -53,11 +53,12 @@ def test_memory_is_used_as_it_was_given(case, monkeypatch):
     if (tool := shutil.which("compute-sanitizer", path="/usr/local/cuda/bin:/usr/bin:/usr/local/bin")) is None:
         pytest.skip("needs compute-sanitizer, which comes with NVIDIA's CUDA toolkit")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # an allocation an array, so that its end is known
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    # What XLA captures as a graph, with its branches, does not end under the tool.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=")
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
     program = f"from tests.jax.test_sanitizer_gpu import call; call({case!r})"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and f"certified {case}" in done.stdout and "ERROR SUMMARY: 0 errors" in done.stdout, (
         done.stdout[-6000:] + done.stderr[-3000:]
     )
