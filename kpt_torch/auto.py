@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from kpt.auto import AS_CALLED, Report, Result, as_written, compared, showing
+from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
 from kpt.inputs import explained
 from kpt.install import install
@@ -23,7 +23,7 @@ from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, to_time, tune
 from kpt.tuning import rounds
-from kpt.tuning.measurements import BOTH
+from kpt.tuning.measurements import AS_CALLED, BOTH
 from kpt.tuning.settings import found
 from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt_torch.backend import detected, device_of, profile
