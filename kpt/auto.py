@@ -21,8 +21,8 @@ from kpt.kernels.spec import ORIGINAL
 from kpt.strategy import Plan, Site
 from kpt.strategy.explain import count
 from kpt.strategy.plan import differentiated
-from kpt.tracking.run import AS_CALLED as AS_CALLED
 from kpt.tuning import certain, gain, ratio, sigmas
+from kpt.tuning.measurements import AS_CALLED
 
 if TYPE_CHECKING:
     from kpt.hardware import HardwareProfile

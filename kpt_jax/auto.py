@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from kpt.auto import AS_CALLED, Report, Result, as_written, compared, showing
+from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import MissingDependencyError
 from kpt.strategy import Plan
 from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, to_time, tune
-from kpt.tuning.measurements import BOTH
+from kpt.tuning.measurements import AS_CALLED, BOTH
 from kpt.tuning.settings import found
 from kpt_jax.devices import device_of, here, name_of, profile
 from kpt_jax.measure import Timed, Timing, loss_and_gradients, measure, sample

@@ -20,6 +20,7 @@ from kpt.strategy.plan import differentiated
 from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt.validation.certificate import Sensitivity
 from kpt.validation.conditioning import COARSE, draws, sensitivity
+from kpt.validation.rounding import usual_size, with_last_bits
 from kpt.validation.tolerance import epsilon, tolerance
 from kpt_jax import _compat
 from kpt_jax.measure import Timed
@@ -28,9 +29,6 @@ from kpt_jax.optimize import Optimized
 
 log = logging.getLogger("kpt")
 Run = Callable[[Sequence[Any]], dict[str, Any]]
-_NOISE = 8
-"""Times what last bits move, of what is rounding alone: its squares, which Adam keeps, have long tails. Anywhere else the roundings of
-sums and functions are allowed as much (`kpt.validation.tolerance`)."""
 _GUILTY = "The whole program disagreed with the original while this site was in; a bisection found it."
 
 
@@ -141,15 +139,14 @@ class Reference:
         if draws(self.want) > 1:  # of few numbers
             base = {n: ROOM.get(x) for n, x in self.want.items()}
             made = sensitivity(lambda _: {n: ROOM.get(x) for n, x in nearby().items()}, {}, np.random.default_rng(0), base, COARSE)
-            far: dict[str, Sensitivity] = {n: (float(np.linalg.norm(m)), float(m.max(initial=0.0))) for n, m in made.items()}
+            far = {n: (float(np.linalg.norm(m)), float(m.max(initial=0.0))) for n, m in made.items()}
         else:
             far = {n: (m.abs_l2 / COARSE, m.max_abs / COARSE) for n, m in self._distances(nearby()).items()}
-        # What is rounding alone (a gradient of a key's bias, and what Adam makes of its sign) moves as far with the last bits as with more.
+        # What is rounding alone moves as far with the last bits as with more.
         for _ in range(2):
             for n, m in self._distances(nearby(None)).items():
                 one = tolerance(self.dtype, self.terms, gradient=n.startswith("d"), chain=len(self.plan.sites))
-                l2, largest = far.get(n, (0.0, 0.0))
-                far[n] = max(l2, _NOISE * m.abs_l2 / one.rtol_l2), max(largest, _NOISE * m.max_abs / one.atol_max)
+                far[n] = with_last_bits(far.get(n, (0.0, 0.0)), m, one)
         return far
 
     def _distances(self, got: dict[str, Any]) -> dict[str, ErrorMetrics]:
@@ -190,10 +187,9 @@ class Reference:
 
     def _held(self, told: Mapping[str, ErrorMetrics | ValidationError], moved: Mapping[str, Sensitivity] | None) -> Certificate:
         gradients = [n for n in self.want if n.startswith("d")]
-        # A gradient that cancels (a key's bias, which softmax does not see) errs by the rounding of gradients of the usual size.
-        sizes = [m.reference_l2 / max(m.size, 1) ** 0.5 for n in gradients if isinstance(m := told.get(n), ErrorMetrics)]
+        usual = usual_size((m.reference_l2, m.size) for n in gradients if isinstance(m := told.get(n), ErrorMetrics))
         return compare(told, self.want, self.dtype, self.terms, gradients=gradients, sensitivity=moved, where="the example inputs",
-                       terms=dict.fromkeys(gradients, max(sizes, default=0.0)), measure=lambda found, _: _said(found),
+                       terms=dict.fromkeys(gradients, usual), measure=lambda found, _: _said(found),
                        chain=len(self.plan.sites))  # fmt: skip
 
     def _compiled(self, fn: Callable[..., Any]) -> Run:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from kpt.auto import AS_CALLED, Report, Result, as_written, compared, showing
+from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
 from kpt.inputs import explained
 from kpt.install import install
@@ -23,9 +23,10 @@ from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
 from kpt.strategy.tune import Runner, Tuned, to_time, tune
 from kpt.tuning import rounds
-from kpt.tuning.measurements import BOTH
+from kpt.tuning.measurements import AS_CALLED, BOTH
 from kpt.tuning.settings import found
 from kpt.validation import Certificate, ErrorMetrics, compare
+from kpt.validation.rounding import usual_size
 from kpt_torch.backend import detected, device_of, profile
 from kpt_torch.library import dtype_name
 from kpt_torch.on_device import OnDevice
@@ -177,8 +178,7 @@ def _verdict(original: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Te
     # Roundings of sites in sequence add in squares, as if all of their sums were one.
     length = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
     gradients = [n for n in original if n.startswith("d")]
-    # A gradient that cancels (a key's bias, which softmax does not see) errs by the rounding of gradients of the usual size.
-    usual = max((_rms(original[n]) for n in gradients if original[n].numel()), default=0.0)
+    usual = usual_size((_norm(original[n]), original[n].numel()) for n in gradients)
 
     def measure(a: torch.Tensor, r: torch.Tensor) -> ErrorMetrics:  # one at a time: beside the program there may be little room
         return OnDevice(on).metrics(a.to(on), r.to(on))
@@ -194,5 +194,5 @@ def _loss(out: Any) -> torch.Tensor | None:
     return found if ok else None
 
 
-def _rms(t: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.abs() if t.is_complex() else t, dtype=torch.float64)) / t.numel() ** 0.5
+def _norm(t: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.abs() if t.is_complex() else t, dtype=torch.float64))

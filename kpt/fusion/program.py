@@ -105,6 +105,11 @@ class Program:
                 return n.source
         return ""
 
+    def called(self, e: Expr) -> str:
+        """The op that made `e`; a value that patterns do not look into has the front end's name for it."""
+        node = next((self.node_of[v] for v in e.origins if v in self.node_of), None)
+        return node.op.removeprefix("opaque:").removesuffix(".default") if e.op == "value" and node is not None else e.op
+
     def result(self, e: Expr, out: Expr) -> dict[int, Expr]:
         """`results` of a match: every program value that `e` is becomes `out`."""
         return dict.fromkeys(e.origins, out)

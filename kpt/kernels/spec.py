@@ -190,6 +190,12 @@ def _pad(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tuple
     return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
 
 
+class OtherHardware(str):
+    """Words of `refusal` that say that a kernel is for other hardware: no call can go to it here."""
+
+    __slots__ = ()
+
+
 def refusal(
     kernel: KernelSpec,
     op: str,
@@ -209,9 +215,9 @@ def refusal(
     if kernel.framework != framework:
         return f"takes {kernel.framework} arrays, and this is {framework} code"
     if hardware.platform not in kernel.platforms:
-        return f"runs on {' or '.join(kernel.platforms)}, and {hardware.name} is {hardware.platform}"
+        return OtherHardware(f"runs on {' or '.join(kernel.platforms)}, and {hardware.name} is {hardware.platform}")
     if kernel.architectures and hardware.architecture not in kernel.architectures:
-        return f"is built for {', '.join(kernel.architectures)}, and {hardware.name} is {hardware.architecture}"
+        return OtherHardware(f"is built for {', '.join(kernel.architectures)}, and {hardware.name} is {hardware.architecture}")
     if LEVELS.index(kernel.level) > LEVELS.index(level):
         return f"changes more than level {level!r} allows; pass level={kernel.level!r}"
     if dtype not in kernel.dtypes:
@@ -225,10 +231,9 @@ def refusal(
     return accepts(specs, params) if accepts else None
 
 
-def elsewhere(reasons: Mapping[str, str], hardware: str) -> tuple[str, ...]:
-    """The names among reasons of `refusal` for a chip of that name whose kernel is for other hardware."""
-    told = re.compile(rf"(runs on|is built for) .+, and {re.escape(hardware)} is \S+")
-    return tuple(name for name, why in reasons.items() if told.fullmatch(why))
+def elsewhere(reasons: Mapping[str, str]) -> tuple[str, ...]:
+    """The names among reasons of `refusal` whose kernel is for other hardware."""
+    return tuple(name for name, why in reasons.items() if isinstance(why, OtherHardware))
 
 
 def _params_refused(kernel: KernelSpec, specs: Specs, params: Mapping[str, Any]) -> str | None:

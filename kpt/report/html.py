@@ -88,9 +88,9 @@ def groups(sites: Sequence[Site]) -> list[Group]:
     ]
 
 
-def candidates(site: Site, hardware: str) -> list[tuple[str, str]]:
+def candidates(site: Site) -> list[tuple[str, str]]:
     """The kernels that a site might have had, and why not; those for other hardware together, at the end."""
-    others = elsewhere(site.alternatives, hardware)
+    others = elsewhere(site.alternatives)
     listed = [(name, why) for name, why in site.alternatives.items() if name not in others]
     return [*listed, *([(", ".join(others), "for other hardware")] if others else [])]
 

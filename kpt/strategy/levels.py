@@ -92,7 +92,7 @@ def choose(
         return found.choice, f"{found.why[0].upper()}{found.why[1:]}.", reasons
     if not reasons:
         return None, f"No kernel for {op} in {framework} is registered; install one or register a KernelSpec.", reasons
-    others = elsewhere(reasons, hardware.name)
+    others = elsewhere(reasons)
     refused = [f"{name} {reason}" for name, reason in reasons.items() if name not in others]
     refused += [f"{len(others)} for other hardware"] if others else []
     return None, f"The original stays: {found.why} ({'; '.join(refused)}).", reasons

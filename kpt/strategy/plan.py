@@ -15,7 +15,7 @@ from typing import Any
 from kpt.errors import KernelError, PlanError
 from kpt.kernels import KernelRegistry
 from kpt.kernels import registry as process_registry
-from kpt.kernels.spec import ORIGINAL
+from kpt.kernels.spec import ORIGINAL, OtherHardware, elsewhere
 from kpt.ops.base import Spec
 from kpt.strategy import wire
 
@@ -41,7 +41,7 @@ class Site:
       specs: the op's arrays, by name.
       fingerprint: structure of the matched graph; a plan is applied only where it is the same.
       certificate: `Certificate.to_json()`, or None.
-      alternatives: every other kernel of the framework by name, and why not.
+      alternatives: every other kernel of the framework by name, and why not; an `OtherHardware` for one that is for another chip.
     """
 
     op: str
@@ -154,7 +154,10 @@ class Plan:
         data |= {name: getattr(self, name) for name in _STRINGS}
         data |= {"versions": wire.encode(self.versions), "notes": list(self.notes)}
         for name in ("sites", "skipped"):
-            data[name] = [{k: wire.encode(v) for k, v in vars(site).items()} for site in getattr(self, name)]
+            data[name] = [
+                {k: wire.encode(v) for k, v in vars(site).items()} | {"elsewhere": list(elsewhere(site.alternatives))}
+                for site in getattr(self, name)
+            ]
         return json.dumps(data, indent=1, allow_nan=False)
 
     @staticmethod
@@ -222,6 +225,7 @@ _TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("params", "specs", "alternatives"), dict),
     "version": (int, type(None)),
     "certificate": (dict, type(None)),
+    "elsewhere": list,  # names among `alternatives`: of its words JSON keeps no kind
 }
 
 
@@ -243,6 +247,8 @@ def _plan(data: dict[str, Any]) -> Plan:
             for key, kind in (("specs", Spec), ("alternatives", str)):
                 if not all(isinstance(v, kind) for v in fields.get(key, {}).values()):
                     raise PlanError("A plan was read", f"The {key!r} of one of its {name} is {fields[key]!r}", _AGAIN)
+            if others := fields.pop("elsewhere", []):
+                fields["alternatives"] = {k: OtherHardware(why) if k in others else why for k, why in fields["alternatives"].items()}
             sites.append(Site(**fields))
         values[name] = tuple(sites)
     versions, notes = values.setdefault("versions", {}), values.get("notes", [])

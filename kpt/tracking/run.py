@@ -18,9 +18,7 @@ from kpt._version import __version__
 from kpt.errors import StoreError
 from kpt.ops.base import Spec
 from kpt.strategy import Plan, wire
-
-AS_CALLED = "as called"
-"""What is measured of a function that is no loss: the call, with the gradients that it takes itself."""
+from kpt.tuning.measurements import AS_CALLED, FORWARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Run:
     name: str
     seconds: tuple[float, ...]
     fingerprint: str = ""
-    measured: str = "forward"
+    measured: str = FORWARD
     plan: str = ""
     throughput: float | None = None
     unit: str = ""
@@ -76,7 +74,7 @@ class Run:
     @property
     def series(self) -> tuple[str, str, str, str, str]:
         """Runs that agree in this are measurements of the same thing on the same machine."""
-        measured = "forward" if self.measured == AS_CALLED else self.measured  # which it was called in older histories
+        measured = FORWARD if self.measured == AS_CALLED else self.measured  # which it was called in older histories
         return self.name, self.fingerprint, measured, self.hardware, self.machine
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from kpt.config import config as settings
 from kpt.errors import StoreError
 from kpt.store import Schema, Store
 
-FORWARD, BOTH = "forward", "forward and backward"
+FORWARD, BOTH, AS_CALLED = "forward", "forward and backward", "as called"
+"""What is measured: of a kernel or a loss its passes, the first two; of a function that is no loss the call, with the gradients that it
+takes itself."""
 SCHEMA = Schema(
     "measurements",
     0x6B707401,

@@ -12,6 +12,7 @@ import pytest
 from kpt.errors import ConfigError, PlanError
 from kpt.kernels import LEVELS as LEVEL_NAMES
 from kpt.kernels import KernelRegistry, KernelSpec, registry
+from kpt.kernels.spec import OtherHardware, elsewhere
 from kpt.ops.base import Cost, Spec
 from kpt.ops.mask import Causal, Mask, Window
 from kpt.strategy import LEVELS, Plan, Site, choose
@@ -38,7 +39,7 @@ ATTENTION = Site(
     specs={"q": X, "k": X, "v": X},
     fingerprint="9f2c",
     certificate=CERTIFICATE,
-    alternatives={"attention.tpu": "runs on tpu, and test CPU is cpu"},
+    alternatives={"attention.tpu": OtherHardware("runs on tpu, and test CPU is cpu"), "attention.slow": "runs on one core, and test CPU is cpu"},
 )
 DROPPED = Site(
     op="rms_norm",
@@ -72,6 +73,7 @@ def test_json_brings_a_plan_back_whole():
     assert Plan.from_json(text) == PLAN
     assert Plan.from_json(text).to_json() == text
     assert Plan.from_json(text).sites[0].params["mask"].terms == (Causal(), Window(128, 0))
+    assert elsewhere(Plan.from_json(text).sites[0].alternatives) == ("attention.tpu",), "a kind, not words"
 
 
 VALUES = [None, True, 3, 2.5, math.inf, -math.inf, "silu", (1, (2, 3)), [1, None], {"a": (1,)}, Mask((Causal(3),)),
@@ -127,6 +129,7 @@ MALFORMED = [
     (site_with(time_before="slow"), "'time_before'"),
     (site_with(specs={"q": 3}), "'specs'"),
     (site_with(alternatives={"a": 3}), "'alternatives'"),
+    (site_with(elsewhere="a"), "'elsewhere'"),
     (edited(versions=5), "'versions'"),
     (edited(versions={"jax": 0.11}), "'versions'"),
     (edited(notes="word"), "'notes'"),

@@ -16,7 +16,7 @@ from kpt.errors import KernelError, ValidationError
 from kpt.hardware import hardware_profile
 from kpt.kernels import KernelRegistry, KernelSpec, registry
 from kpt.kernels.builtin import ACTIVATIONS
-from kpt.kernels.spec import unmet
+from kpt.kernels.spec import elsewhere, unmet
 from kpt.ops.base import REQUIRED, Cost, Op, Spec
 from kpt.ops.mask import Bias, Causal, Lengths, Mask, Window
 
@@ -111,6 +111,14 @@ def test_a_kernel_that_cannot_is_refused_with_the_reason(kernel, call, words):
     assert found.choice.provider == "original"
     assert found.why == "no kernel accepts this call"
     assert words in found.reasons["scale.fast"]
+
+
+def test_which_kernels_are_for_other_hardware_is_no_matter_of_words():
+    kernels = [with_(name="scale.tpu", platforms=("tpu",)), with_(name="scale.chip", platforms=("cuda",), architectures=("sm100",)),
+               with_(name="scale.cores", platforms=("cuda",), accepts=lambda specs, params: "runs on one core, and H100 is two"),
+               with_(name="scale.cuda", platforms=("cuda",), dtypes=("int8",))]  # fmt: skip
+    found = choose(kernels, {"hardware": H100})
+    assert elsewhere(found.reasons) == ("scale.chip", "scale.tpu") and len(found.reasons) == 4
 
 
 def test_a_kernel_of_the_other_framework_is_no_candidate():

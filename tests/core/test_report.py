@@ -15,6 +15,7 @@ from kpt.errors import ConfigError, KptError, MissingDependencyError
 from kpt.hardware import detect_hardware
 from kpt.kernels import registry
 from kpt.kernels.estimate import seconds
+from kpt.kernels.spec import OtherHardware
 from kpt.ops import Spec, op
 from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, drawable, line_chart, render, save, writable, write
 from kpt.report.html import groups
@@ -181,9 +182,10 @@ def test_a_report_says_all_it_was_given_escaped(words):
 
 
 def test_kernels_for_other_hardware_share_a_line_at_the_end():
-    others = {"glu.gpu": "is built for sm90, and cpu is x86-64", "glu.slow": "runs on one core, and this has two",
-              "glu.tpu": "runs on tpu, and cpu is cpu", "glu.xla": "measured 2 s against 1 s for the choice"}  # fmt: skip
-    text = render(report(plan=dataclasses.replace(PLAN, sites=(), skipped=(dataclasses.replace(PLAN.skipped[0], alternatives=others),))))
+    others = {"glu.gpu": OtherHardware("is built for sm90, and cpu is x86-64"), "glu.slow": "runs on one core, and cpu is two",
+              "glu.tpu": OtherHardware("runs on tpu, and cpu is cpu"), "glu.xla": "measured 2 s against 1 s for the choice"}  # fmt: skip
+    plan = dataclasses.replace(PLAN, sites=(), skipped=(dataclasses.replace(PLAN.skipped[0], alternatives=others),))
+    text = render(report(plan=Plan.from_json(plan.to_json())))
     shown = re.findall(r'<li class="note"><span class="mono">(.*?)</span> (.*?)</li>', text)
     assert shown == [(n, others[n]) for n in ("glu.slow", "glu.xla")] + [("glu.gpu, glu.tpu", "for other hardware")]
 

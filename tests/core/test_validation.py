@@ -14,6 +14,7 @@ import pytest
 
 from kpt.errors import ValidationError
 from kpt.validation import Certificate, certify, compare, metrics, sensitivity, tolerance
+from kpt.validation.rounding import usual_size, with_last_bits
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOW = ("float16", "bfloat16")
@@ -223,6 +224,37 @@ def test_cancellation_is_forgiven_by_what_cancels_and_no_more(case):
     (scale,) = cancels.values()
     wrong = {"y": actual["y"] + np.float32(1e-3) * np.max(scale["y"])}
     assert not certify(wrong, reference, "float32", 256, **cancels).passed
+
+
+def test_a_gradient_that_is_rounding_alone_is_held_to_those_of_the_usual_size():
+    """As of a key's bias: 0 in exact arithmetic, so that two programs agree in no digit of it."""
+    rng = np.random.default_rng(0)
+    dw, db, other = (size * rng.standard_normal(64).astype("float32") for size in (1.0, 1e-7, 1e-7))
+    original = {"dw": dw, "db": db, "dempty": dw[:0]}
+    usual = usual_size((float(np.linalg.norm(g)), g.size) for g in original.values())
+    assert usual == pytest.approx(np.sqrt(np.mean(dw**2))) and usual_size([]) == 0
+
+    def passed(db, terms):
+        return compare(original | {"db": db}, original, "float32", 64, gradients=list(original), terms=terms).passed
+
+    assert not passed(other, {}) and passed(other, dict.fromkeys(original, usual))
+    assert not passed(other + np.float32(1e-3), dict.fromkeys(original, usual))
+
+
+def test_what_is_made_of_rounding_alone_may_move_as_with_the_last_bits_eightfold():
+    """As Adam's first step by a random sign."""
+    rng = np.random.default_rng(0)
+    base, nearby, other = (1e-3 * rng.choice([-1.0, 1.0], 4096) for _ in range(3))
+    bound = tolerance("float32", 64)
+    moved = metrics(nearby, base)
+    made = with_last_bits((0.0, 0.0), moved, bound)
+    assert bound.allowed_l2(made[0], 1 << 60) == pytest.approx(8 * moved.abs_l2) and bound.allowed_max(made[1]) == pytest.approx(8 * moved.max_abs)
+    assert with_last_bits((1e9, 1e9), moved, bound) == (1e9, 1e9)
+
+    def passed(actual, sensitivity):
+        return compare({"w": actual}, {"w": base}, "float32", 64, sensitivity=sensitivity).passed
+
+    assert not passed(other, {}) and passed(other, {"w": made}) and not passed(50 * other, {"w": made})
 
 
 TOLERANCES = [
