@@ -1,4 +1,7 @@
-"""NVIDIA's compute-sanitizer over one call of each kernel for Hopper, both passes: nothing read or written outside of an array."""
+"""NVIDIA's compute-sanitizer over one call of each kernel for Hopper, both passes: nothing read or written outside of an array.
+
+To be run by itself, without workers: beside other programs on the GPU the tool was seen to crash, and not to end.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,11 @@ def test_every_kernel_for_hopper_has_a_case():
 
 @pytest.mark.parametrize("case", CASES)
 def test_memory_is_used_as_it_was_given(case, monkeypatch):
-    if (tool := shutil.which("compute-sanitizer", path="/usr/local/cuda/bin:/usr/bin:/usr/local/bin")) is None:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
         pytest.skip("needs compute-sanitizer, which comes with NVIDIA's CUDA toolkit")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # an allocation an array, so that its end is known
-    # What XLA captures as a graph, with its branches, does not end under the tool.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
     program = f"from tests.jax.test_sanitizer_gpu import call; call({case!r})"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", program]
