@@ -30,7 +30,8 @@ test-slow: setup
 	$(python) -m pytest -n logical --dist worksteal -m slow $(ARGS)
 
 test-gpu: setup
-	$(python) -m pytest -m gpu $(ARGS)
+	$(python) -m pytest -m 'gpu and not sanitizer' $(ARGS)
+	$(python) -m pytest -m sanitizer
 
 # libtpu has a place of its own: where jax finds it, it looks for a TPU at every start.
 libtpu := .venv-libtpu

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kpt
 from kpt.errors import KernelError
+from kpt.kernels.stand_in import standing_for
 from kpt.kernels.validate import validate
 from kpt.ops import Spec
 from kpt_torch.library import torch_dtype
@@ -160,7 +161,8 @@ def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) ->
     small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384), "glu": (64, 512, 1024),
              "attention": (1, 300, 2, shape[-1])}.get(op, (64, *shape[1:]))
     run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
-    got = validate(fn, kpt.ops.op(op), specs_of(op, small, dtype), PARAMS.get(op, {}), run=run, run_vjp=run_vjp, seeds=[0])
+    with standing_for(specs_of(op, shape, dtype)):
+        got = validate(fn, kpt.ops.op(op), specs_of(op, small, dtype), PARAMS.get(op, {}), run=run, run_vjp=run_vjp, seeds=[0])
     if not got.passed:
         raise KernelError(f"{op} was to be timed", got.summary(), "A kernel that is wrong is not timed")
     return max(got.worst(gradient=False) or 0.0, got.worst(gradient=True) or 0.0)

@@ -98,7 +98,8 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return why
     if any(0 in s.shape for s in specs.values()):
         return "has no empty arrays"
-    factors = {n: s for n, s in specs.items() if len(s.shape) > 1}
+    first = "a" if "a" in specs else "x"  # one row alone has one dimension, as biases have
+    factors = {first: specs[first]} | {n: s for n, s in specs.items() if len(s.shape) > 1}
     dtypes = sorted({s.dtype for s in factors.values()})
     if len(dtypes) > 1:
         return f"multiplies arrays of one dtype, and these are {' and '.join(dtypes)}"

@@ -22,6 +22,7 @@ from kpt.graph.graph import Graph
 from kpt.hardware import HardwareProfile
 from kpt.kernels import KernelSpec
 from kpt.kernels.spec import ORIGINAL, refusal
+from kpt.kernels.stand_in import standing_for
 from kpt.ops.base import Spec
 from kpt.strategy.arrays import Arrays
 from kpt.strategy.certify import digest
@@ -286,7 +287,8 @@ class Planner:
             specs = reduced_specs(match, largest)
             why = self._refused(kernel, match.op, specs, match.params)
             if why is None:
-                return self.front.against_reference(match, specs, fn)
+                with standing_for(specs_of(match)):
+                    return self.front.against_reference(match, specs, fn)
         raise KernelError(f"{kernel.name} was to be certified at reduced size", f"It {why}", "Raise KPT_CERTIFY_BYTES")
 
     def _skip(

@@ -5,6 +5,7 @@ Everything a row needs is computed in float32 (float64 in float64), as the ops s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from kpt import ops
+from kpt.kernels.stand_in import stood_for
 from kpt.ops.base import Spec
 from kpt.ops.shapes import keywords
 from kpt_torch import library
@@ -269,7 +271,10 @@ cross_entropy = library.kernel(
 
 
 def _chunks(rows: int, vocab: int) -> list[slice]:
-    step = max(1, min(rows, max(CHUNK_BYTES // (4 * max(vocab, 1)), 64)))
+    *tokens, _ = stood_for("x", (rows, 0))
+    long = max(1, math.prod(tokens))
+    step = max(1, min(long, max(CHUNK_BYTES // (4 * max(stood_for("w", (0, vocab))[1], 1)), 64)))
+    step = max(1, -(-rows * step // long))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 

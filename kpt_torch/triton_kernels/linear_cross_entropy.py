@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kpt.kernels.stand_in import stood_for
 from kpt.ops.base import Spec, Specs
 from kpt_torch import library
 from kpt_torch.library import Tensors
@@ -36,7 +37,8 @@ TOKENS = 128
 
 def chunks(tokens: int, vocab: int, itemsize: int) -> list[slice]:
     """Of tokens, of equal length but for the last one."""
-    least = min(max(-(-tokens * vocab * itemsize // CHUNK_BYTES), 1), MOST_CHUNKS)
+    long = math.prod(stood_for("x", (tokens, 0))[:-1]), stood_for("w", (0, vocab))[1]
+    least = min(max(-(-math.prod(long) * itemsize // CHUNK_BYTES), 1), MOST_CHUNKS)
     length = max(-(-tokens // (least * TOKENS)), 1) * TOKENS
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 

@@ -10,10 +10,12 @@ gradient of its weight alone, which can make it again beside the projections' gr
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from kpt.kernels.stand_in import stood_for
 from pallas_kernels.activations import ACTIVATIONS, Array
 from pallas_kernels.hopper_gemm import Tiles, enough, products
 from pallas_kernels.hopper_gemm import refusal as refusal
@@ -87,7 +89,8 @@ def _between(static, gate, up, g):
 def _of_products(arrays, d_gate, d_up):
     """Gradients of what the two projections are of."""
     x, w_gate, w_up, b_gate, b_up = arrays
-    if enough(*x.shape):
+    *tokens, k = stood_for("x", x.shape)
+    if enough(math.prod(tokens), k):
         (dx,) = products(d_gate, [w_gate], lambda acc: [acc], 1, b_axis=1, then=(d_up, w_up), name="glu_dx")
     else:
         dx = contract(d_gate, w_gate, ((1,), (1,)), x.dtype) + contract(d_up, w_up, ((1,), (1,)), x.dtype)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kpt.kernels.stand_in import stood_for
 from kpt.ops.base import Specs
 from pallas_kernels.cross_entropy.gpu import refusal as too_few_classes
 from pallas_kernels.cross_entropy.gpu import row_statistics
@@ -86,7 +87,8 @@ def linear_cross_entropy(
 
 def chunks(tokens: int, classes: int) -> list[slice]:
     """Of tokens, of equal length but for the last one."""
-    least = -(-tokens * classes * 2 // CHUNK_BYTES)
+    long = math.prod(stood_for("x", (tokens, 0))[:-1]), stood_for("w", (0, classes))[1]
+    least = -(-math.prod(long) * 2 // CHUNK_BYTES)
     length = max(-(-tokens // (least * _TOKENS)) * _TOKENS, _TOKENS)
     return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kpt.errors import OpError
+from kpt.kernels.stand_in import stood_for
 from pallas_kernels.cross_entropy.xla import check, row_grad, row_loss
 from pallas_kernels.manual_axes import vary_alike
 
@@ -91,9 +93,7 @@ def _cut(tokens: tuple[int, ...], classes: int) -> tuple[int, int]:
     if not tokens:
         return 0, 1
     axis = max(range(len(tokens)), key=lambda a: tokens[a])
-    total = 4 * classes
-    for n in tokens:
-        total *= n
+    total = 4 * math.prod(stood_for("x", (*tokens, 0))[:-1]) * stood_for("w", (0, classes))[1]
     least = max(1, min(tokens[axis], -(-total // CHUNK_BYTES)))
     return axis, next((c for c in range(least, 2 * least) if tokens[axis] % c == 0), least)
 

@@ -12,6 +12,7 @@ import kpt
 from kpt.errors import KernelError
 from kpt.hardware import hardware_profile
 from kpt.kernels.spec import refusal, unmet
+from kpt.kernels.stand_in import standing_for
 from kpt.ops import Spec, op
 from kpt.ops.activations import ACTIVATIONS
 from kpt.ops.glu import LINEAR
@@ -114,6 +115,34 @@ def test_one_cotangent_or_one_a_token(tokens_differ, interpreted, in_chunks):
     for n in "xw":
         error = np.linalg.norm(np.asarray(got[n], np.float64) - want[n]) / np.linalg.norm(want[n])
         assert error < kpt.validation.tolerance("bfloat16", 1088, gradient=True).rtol_l2
+
+
+def kernels_of(kernel, specs, params={}):  # noqa: B006  (read only)
+    """How many Mosaic kernels both passes launch, lowered for CUDA."""
+    moving = op(kpt.registry.get(kernel).op).learned
+    arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
+
+    def both(arrays):
+        fixed = {n: a for n, a in arrays.items() if n not in moving}
+        out, pull = jax.vjp(lambda d: kpt.registry.load(kernel)(**d, **fixed, **params), {n: arrays[n] for n in moving if n in arrays})
+        return out, pull(jnp.ones_like(out))
+
+    return jax.jit(both).trace(arrays).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "long", "short", "kernels"),
+    [
+        ("glu", gated(m=8192, k=4096, n=14336), gated(m=136, k=128, n=192), (1, 2)),
+        ("linear_cross_entropy", head(tokens=8192, k=4096, classes=128256), head(tokens=1056, k=1024, classes=1088), (1, 4)),
+    ],
+)
+def test_a_short_call_goes_the_way_of_the_long_one_that_it_stands_for(name, long, short, kernels):
+    name += ".pallas_gpu"
+    found = [kernels_of(name, short)]
+    with standing_for(long):
+        found.append(kernels_of(name, short))
+    assert tuple(found) == kernels and kernels_of(name, long) == kernels[1]
 
 
 @pytest.mark.parametrize("transposed", ["neither", "left", "right", "both"])
@@ -258,6 +287,8 @@ REFUSED = [
     ("linear_act.pallas_gpu", linear(m=4097, k=512, n=4096), {}, H100, "x has 4097"),
     ("linear_act.pallas_gpu", linear(m=64, k=4096, n=4096), {}, H100, "below 64 tiles"),
     ("glu.pallas_gpu", gated(m=0, k=512, n=4096), {}, H100, "empty"),
+    ("glu.pallas_gpu", gated(k=4096, n=14336) | {"x": Spec((4096,), "bfloat16")}, {}, H100, "x has 1"),
+    ("glu.pallas_gpu", gated("float16", k=4096, n=14336) | {"x": Spec((4096,), "bfloat16")}, {}, H100, "arrays of one dtype"),
     ("matmul.pallas_gpu", product(m=4100, k=512, n=4096), {}, H100, "a has 4100"),
     ("linear_cross_entropy.pallas_gpu", head(classes=1000), {}, H100, "too few"),
     ("linear_cross_entropy.pallas_gpu", head(tokens=40000, classes=50257), {}, H100, "those of w have 50257"),

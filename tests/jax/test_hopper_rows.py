@@ -351,3 +351,13 @@ def test_a_measurement_takes_what_no_estimate_does(name, specs, kernel):
     times = {kernel: 90e-6, "original": 95e-6}
     chosen, why, _ = choose(name, specs, {}, hardware=H100, level="conservative", measurements=times)
     assert chosen.name == kernel and why.startswith("Measured")
+
+
+@needs_mosaic
+def test_the_gradient_of_donated_logits_is_in_their_place():
+    def step(logits, labels):
+        return jax.value_and_grad(lambda z: kpt.registry.load("cross_entropy.pallas_gpu")(logits=z, labels=labels).mean())(logits)
+
+    given = jax.ShapeDtypeStruct((64, 5003), "bfloat16"), jax.ShapeDtypeStruct((64,), "int32")
+    lowered = jax.jit(step, donate_argnums=0).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "@main(%arg0: tensor<64x5003xbf16> {tf.aliasing_output = 1 : i32}" in lowered

@@ -103,7 +103,7 @@ def test_random_calls(kernel, seed):
 
 
 @pytest.mark.parametrize("case", ["layer_norm 4096 bfloat16", "layer_norm 8192 float16", "layer_norm 16384 bfloat16", "layer_norm 65536",
-                                  "cross_entropy 128256",
+                                  "rms_norm 2880", "rms_norm 16384", "rms_norm 20000", "cross_entropy 128256",
                                   "rope", "rope, neighbours"])  # fmt: skip
 def test_equal_inputs_give_equal_bits(case):
     kernel, specs, params = FIXED[case]

@@ -11,8 +11,10 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import kpt_jax
 from kpt.errors import OpError
 from pallas_kernels.cross_entropy.xla import cross_entropy
 from pallas_kernels.linear_cross_entropy import xla as linear
@@ -370,3 +372,19 @@ def test_sharded_tokens_and_classes_stay_where_they_are():
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
+
+
+def test_a_proof_of_a_short_call_goes_the_way_of_the_long_one(monkeypatch):
+    """Where the call is too large to be run beside its own code, the kernel is held to float64 at a reduced size: in as many chunks."""
+    seen, cut = [], linear._cut
+    monkeypatch.setattr(linear, "_cut", lambda *sizes: seen.append((*sizes, cut(*sizes)[1])) or cut(*sizes))
+    monkeypatch.setenv("KPT_CERTIFY_BYTES", "1")
+
+    def loss(x, w, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(x @ w, labels).mean()
+
+    arrays = (jax.ShapeDtypeStruct(s, d) for s, d in (((4096, 256), "float32"), ((256, 20000), "float32"), ((4096,), "int32")))
+    plan = kpt_jax.plan(loss, *arrays)
+    assert [s.kernel for s in plan.sites] == ["linear_cross_entropy.xla"], plan
+    (tokens,), classes, chunks = seen[0]
+    assert tokens < 4096 and classes < 20000 and 1 < chunks == cut((4096,), 20000)[1]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kpt
 from kpt.errors import KernelError, OpError
 from kpt.kernels.spec import refusal
+from kpt.kernels.stand_in import standing_for
 from kpt.ops import Bias, Causal, Explicit, Lengths, Mask, Spec
 from kpt_torch.kernels import rows
 from kpt_torch.library import kernel
@@ -433,3 +434,12 @@ def test_a_proof_leaves_nothing_in_cudnn():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_a_short_call_is_cut_as_the_long_one_that_it_stands_for(monkeypatch):
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1 << 20)
+    count = len(rows._chunks(8192, 4000))
+    assert count > 100 and len(rows._chunks(1000, 80)) < 10
+    with standing_for({"x": Spec((8, 1024, 16), "float32"), "w": Spec((16, 4000), "float32")}):
+        chunks = rows._chunks(1000, 80)
+    assert 0.8 * count < len(chunks) <= count and [i for c in chunks for i in range(c.start, c.stop)] == list(range(1000))
