@@ -14,6 +14,12 @@ from kpt.graph.expr import ELEMENTWISE, Expr
 from kpt.ops.base import Spec
 
 
+BATCHED = (
+    "each of a batch has weights of its own, and a kernel takes the weights of one; where the batch is made by vmap, optimize what is mapped: "
+    "vmap(optimize(f)) for optimize(vmap(f))"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """`ref` = x w + b: operands with axes, the contracted axes, and the product itself."""
@@ -121,12 +127,24 @@ def find(p: Program) -> Iterator[Match | NearMiss]:
         if match is not None:
             matches.append(match)
             taken.update(id(d) for d in match.inner)
+        elif any(_batched(_behind(a)) for a in e.args):
+            ax = Axes()
+            for _, source, up in _factored(p, ax, ax.root(e)):
+                gate, other = _behind(source.expr), _behind(up.expr)
+                if _batched(gate) and _batched(other) and gate is not other:
+                    yield NearMiss("glu", e.origins[0], BATCHED, p.source(e))
+                    break
     yield from matches
     for e in list(p.exprs_with("dot_general")):
         if id(e) not in taken:
             match = _linear_act(p, e)
             if match is not None:
                 yield match
+
+
+def _batched(e: Expr) -> bool:
+    """Whether `e` is a product with batch axes."""
+    return e.op == "dot_general" and bool(e["lhs_batch"])
 
 
 def _elementwise_after(p: Program, e: Expr, limit: int = 24) -> list[Expr]:

@@ -32,6 +32,17 @@ def mix(p, v):
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
 
+@refused("glu", "weights of its own")
+def gated_units_of_a_batch(x, layers):
+    return jax.vmap(lambda x, w: jax.nn.silu(x @ w) * (x @ w.T))(x, layers[:2])
+
+
+@refused("glu", "weights of its own")
+def gated_experts(x, layers):
+    gate, up = (jnp.einsum("btd,bdf->btf", x, w) for w in (layers[:2], layers[1:]))
+    return jax.nn.gelu(gate) * up
+
+
 @refused("attention", "another axis")
 def softmax_over_the_queries(q, k, v):
     return mix(jax.nn.softmax(scores(q, k), axis=2), v)
