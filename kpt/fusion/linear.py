@@ -13,10 +13,9 @@ from kpt.fusion.view import TRANSPARENT, Axes, Ref
 from kpt.graph.expr import ELEMENTWISE, Expr
 from kpt.ops.base import Spec
 
-
 BATCHED = (
-    "each of a batch has weights of its own, and a kernel takes the weights of one; where the batch is made by vmap, optimize what is mapped: "
-    "vmap(optimize(f)) for optimize(vmap(f))"
+    "each of a batch has weights of its own, and a kernel takes the weights of one; where the batch is made by vmap, optimize what is "
+    "mapped: vmap(optimize(f)) for optimize(vmap(f))"
 )
 
 
