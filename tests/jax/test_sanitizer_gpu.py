@@ -62,7 +62,7 @@ def call(name: str) -> None:
 
 
 @pytest.mark.skipif(TOO_OLD is not None, reason=TOO_OLD or "")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "warpgroups" in n else n for n in CASES])
 def test_a_case_launches_all_kernels_of_both_passes(name):
     case = CASES[name]
     with standing_for(case.long) if case.long else contextlib.nullcontext():
