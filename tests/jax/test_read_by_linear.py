@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import sys
 
 import jax
@@ -15,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import kpt_jax
 from kpt.fusion.registry import default_fusion
+from kpt.fusion.site import original_bytes
 from kpt.kernels import KernelSpec, registry
-from kpt_jax import pairs
+from kpt_jax import pairs, planner
 from kpt_jax.capture import capture
 from kpt_jax.demo_model import Config, FeedForward
 from tests.jax import plain_kernels
@@ -131,6 +134,18 @@ def both_ways(w, x):
     return dot(((2,), (1,)))(gated(w, x), turned), jnp.cos(turned.T)
 
 
+def twice_written(w, x):
+    return gated(w, x) @ w["down"], gated(w, x).sum()
+
+
+def reshaped(w, x):
+    return (gated(w, x).reshape(ROWS, HIDDEN) @ w["down"]).reshape(x.shape)
+
+
+def of_shape(*shape, program=mlp):
+    return lambda w, x: program(w, x.reshape(-1)[: math.prod(shape)].reshape(shape))
+
+
 PROGRAMS = {
     "alone": (mlp, True),
     "a transposed weight": (lambda w, x: gated(w, x) @ jnp.tanh(w["down"].T).T, True),
@@ -140,6 +155,21 @@ PROGRAMS = {
     "a weight made of what stands after": (lambda w, x: (lambda h: h @ (w["down"] * jnp.exp(x).mean()))(gated(w, x)), True),
     "a constant weight": (lambda w, x: gated(w, x) @ np.ones((HIDDEN, 8), x.dtype), True),
     "rows": (lambda w, x: mlp(w, x.reshape(ROWS, WIDTH)), True),
+    "a batch of 1": (of_shape(1, ROWS, WIDTH), True),
+    "sequences of 1": (of_shape(ROWS, 1, WIDTH), True),
+    "one token": (of_shape(1, 1, WIDTH), True),
+    "a dimension of 1 in between": (of_shape(2, 1, ROWS // 2, WIDTH), True),
+    "a weight of one column": (lambda w, x: gated(w, x) @ w["down"][:, :1], True),
+    "merged rows": (reshaped, True),
+    "merged rows, a batch of 1": (of_shape(1, ROWS, WIDTH, program=reshaped), True),
+    "rows split": (lambda w, x: gated(w, x.reshape(ROWS, WIDTH)).reshape(4, 4, HIDDEN) @ w["down"], True),
+    "a dimension dropped": (of_shape(1, ROWS, WIDTH, program=lambda w, x: gated(w, x)[0] @ w["down"]), True),
+    "a dimension added": (lambda w, x: gated(w, x)[:, None] @ w["down"], True),
+    "rows spread": (lambda w, x: jnp.broadcast_to(gated(w, x), (3, 2, ROWS // 2, HIDDEN)) @ w["down"], False),
+    "the last dimension cut": (lambda w, x: gated(w, x).reshape(2, ROWS, 20) @ w["down"][:20], False),
+    "merged rows, returned": (lambda w, x: (lambda h: (h @ w["down"], h))(gated(w, x).reshape(ROWS, HIDDEN)), False),
+    "merged rows, read twice": (lambda w, x: (lambda h: h.reshape(ROWS, HIDDEN) @ w["down"] + h.mean())(gated(w, x)), False),
+    "written twice": (twice_written, False),
     "read twice": (read_twice, False),
     "read by two layers": (read_by_two_layers, False),
     "returned": (returned, False),
@@ -273,7 +303,7 @@ def test_transformed_from_outside(transform):
 def test_what_makes_a_weight_is_no_part_of_the_site(kernel):
     """Though the program makes the weight's transpose for something else, and the product reads the weight as it lies."""
     program, matches, _ = default_fusion().find(capture(jax.make_jaxpr(both_ways)(*given()), "both_ways"))
-    ((site, _),) = pairs.read_by_linear(program, [(m, kernel) for m in matches], proved=False).values()
+    ((site, _),) = pairs.read_by_linear(program, [(m, kernel) for m in matches]).values()
     assert [n.op for n in program.consumed(site)].count("dot_general") == 3
     assert "opaque:cumsum" not in [n.op for n in program.consumed(site)]
 
@@ -283,12 +313,73 @@ def of_its_size(fn, *args):
     return sum(a.size == ROWS * HIDDEN for a in jax.tree.leaves(jax.vjp(fn, *args)[1]))
 
 
-def test_the_result_of_glu_is_not_kept(kernel, monkeypatch):
+@pytest.mark.parametrize("batch", [2, 1])
+def test_the_result_of_glu_is_not_kept(kernel, monkeypatch, batch):
     """The projections are, and where the product runs apart, what it multiplies."""
-    args = given()
+    w, x = given()
+    args = w, x.reshape(batch, -1, WIDTH)
     assert of_its_size(kpt_jax.optimize(mlp), *args) == 2
     monkeypatch.delattr(kernel, "then_linear")
     assert of_its_size(kpt_jax.optimize(mlp), *args) == 3
+
+
+def test_an_expression_written_twice_is_computed_once():
+    assert str(jax.make_jaxpr(kpt_jax.optimize(twice_written))(*given())).count("dot_general") == 3
+
+
+@pytest.fixture
+def proofs(unproved, monkeypatch):
+    """Of sites with their products: the shapes of what each is made on."""
+    made = []
+
+    def compared(kernel, specs, params, compared=pairs._compared):
+        made.append({n: s.shape for n, s in specs.items()})
+        return compared(kernel, specs, params)
+
+    monkeypatch.setattr(pairs, "_compared", compared)
+    return made
+
+
+def wide():
+    zeros = functools.partial(jnp.zeros, dtype="float32")
+    return {"gate": zeros((WIDTH, 203)), "up": zeros((WIDTH, 203)), "down": zeros((203, WIDTH))}, zeros((2, 301, WIDTH))
+
+
+def test_a_proof_takes_no_more_memory_than_it_may(proofs, monkeypatch):
+    args = wide()
+    assert one_call(kpt_jax.plan(mlp, *args))
+    monkeypatch.setenv("KPT_CERTIFY_BYTES", "1")
+    assert one_call(kpt_jax.plan(mlp, *args))
+    full = {"x": (2, 301, WIDTH), "w_gate": (WIDTH, 203), "w_up": (WIDTH, 203), "w_down": (203, WIDTH)}
+    short = {"x": (2, 141, WIDTH), "w_gate": (WIDTH, 107), "w_up": (WIDTH, 107), "w_down": (107, WIDTH)}
+    assert proofs == [full, short]
+
+
+def test_what_takes_no_short_arrays_runs_apart(proofs, monkeypatch):
+    """The site itself may be small enough to be compared, and the two together not."""
+    monkeypatch.setattr(planner.Planner, "_certify_bytes", lambda self: site_bytes)
+    few = dataclasses.replace(registry.get("glu.fake"), version=2, accepts=lambda specs, params: "is for 203" if specs["w_up"].shape[1] != 203 else None)
+    registry.register(few)
+    args = wide()
+    program, (match,), _ = default_fusion().find(capture(jax.make_jaxpr(mlp)(*args), "mlp"))
+    site_bytes = original_bytes(program, match)
+    plan = kpt_jax.plan(mlp, *args)
+    assert not one_call(plan) and not proofs and any("is for 203" in note and "apart" in note for note in plan.notes)
+
+
+def test_a_proof_is_of_the_settings_it_was_made_under(proofs):
+    for precision in (None, "float32", None):
+        with jax.default_matmul_precision(precision):
+            assert one_call(kpt_jax.plan(mlp, *given()))
+    assert len(proofs) == 2
+
+
+def test_a_plan_for_other_hardware_says_what_will_be_there(proofs, monkeypatch):
+    w, x = given()
+    monkeypatch.setattr(registry, "_kernels", {})
+    registry.register(KernelSpec("glu.fake", "glu", 1, "test", "jax", ("cuda",), "glu_of_this_test:glu", ("float32",), efficiency=1.0))
+    plan = kpt_jax.plan(mlp, w, x, hardware="h100-sxm")
+    assert plan.notes == (f"On h100-sxm, {SAYS[:-1]}, if that is proved there.",) and not proofs
 
 
 def test_other_numbers_run_apart(kernel, unproved, monkeypatch, caplog):
