@@ -19,7 +19,7 @@ import kpt_jax
 from kpt.fusion.registry import default_fusion
 from kpt.fusion.site import original_bytes
 from kpt.kernels import KernelSpec, registry
-from kpt_jax import pairs, planner
+from kpt_jax import pairs
 from kpt_jax.capture import capture
 from kpt_jax.demo_model import Config, FeedForward
 from tests.jax import plain_kernels
@@ -340,45 +340,44 @@ def proofs(unproved, monkeypatch):
     return made
 
 
-def wide():
-    zeros = functools.partial(jnp.zeros, dtype="float32")
-    return {"gate": zeros((WIDTH, 203)), "up": zeros((WIDTH, 203)), "down": zeros((203, WIDTH))}, zeros((2, 301, WIDTH))
+def wide(hidden=203, tokens=301):
+    def zeros(*shape):
+        return jnp.zeros(shape, "float32")
+
+    return {"gate": zeros(WIDTH, hidden), "up": zeros(WIDTH, hidden), "down": zeros(hidden, WIDTH)}, zeros(2, tokens, WIDTH)
 
 
 def test_a_proof_takes_no_more_memory_than_it_may(proofs, monkeypatch):
-    args = wide()
-    assert one_call(kpt_jax.plan(mlp, *args))
+    assert one_call(kpt_jax.plan(mlp, *wide()))
     monkeypatch.setenv("KPT_CERTIFY_BYTES", "1")
-    assert one_call(kpt_jax.plan(mlp, *args))
+    assert one_call(kpt_jax.plan(mlp, *wide()))
     full = {"x": (2, 301, WIDTH), "w_gate": (WIDTH, 203), "w_up": (WIDTH, 203), "w_down": (203, WIDTH)}
     short = {"x": (2, 141, WIDTH), "w_gate": (WIDTH, 107), "w_up": (WIDTH, 107), "w_down": (107, WIDTH)}
     assert proofs == [full, short]
 
 
 def test_what_takes_no_short_arrays_runs_apart(proofs, monkeypatch):
-    """The site itself may be small enough to be compared, and the two together not."""
-    monkeypatch.setattr(planner.Planner, "_certify_bytes", lambda self: site_bytes)
-    few = dataclasses.replace(registry.get("glu.fake"), version=2, accepts=lambda specs, params: "is for 203" if specs["w_up"].shape[1] != 203 else None)
-    registry.register(few)
-    args = wide()
-    program, (match,), _ = default_fusion().find(capture(jax.make_jaxpr(mlp)(*args), "mlp"))
-    site_bytes = original_bytes(program, match)
+    """The site alone is small enough to be compared, and with its product it is not."""
+    registry.register(dataclasses.replace(registry.get("glu.fake"), version=2,
+                                          accepts=lambda specs, params: None if specs["w_up"].shape[1] == 1111 else "is for 1111"))  # fmt: skip
+    args = wide(1111, 8)
+    program, (site,), _ = default_fusion().find(capture(jax.make_jaxpr(mlp)(*args), "mlp"))
+    monkeypatch.setenv("KPT_CERTIFY_BYTES", str(original_bytes(program, site)))
     plan = kpt_jax.plan(mlp, *args)
-    assert not one_call(plan) and not proofs and any("is for 203" in note and "apart" in note for note in plan.notes)
+    assert not one_call(plan) and not proofs and [note for note in plan.notes if "runs apart" in note and "is for 1111" in note]
 
 
-def test_a_proof_is_of_the_settings_it_was_made_under(proofs):
-    for precision in (None, "float32", None):
-        with jax.default_matmul_precision(precision):
-            assert one_call(kpt_jax.plan(mlp, *given()))
+def test_a_proof_is_of_the_settings_it_was_made_under(proofs, monkeypatch):
+    for value in ("", "0", ""):
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
+        assert one_call(kpt_jax.plan(mlp, *given()))
     assert len(proofs) == 2
 
 
 def test_a_plan_for_other_hardware_says_what_will_be_there(proofs, monkeypatch):
-    w, x = given()
     monkeypatch.setattr(registry, "_kernels", {})
     registry.register(KernelSpec("glu.fake", "glu", 1, "test", "jax", ("cuda",), "glu_of_this_test:glu", ("float32",), efficiency=1.0))
-    plan = kpt_jax.plan(mlp, w, x, hardware="h100-sxm")
+    plan = kpt_jax.plan(mlp, *given(), hardware="h100-sxm")
     assert plan.notes == (f"On h100-sxm, {SAYS[:-1]}, if that is proved there.",) and not proofs
 
 
