@@ -19,6 +19,7 @@ import numpy as np
 
 from kpt.fusion.program import Match, Program
 from kpt.graph.graph import Node
+from kpt.kernels.stand_in import standing_for
 from kpt.ops.base import Spec
 from kpt.strategy.certify import draw
 from kpt.tuning.settings import found as settings
@@ -29,6 +30,7 @@ from kpt_jax.settings import SETTINGS
 log = logging.getLogger("kpt")
 
 Kept = Sequence[tuple[Match, Callable[..., Any]]]
+Named = tuple[tuple[str, Spec], ...]
 ProvedAt = Callable[[int, Match], Mapping[str, Spec] | None]
 
 
@@ -36,8 +38,8 @@ def read_by_linear(program: Program, kept: Kept, proved_at: ProvedAt | None = No
     """The sites, by their places in `kept`, that run with the product that alone reads them: what they are with it, and its kernel.
 
     Args:
-      proved_at: only those that are held to the two apart on arrays of these specs, for a place in `kept` and the site with its product;
-        None where there is no proof.
+      proved_at: the arrays, by a place in `kept` and what the site is with its product, on which it is held to the two apart; only those
+        that agree are given. None where nothing is proved, and of a site that cannot be.
     """
     inside = {id(n) for m, _ in kept for n in program.consumed(m)}
     found: dict[int, tuple[Match, Callable[..., Any]]] = {}
@@ -45,16 +47,18 @@ def read_by_linear(program: Program, kept: Kept, proved_at: ProvedAt | None = No
         together = _with_reader(program, match, inside) if hasattr(kernel, "then_linear") else None
         if together is None:
             continue
-        specs = None if proved_at is None else proved_at(i, together)
-        call = tuple((specs or {}).items()), tuple(sorted(match.params.items()))
-        if proved_at is None or (specs and _agrees(kernel, *call, jax.default_backend(), repr(settings(SETTINGS)))):
-            found[i] = together, kernel.then_linear  # type: ignore[attr-defined]
+        if proved_at is not None:
+            short, long = proved_at(i, together), {n: e.spec for n, e in together.arrays.items()}
+            under = tuple(sorted(match.params.items())), jax.default_backend(), repr(settings(SETTINGS))
+            if short is None or not _agrees(kernel, tuple(short.items()), tuple(long.items()), *under):
+                continue
+        found[i] = together, kernel.then_linear  # type: ignore[attr-defined]
     return found
 
 
 def _with_reader(program: Program, match: Match, inside: set[int]) -> Match | None:
     """The site and its reader, a plain product over the last dimension of its one result with a matrix; None where there is none, or
-    something else sees that result. The rows may be in another shape than in the kernel, which never sees a dimension of 1, and be reshaped."""
+    something else sees that result. Its rows may be in another shape than the kernel's, which sees no dimension of 1, and be reshaped."""
     env, specs = program.env, program.graph.specs
     made = next(iter(match.results.values()))
     y = made.args[0] if made.op == "reshape" else made
@@ -94,10 +98,11 @@ def _rows(n: Node, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
 
 
 @functools.cache
-def _agrees(kernel: Any, specs: tuple[tuple[str, Spec], ...], params: tuple[tuple[str, Any], ...], *under: str) -> bool:
+def _agrees(kernel: Any, specs: Named, long: Named, params: tuple[tuple[str, Any], ...], *under: str) -> bool:
     """Whether one call gives what two give, results and gradients, within the tolerance: what is made again is of what was rounded."""
     try:
-        return _compared(kernel, dict(specs), dict(params))
+        with standing_for(dict(long)):
+            return _compared(kernel, dict(specs), dict(params))
     except Exception as error:  # what fails costs memory, never the user's run
         log.warning("%s runs alone: %s: %s", getattr(kernel, "__name__", kernel), type(error).__name__, error)
         return False
