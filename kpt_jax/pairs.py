@@ -92,9 +92,9 @@ def _with_reader(program: Program, match: Match, inside: set[int]) -> Match | No
 
 
 def _rows(n: Node, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether a node gives the same rows in another shape."""
+    """Whether a node gives the same rows in another shape, and not in another place."""
     adds = n.op == "broadcast" and list(n.attrs["dims"]) == sorted(n.attrs["dims"]) and math.prod(before) == math.prod(after)
-    return (adds or n.op == "reshape") and before[-1:] == after[-1:]
+    return (adds or n.op == "reshape") and before[-1:] == after[-1:] and n.payload.params.get("sharding") is None
 
 
 @functools.cache
