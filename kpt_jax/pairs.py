@@ -11,28 +11,35 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from kpt.fusion.program import Match, Program
+from kpt.graph.graph import Node
+from kpt.kernels.stand_in import standing_for
 from kpt.ops.base import Spec
 from kpt.strategy.certify import draw
+from kpt.tuning.settings import found as settings
 from kpt.validation import compare
 from kpt_jax.on_device import ROOM
+from kpt_jax.settings import SETTINGS
 
 log = logging.getLogger("kpt")
 
 Kept = Sequence[tuple[Match, Callable[..., Any]]]
+Named = tuple[tuple[str, Spec], ...]
+ProvedAt = Callable[[int, Match], Mapping[str, Spec] | None]
 
 
-def read_by_linear(program: Program, kept: Kept, proved: bool = True) -> dict[int, tuple[Match, Callable[..., Any]]]:
+def read_by_linear(program: Program, kept: Kept, proved_at: ProvedAt | None = None) -> dict[int, tuple[Match, Callable[..., Any]]]:
     """The sites, by their places in `kept`, that run with the product that alone reads them: what they are with it, and its kernel.
 
     Args:
-      proved: only those that were held to the two apart.
+      proved_at: the arrays, by a place in `kept` and what the site is with its product, on which it is held to the two apart; only those
+        that agree are given. None where nothing is proved, and of a site that cannot be.
     """
     inside = {id(n) for m, _ in kept for n in program.consumed(m)}
     found: dict[int, tuple[Match, Callable[..., Any]]] = {}
@@ -40,42 +47,62 @@ def read_by_linear(program: Program, kept: Kept, proved: bool = True) -> dict[in
         together = _with_reader(program, match, inside) if hasattr(kernel, "then_linear") else None
         if together is None:
             continue
-        call = tuple((n, e.spec) for n, e in together.arrays.items()), tuple(sorted(match.params.items()))
-        if not proved or _agrees(kernel, *call, jax.default_backend()):
-            found[i] = together, kernel.then_linear  # type: ignore[attr-defined]
+        if proved_at is not None:
+            short, long = proved_at(i, together), {n: e.spec for n, e in together.arrays.items()}
+            under = tuple(sorted(match.params.items())), jax.default_backend(), repr(settings(SETTINGS))
+            if short is None or not _agrees(kernel, tuple(short.items()), tuple(long.items()), *under):
+                continue
+        found[i] = together, kernel.then_linear  # type: ignore[attr-defined]
     return found
 
 
 def _with_reader(program: Program, match: Match, inside: set[int]) -> Match | None:
     """The site and its reader, a plain product over the last dimension of its one result with a matrix; None where there is none, or
-    something else sees that result."""
+    something else sees that result. Its rows may be in another shape than the kernel's, which sees no dimension of 1, and be reshaped."""
+    env, specs = program.env, program.graph.specs
     made = next(iter(match.results.values()))
-    readers = [n for v in match.results for n in program.readers(v) if n.op == "dot_general"]
-    if made.op != "out" or any(e is not made for e in match.results.values()) or len(readers) != 1 or id(readers[0]) in inside:
+    y = made.args[0] if made.op == "reshape" else made
+    if y.op != "out" or made.shape[-1:] != y.shape[-1:] or any(e is not made for e in match.results.values()):
+        return None
+    names, readers = list(match.results), []
+    for v in names:  # which grows
+        for n in program.readers(v):
+            same = [u for u in n.outputs if env[u] is env[v] or _rows(n, specs[v].shape, specs[u].shape)]
+            names += [u for u in same if u not in names]
+            readers += [] if same else [n]
+    if len(readers) != 1 or id(readers[0]) in inside or readers[0].op != "dot_general" or set(names) & set(program.graph.outputs):
         return None
     (reader,) = readers
     (v, w), (out,) = reader.inputs, reader.outputs
-    weight, spec = program.env[w], program.graph.specs[out]
+    weight, spec = env[w], specs[out]
     plain = (reader.attrs["lhs_batch"], reader.attrs["rhs_batch"], reader.attrs["precision"]) == ((), (), "")
-    if v not in match.results or w in match.results or not plain:
+    if v not in names or w in names or not plain:
         return None
-    if reader.attrs["lhs_contract"] != (len(made.shape) - 1,) or len(weight.shape) != 2 or {spec.dtype, weight.dtype} != {made.dtype}:
+    if reader.attrs["lhs_contract"] != (len(specs[v].shape) - 1,) or len(weight.shape) != 2 or {spec.dtype, weight.dtype} != {y.dtype}:
         return None
     if reader.payload.params.get("out_sharding") is not None:
         return None
     if reader.attrs["rhs_contract"] == (1,):
         weight = program.exprs.transpose(weight, (1, 0))
+    product = program.exprs.out(0, Spec((*y.shape[:-1], weight.shape[1]), spec.dtype))
     together = program.as_read(dataclasses.replace(match, arrays={**match.arrays, "w_down": weight},
-                                                   results={out: program.exprs.out(0, spec)},
-                                                   inner=(*match.inner, program.env[v])))  # fmt: skip
+                                                   results={out: program.exprs.reshape(product, spec.shape)},
+                                                   inner=(*match.inner, *(env[u] for u in names))))  # fmt: skip
     return together if program.unsafe(together) is None else None
 
 
+def _rows(n: Node, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a node gives the same rows in another shape, and not in another place."""
+    adds = n.op == "broadcast" and list(n.attrs["dims"]) == sorted(n.attrs["dims"]) and math.prod(before) == math.prod(after)
+    return (adds or n.op == "reshape") and before[-1:] == after[-1:] and n.payload.params.get("sharding") is None
+
+
 @functools.cache
-def _agrees(kernel: Any, specs: tuple[tuple[str, Spec], ...], params: tuple[tuple[str, Any], ...], backend: str) -> bool:
+def _agrees(kernel: Any, specs: Named, long: Named, params: tuple[tuple[str, Any], ...], *under: str) -> bool:
     """Whether one call gives what two give, results and gradients, within the tolerance: what is made again is of what was rounded."""
     try:
-        return _compared(kernel, dict(specs), dict(params))
+        with standing_for(dict(long)):
+            return _compared(kernel, dict(specs), dict(params))
     except Exception as error:  # what fails costs memory, never the user's run
         log.warning("%s runs alone: %s: %s", getattr(kernel, "__name__", kernel), type(error).__name__, error)
         return False

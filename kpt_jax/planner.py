@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from kpt import ops
+from kpt.errors import KernelError
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.fusion.site import fingerprint, leaf_values
 from kpt.graph.graph import Graph
@@ -20,7 +21,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.arrays import Arrays
-from kpt.strategy.planner import FrontEnd, same_miss
+from kpt.strategy.planner import FrontEnd, one_line, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
 from kpt_jax import _compat
@@ -108,9 +109,21 @@ class Planner(core.Planner):
             return bool(self.nested) and not path and (miss.reason.startswith("an inner value") or same_miss(miss, self.skipped))
 
         program, kept = self.sites_of(graph, path, Example(graph, example).leaves, uncollected, woven)
-        together = read_by_linear(program, kept, proved=self.certify != "off")
+
+        def proved_at(i: int, together: Match) -> dict[str, Spec] | None:
+            try:
+                return self.proved_at(program, together, self.kernels[id(kept[i][0])])
+            except KernelError as error:
+                self.notes.append(f"A site runs apart from the linear layer that reads it: {one_line(error)}")
+                return None
+
+        together = read_by_linear(program, kept, proved_at if self.certify != "off" else None)
         if together:
             self.notes.append(f"{len(together)} sites run in one call with the linear layer that reads them, and keep no result for it.")
+        absent = sum(i < len(self.elsewhere) for i in read_by_linear(program, [*self.elsewhere, *kept])) if self.elsewhere else 0
+        if absent:
+            self.notes.append(f"On {self.hardware.name}, {absent} sites run in one call with the linear layer that reads them, and keep no"
+                              " result for it, if that is proved there.")  # fmt: skip
         rw = Rewrite(graph, program, [together.get(i, site) for i, site in enumerate(kept)])
         for n, bodies in self.bodies_of(graph, path):
             if n.op in REBUILT:

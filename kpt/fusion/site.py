@@ -80,4 +80,5 @@ def reduced_specs(match: Match, largest: int = 96) -> dict[str, Spec]:
     """The site's arrays with long dimensions cut short, equal sizes staying equal, and what is left over from tiles left over."""
     sizes = sorted({n for e in match.arrays.values() for n in e.shape if n > largest})
     to = {n: largest + 32 * i + n % 32 for i, n in enumerate(sizes)}
-    return in_order(match.op, {name: Spec(tuple(to.get(n, n) for n in e.shape), e.dtype) for name, e in match.arrays.items()})
+    short = {name: Spec(tuple(to.get(n, n) for n in e.shape), e.dtype) for name, e in match.arrays.items()}
+    return in_order(match.op, short) | short

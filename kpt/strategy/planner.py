@@ -17,7 +17,7 @@ from kpt.config import config
 from kpt.errors import KernelError, StoreError
 from kpt.fusion.program import Match, NearMiss, Program
 from kpt.fusion.registry import FusionRegistry, default_fusion
-from kpt.fusion.site import fingerprint, original_bytes, reduced_specs, specs_of
+from kpt.fusion.site import fingerprint, in_order, original_bytes, reduced_specs, specs_of
 from kpt.graph.graph import Graph
 from kpt.hardware import HardwareProfile
 from kpt.kernels import KernelSpec
@@ -101,6 +101,8 @@ class Planner:
       wanted: a plan to follow: `(path, op, fingerprint) -> Site`; other sites keep their own code.
       banned: sites that keep their own code, by path, and why.
       dropped: kernels that are not to be used, by name, and why.
+      elsewhere: of the last graph, the matches whose kernels cannot run here, and these.
+      kernels: what those and the matches that got a kernel got, by the id of the match.
     """
 
     front: FrontEnd
@@ -115,6 +117,8 @@ class Planner:
     sites: list[Site] = dataclasses.field(default_factory=list)
     skipped: list[Site] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    elsewhere: list[tuple[Match, Kernel]] = dataclasses.field(default_factory=list)
+    kernels: dict[int, KernelSpec] = dataclasses.field(default_factory=dict)
 
     def plan(self, function: str) -> Plan:
         met = {(s.path, s.op, s.fingerprint) for s in (*self.sites, *self.skipped)}
@@ -167,6 +171,7 @@ class Planner:
         if self.certify != "off":
             self.front.ahead((m, chosen[id(m)][1]) for m in matches)
         kept: list[tuple[Match, Kernel]] = []
+        self.elsewhere, self.kernels = [], {}
         for i, match in enumerate(sorted(matches, key=lambda m: max(m.results))):
             kernel, fn, reason, others = chosen[id(match)]
             where = f"{path}/{match.op}{i}" if path else f"{match.op}{i}"
@@ -182,7 +187,10 @@ class Planner:
                 kernel, fn, reason, others = other
             if why is not None:
                 self._skip(match.op, where, match.source, why, site)
-            elif elsewhere is not None:
+                continue
+            self.kernels[id(match)] = kernel
+            if elsewhere is not None:
+                self.elsewhere.append((match, fn))
                 self.sites.append(dataclasses.replace(site, reason=f"{site.reason} {elsewhere}"))
             else:
                 kept.append((match, fn))
@@ -276,8 +284,14 @@ class Planner:
         device = self.here or self.hardware
         return 2 << 30 if device.platform == "cpu" or not device.memory_bytes else int(device.memory_bytes) // 8
 
-    def _against_reference(self, match: Match, kernel: KernelSpec, fn: Kernel) -> Certificate:
-        """Where the user's own code is too large to run: the kernel against float64, long dimensions as short as it takes them.
+    def proved_at(self, program: Program, match: Match, kernel: KernelSpec) -> dict[str, Spec]:
+        """The arrays of a site where kernel and code can be compared, else `_reduced`."""
+        if original_bytes(program, match) <= self._certify_bytes():
+            return {n: e.spec for n, e in match.arrays.items()}
+        return self._reduced(match, kernel)
+
+    def _reduced(self, match: Match, kernel: KernelSpec) -> dict[str, Spec]:
+        """Where the user's own code is too large to run: the site's arrays, long dimensions as short as the kernel takes them.
 
         Raises:
           KernelError: it takes no short ones.
@@ -285,11 +299,15 @@ class Planner:
         why: str | None = None
         for largest in (96, 512, 1024):
             specs = reduced_specs(match, largest)
-            why = self._refused(kernel, match.op, specs, match.params)
+            why = self._refused(kernel, match.op, in_order(match.op, specs), match.params)
             if why is None:
-                with standing_for(specs_of(match)):
-                    return self.front.against_reference(match, specs, fn)
+                return specs
         raise KernelError(f"{kernel.name} was to be certified at reduced size", f"It {why}", "Raise KPT_CERTIFY_BYTES")
+
+    def _against_reference(self, match: Match, kernel: KernelSpec, fn: Kernel) -> Certificate:
+        specs = self._reduced(match, kernel)
+        with standing_for(specs_of(match)):
+            return self.front.against_reference(match, specs, fn)
 
     def _skip(
         self, op: str, path: str, source: str, reason: str, site: Site | None, refused: Mapping[str, str] | None = None,
@@ -332,7 +350,7 @@ class Planner:
                     _CERTIFICATES.setdefault(drawn, certificate)
         except Exception as error:  # whatever a kernel does wrong, the user's own code goes on running
             log.warning("%s failed while it was certified: %s", site, error)
-            return site, f"{kernel.name} failed while it was certified: {_one_line(error)}"
+            return site, f"{kernel.name} failed while it was certified: {one_line(error)}"
         if not compared:
             note = (f" Certified at reduced size against float64, because its own code may need {needed / 2**30:.1f} GiB;"
                     " raise KPT_CERTIFY_BYTES to compare the two at full size.")  # fmt: skip
@@ -388,7 +406,7 @@ def same_miss(miss: NearMiss, skipped: Sequence[Site]) -> bool:
     return any((s.op, s.source, s.reason) == (miss.op, miss.source, miss.reason) for s in skipped)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import sys
 
 import jax
@@ -11,11 +13,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kpt_jax
 from kpt.fusion.registry import default_fusion
+from kpt.fusion.site import original_bytes
 from kpt.kernels import KernelSpec, registry
+from kpt.kernels.stand_in import stood_for
 from kpt_jax import pairs
 from kpt_jax.capture import capture
 from kpt_jax.demo_model import Config, FeedForward
@@ -131,6 +136,18 @@ def both_ways(w, x):
     return dot(((2,), (1,)))(gated(w, x), turned), jnp.cos(turned.T)
 
 
+def twice_written(w, x):
+    return gated(w, x) @ w["down"], gated(w, x).sum()
+
+
+def reshaped(w, x):
+    return (gated(w, x).reshape(ROWS, HIDDEN) @ w["down"]).reshape(x.shape)
+
+
+def of_shape(*shape, program=mlp):
+    return lambda w, x: program(w, x.reshape(-1)[: math.prod(shape)].reshape(shape))
+
+
 PROGRAMS = {
     "alone": (mlp, True),
     "a transposed weight": (lambda w, x: gated(w, x) @ jnp.tanh(w["down"].T).T, True),
@@ -140,6 +157,19 @@ PROGRAMS = {
     "a weight made of what stands after": (lambda w, x: (lambda h: h @ (w["down"] * jnp.exp(x).mean()))(gated(w, x)), True),
     "a constant weight": (lambda w, x: gated(w, x) @ np.ones((HIDDEN, 8), x.dtype), True),
     "rows": (lambda w, x: mlp(w, x.reshape(ROWS, WIDTH)), True),
+    "a batch of 1": (of_shape(1, ROWS, WIDTH), True),
+    "sequences of 1": (of_shape(ROWS, 1, WIDTH), True),
+    "one token": (of_shape(1, 1, WIDTH), True),
+    "merged rows": (reshaped, True),
+    "merged rows, a batch of 1": (of_shape(1, ROWS, WIDTH, program=reshaped), True),
+    "rows split": (lambda w, x: gated(w, x.reshape(ROWS, WIDTH)).reshape(4, 4, HIDDEN) @ w["down"], True),
+    "a dimension dropped": (of_shape(1, ROWS, WIDTH, program=lambda w, x: gated(w, x)[0] @ w["down"]), True),
+    "a dimension added": (lambda w, x: gated(w, x)[:, None] @ w["down"], True),
+    "rows spread": (lambda w, x: jnp.broadcast_to(gated(w, x), (3, 2, ROWS // 2, HIDDEN)) @ w["down"], False),
+    "the last dimension cut": (lambda w, x: gated(w, x).reshape(2, ROWS, 20) @ w["down"][:20], False),
+    "merged rows, returned": (lambda w, x: (lambda h: (h @ w["down"], h))(gated(w, x).reshape(ROWS, HIDDEN)), False),
+    "merged rows, read twice": (lambda w, x: (lambda h: h.reshape(ROWS, HIDDEN) @ w["down"] + h.mean())(gated(w, x)), False),
+    "written twice": (twice_written, False),
     "read twice": (read_twice, False),
     "read by two layers": (read_by_two_layers, False),
     "returned": (returned, False),
@@ -196,6 +226,20 @@ def test_float32_parameters_in_bfloat16():
         layer.dtype = jnp.bfloat16
     plan = kpt_jax.plan(model, given("bfloat16")[1])
     assert one_call(plan), plan.explain()
+
+
+def test_rows_that_are_laid_out_anew_are_no_same_rows():
+    """Their sharding is part of the program's types."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def gathered(w, x):
+        return jax.lax.reshape(gated(w, x), (ROWS, HIDDEN), out_sharding=P()) @ w["down"]
+
+    with jax.set_mesh(mesh):
+        w, x = jax.device_put(given(), (NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))))
+        fast = kpt_jax.optimize(gathered)
+        assert not one_call(fast.plan(w, x))
+        assert jax.typeof(fast(w, x)) == jax.typeof(gathered(w, x))
 
 
 def test_a_product_that_is_another_site_is_that():
@@ -273,7 +317,7 @@ def test_transformed_from_outside(transform):
 def test_what_makes_a_weight_is_no_part_of_the_site(kernel):
     """Though the program makes the weight's transpose for something else, and the product reads the weight as it lies."""
     program, matches, _ = default_fusion().find(capture(jax.make_jaxpr(both_ways)(*given()), "both_ways"))
-    ((site, _),) = pairs.read_by_linear(program, [(m, kernel) for m in matches], proved=False).values()
+    ((site, _),) = pairs.read_by_linear(program, [(m, kernel) for m in matches]).values()
     assert [n.op for n in program.consumed(site)].count("dot_general") == 3
     assert "opaque:cumsum" not in [n.op for n in program.consumed(site)]
 
@@ -283,12 +327,75 @@ def of_its_size(fn, *args):
     return sum(a.size == ROWS * HIDDEN for a in jax.tree.leaves(jax.vjp(fn, *args)[1]))
 
 
-def test_the_result_of_glu_is_not_kept(kernel, monkeypatch):
+@pytest.mark.parametrize("batch", [2, 1])
+def test_the_result_of_glu_is_not_kept(kernel, monkeypatch, batch):
     """The projections are, and where the product runs apart, what it multiplies."""
-    args = given()
+    w, x = given()
+    args = w, x.reshape(batch, -1, WIDTH)
     assert of_its_size(kpt_jax.optimize(mlp), *args) == 2
     monkeypatch.delattr(kernel, "then_linear")
     assert of_its_size(kpt_jax.optimize(mlp), *args) == 3
+
+
+@pytest.mark.parametrize("reader", [jnp.sum, lambda h: h], ids=["read", "returned"])
+def test_an_expression_written_twice_is_computed_once(reader):
+    fast = kpt_jax.optimize(lambda w, x: (gated(w, x) @ w["down"], reader(gated(w, x))))
+    assert str(jax.make_jaxpr(fast)(*given())).count("dot_general") == 3
+
+
+@pytest.fixture
+def proofs(unproved, monkeypatch):
+    """Of sites with their products: the shapes of what each is made on, and of the x that it stands for."""
+    made, standing = [], []
+
+    def compared(kernel, specs, params, compared=pairs._compared):
+        made.append({n: s.shape for n, s in specs.items()})
+        standing.append(stood_for("x", specs["x"].shape))
+        return compared(kernel, specs, params)
+
+    monkeypatch.setattr(pairs, "_compared", compared)
+    return made, standing
+
+
+def wide(hidden=203, tokens=301):
+    def zeros(*shape):
+        return jnp.zeros(shape, "float32")
+
+    return {"gate": zeros(WIDTH, hidden), "up": zeros(WIDTH, hidden), "down": zeros(hidden, WIDTH)}, zeros(2, tokens, WIDTH)
+
+
+def test_a_proof_takes_no_more_memory_than_it_may(proofs, monkeypatch):
+    assert one_call(kpt_jax.plan(mlp, *wide()))
+    monkeypatch.setenv("KPT_CERTIFY_BYTES", "1")
+    assert one_call(kpt_jax.plan(mlp, *wide()))
+    full = {"x": (2, 301, WIDTH), "w_gate": (WIDTH, 203), "w_up": (WIDTH, 203), "w_down": (203, WIDTH)}
+    short = {"x": (2, 141, WIDTH), "w_gate": (WIDTH, 107), "w_up": (WIDTH, 107), "w_down": (107, WIDTH)}
+    assert proofs == ([full, short], 2 * [full["x"]])
+
+
+def test_what_takes_no_short_arrays_runs_apart(proofs, monkeypatch):
+    """The site alone is small enough to be compared, and with its product it is not."""
+    registry.register(dataclasses.replace(registry.get("glu.fake"), version=2,
+                                          accepts=lambda specs, params: None if specs["w_up"].shape[1] == 1111 else "is for 1111"))  # fmt: skip
+    args = wide(1111, 8)
+    program, (site,), _ = default_fusion().find(capture(jax.make_jaxpr(mlp)(*args), "mlp"))
+    monkeypatch.setenv("KPT_CERTIFY_BYTES", str(original_bytes(program, site)))
+    plan = kpt_jax.plan(mlp, *args)
+    assert not one_call(plan) and proofs == ([], []) and [note for note in plan.notes if "runs apart" in note and "is for 1111" in note]
+
+
+def test_a_proof_is_of_the_settings_it_was_made_under(proofs, monkeypatch):
+    for value in ("", "0", ""):
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
+        assert one_call(kpt_jax.plan(mlp, *given()))
+    assert len(proofs[0]) == 2
+
+
+def test_a_plan_for_other_hardware_says_what_will_be_there(proofs, monkeypatch):
+    monkeypatch.setattr(registry, "_kernels", {})
+    registry.register(KernelSpec("glu.fake", "glu", 1, "test", "jax", ("cuda",), "glu_of_this_test:glu", ("float32",), efficiency=1.0))
+    plan = kpt_jax.plan(mlp, *given(), hardware="h100-sxm")
+    assert plan.notes == (f"On h100-sxm, {SAYS[:-1]}, if that is proved there.",) and proofs == ([], [])
 
 
 def test_other_numbers_run_apart(kernel, unproved, monkeypatch, caplog):
