@@ -79,6 +79,6 @@ def in_order(op: str, specs: Mapping[str, Spec]) -> dict[str, Spec]:
 def reduced_specs(match: Match, largest: int = 96) -> dict[str, Spec]:
     """The site's arrays with long dimensions cut short, equal sizes staying equal, and what is left over from tiles left over."""
     sizes = sorted({n for e in match.arrays.values() for n in e.shape if n > largest})
-    to = {n: largest + 32 * i + n % 32 for i, n in enumerate(sizes)}
+    to = {n: largest + 64 * i + n % 64 for i, n in enumerate(sizes)}
     short = {name: Spec(tuple(to.get(n, n) for n in e.shape), e.dtype) for name, e in match.arrays.items()}
     return in_order(match.op, short) | short

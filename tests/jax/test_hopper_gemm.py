@@ -10,6 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 import kpt
 from kpt.errors import KernelError
+from kpt.fusion.program import Match
+from kpt.fusion.site import reduced_specs
+from kpt.graph.expr import Exprs
 from kpt.hardware import hardware_profile
 from kpt.kernels.spec import refusal, unmet
 from kpt.kernels.stand_in import standing_for
@@ -349,3 +352,11 @@ def test_a_proof_at_reduced_size_lets_a_kernel_have_axes_of_its_own(op_name):
 
     match = type("Match", (), {"op": op_name, "params": {}})
     assert FRONT.against_reference(match, specs, stand_in).passed and seen
+
+
+@pytest.mark.parametrize(("x", "n"), [((8, 4096, 4096), 11008), ((16, 2048, 2048), 8192), ((8192, 4096), 14336)])
+def test_a_reduced_size_is_one_that_the_kernel_takes(x, n):
+    """That of a proof against float64, where the call is too large to be run beside its own code."""
+    specs = {"x": Spec(x, "bfloat16"), "w_gate": Spec((x[-1], n), "bfloat16"), "w_up": Spec((x[-1], n), "bfloat16")}
+    match = Match("glu", {name: Exprs().out(0, s) for name, s in specs.items()}, {}, {}, (), "")
+    assert any(refused("glu.pallas_gpu", reduced_specs(match, largest), {}, H100) is None for largest in (96, 512, 1024))
