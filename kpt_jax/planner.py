@@ -20,6 +20,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.arrays import Arrays
+from kpt.strategy.explain import joined
 from kpt.strategy.planner import FrontEnd, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -110,7 +111,7 @@ class Planner(core.Planner):
         program, kept = self.sites_of(graph, path, Example(graph, example).leaves, uncollected, woven)
         together = read_by_linear(program, kept, proved=self.certify != "off")
         if together:
-            self.notes.append(f"{len(together)} sites run in one call with the linear layer that reads them, and keep no result for it.")
+            self.notes.append(joined(len(together)))
         rw = Rewrite(graph, program, [together.get(i, site) for i, site in enumerate(kept)])
         for n, bodies in self.bodies_of(graph, path):
             if n.op in REBUILT:
