@@ -128,7 +128,8 @@ def plan(
     args_from: ArgsFrom = None,
     level: Annotated[str | None, typer.Option(help="conservative, balanced or aggressive.")] = None,
     hardware: Annotated[
-        str | None, typer.Option(help="The chip, which need not be here, as `kpt hardware list` names it, or h100, v5e; unless given, this one.")
+        str | None,
+        typer.Option(help="The chip, which need not be here: h100, v5e, as in `kpt hardware list`. Else KPT_HARDWARE's, or this one."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -290,7 +290,7 @@ def run(
     cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if cpu else "bfloat16")
     if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise KptError("Kernels were to be measured in float64", "JAX has no float64 here: it would make float32 of it", "Set JAX_ENABLE_X64=1")
+        raise KptError("Kernels were to be measured in float64", "JAX has none here: it would make float32 of it", "Set JAX_ENABLE_X64=1")
     names = list(names) or list(BENCHES)
     for name in names:
         if name not in BENCHES:

@@ -526,7 +526,7 @@ def optimize(
       shares its parameters.
 
     Raises:
-      KptError: at once, for an unknown level or hardware, a `plan` that is none or is of another framework, a program of PyTorch, or a class.
+      KptError: at once, for an unknown level or hardware, a `plan` that is none or of another framework, a program of PyTorch, or a class.
     """
     start_logging()
     level = level or config().level

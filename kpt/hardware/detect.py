@@ -16,6 +16,7 @@ from kpt.hardware.cpu import cpu_profile
 from kpt.hardware.host import Host
 from kpt.hardware.profiles import PLATFORMS, PROFILES, HardwareProfile
 
+
 def detect_hardware(
     *,
     platform: str | None = None,

@@ -134,6 +134,13 @@ def test_where_no_contender_is_left_the_rows_say_why(monkeypatch, tmp_path):
         bench.plot({"rows": rows}, tmp_path / "chart.svg")
 
 
+def test_a_chart_is_what_its_name_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"bench": "glu", "shape": (8, 8, 8), "passes": bench.FORWARD, "contender": bench.PLAIN, "of_ceiling": 0.5}
+    bench.plot({"rows": [row]}, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_op_is_measured():
     assert {b.op for b in BENCHES.values()} == set(ops.OPS)
     with pytest.raises(KptError, match="Known are"):
