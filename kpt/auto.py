@@ -35,7 +35,7 @@ class Report:
 
     Attributes:
       function: name of the function or model.
-      hardware: name of the profile.
+      hardware: name of the profile of the machine that was measured, whatever chip the plan is for.
       device: what the arrays were on.
       measured: "forward and backward" for a function that returns a scalar loss, timed with its gradients; any other one is timed
         "as called", with the gradients that it takes itself.
@@ -273,7 +273,8 @@ def auto_optimize(
       fn_or_model: a JAX function, a Flax module, or a torch.nn.Module.
       example_inputs, example_keywords: arguments of one typical call. For a linen module, its variables first.
       level: "conservative", "balanced" or "aggressive".
-      hardware: "auto", a profile's name, or a `HardwareProfile`.
+      hardware: "auto" for what is here, whatever `KPT_HARDWARE` says (a warning tells where it names another chip); or a profile's name, or
+        a `HardwareProfile`, to plan for. The report names what is here.
       budget: for timing kernels, and the program without them: seconds, or "30s", "10m"; 0 to choose by what is known already. The start
         of the process that times them comes besides, and so do the proofs and the measurement of the whole program.
 

@@ -127,6 +127,10 @@ def plan(
     function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="A function, a model, or what returns (either, inputs).")],
     args_from: ArgsFrom = None,
     level: Annotated[str | None, typer.Option(help="conservative, balanced or aggressive.")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="The chip, which need not be here: h100, v5e, as in `kpt hardware list`. Else KPT_HARDWARE's, or this one."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would be swapped in a function or a model, and why.
@@ -134,13 +138,13 @@ def plan(
     Modules are found as by `python -m`, in the current directory first. Its inputs, or arrays like them, come from --args-from, or from a
     factory: a function without parameters that returns (function or model, tuple of its arguments).
 
-    Examples: kpt plan train:loss --args-from train:batch; kpt plan train:model_and_batch
+    Examples: kpt plan train:loss --args-from train:batch; kpt plan train:model_and_batch; kpt plan train:model_and_batch --hardware h100
     """
     with answering(context, as_json):
         target, arguments = _call(function, args_from, "A plan")
         from kpt.auto import front_end as framework_of
 
-        made = _front_end(framework_of(target, arguments), "plan")(target, *arguments, level=level)
+        made = _front_end(framework_of(target, arguments), "plan")(target, *arguments, level=level, hardware=hardware or "auto")
         typer.echo(made.to_json() if as_json else made.explain())
 
 
@@ -153,7 +157,7 @@ def bench(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 unless given; float32 on a CPU.")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="For each contender, about.")] = 0.5,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes, besides.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Where a chart goes, as SVG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where a chart goes: SVG, PNG or PDF, by its name.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure kernels beside the code that they replace.
@@ -163,11 +167,12 @@ def bench(
     the kernels, by CUPTI.
     """
     with answering(context, as_json):
-        from kpt.report import writable
+        from kpt.report import drawable, writable
 
-        for path, what in ((out, "JSON"), (plot, "A chart")):
-            if path is not None:
-                writable(path, what)
+        if out is not None:
+            writable(out, "JSON")
+        if plot is not None:
+            drawable(plot)
         measure = _front_end("kpt_jax.bench", "main")
         say = _console(stderr=as_json)
         result = measure(
@@ -185,7 +190,7 @@ def twin(
     steps: Annotated[int, typer.Option(min=0, help="Training steps whose losses are compared.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     through_kpt: Annotated[bool, typer.Option("--through-kpt", help="Step the JAX model as kpt_jax.optimize rewrites it.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Where a chart of both loss curves goes, as SVG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where a chart of both loss curves goes: SVG, PNG or PDF, by its name.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Step a model that is written twice, in JAX and PyTorch, and find where the two first differ.
@@ -198,11 +203,11 @@ def twin(
     Example: kpt twin tests.models.llama:TWIN --steps 100 --plot losses.svg
     """
     with answering(context, as_json):
-        from kpt.report import Line, line_chart, save, writable
+        from kpt.report import Line, draw, drawable
         from kpt.twin import Twin, compare
 
         if plot is not None:
-            writable(plot, "A chart")
+            drawable(plot)
         found = _attribute(pair)
         if not isinstance(found, Twin):
             raise KptError(f"{pair!r} was given", f"It is of type {type(found).__name__}", "Name a kpt.twin.Twin")
@@ -215,7 +220,7 @@ def twin(
             a, b = result.sides
             lines = [Line(a, xs, result.losses[0], "before"), Line(b, xs, result.losses[1], "after")]
             title = f"Training losses of {result.twin}"
-            save(line_chart(lines, title=title, description=result.explain(), x_label="step", y_label="loss, nats"), plot, lines)
+            draw(lines, plot, title=title, description=result.explain(), x_label="step", y_label="loss, nats")
         typer.echo(result.to_json() if as_json else result.explain())
         if not result.passed:
             raise typer.Exit(NO)

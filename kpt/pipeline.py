@@ -67,7 +67,7 @@ class ProductionPipeline:
       level: "conservative", "balanced" or "aggressive".
       store: folder of the runs: their history, their artifacts, and the steps of a run under way.
       checkpoint_dir: where a model's parameters go, by orbax (`nnx.Module`) or safetensors (`torch.nn.Module`).
-      hardware: "auto", a profile's name, or a `HardwareProfile`.
+      hardware: as `kpt.auto_optimize` takes it.
       budget: for timing kernels: seconds, or "30s", "10m".
       fail_on: the least severity of a regression that fails the gate: "minor", "moderate", "severe" or "never".
       name: of the series of runs; the function's or the class's by default.

@@ -13,6 +13,7 @@ import jax
 
 from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import MissingDependencyError
+from kpt.hardware import planned_elsewhere
 from kpt.strategy import Plan
 from kpt.strategy.leave_out import leave_out
 from kpt.strategy.plan import ORIGINAL
@@ -48,6 +49,11 @@ class Session:
         with self.planning():
             self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
         _, arrays = self.fast.split(self.args, self.kwargs)
+        self.here = here(arrays)
+        if hardware == "auto" and planned_elsewhere(self.here):
+            hardware = self.here
+            self.usable = optimize(fn_or_model, level, hardware)
+            self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
         self.hardware, self.device = profile(hardware, arrays), device_of(arrays).device_kind
         self._programs: dict[Any, Timed] = {}
 
@@ -108,7 +114,7 @@ class Session:
         kept, noise, note = compared(plan, measured, before.seconds, timings[best].seconds)
         chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
         after: Timing = timings[best]
-        return Report(chosen.function, chosen.hardware, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
+        return Report(chosen.function, self.here.name, self.device, measured, before.seconds, after.seconds, before.memory, after.memory,
                       error, kept, noise, chosen, one_program=not plan.sites)  # fmt: skip
 
     def _timed(self, fn: Callable[..., Any]) -> Timed:

@@ -24,13 +24,14 @@ import numpy as np
 import kpt
 from kpt import ops
 from kpt.errors import KptError
+from kpt.hardware import planned_elsewhere
 from kpt.kernels.spec import refusal
 from kpt.kernels.stand_in import standing_for
 from kpt.kernels.validate import validate
 from kpt.ops.base import Spec, Specs
 from kpt.tracking.hooks import record_bench
 from kpt_jax.bench_ops import BENCHES, Bench, Call, nbytes
-from kpt_jax.devices import profile
+from kpt_jax.devices import here
 
 PLAIN = "plain"
 CACHE = 256 * 2**20
@@ -86,7 +87,7 @@ class Ceilings:
 def contenders(bench: Bench, specs: Specs, peers: bool) -> tuple[dict[str, Call], dict[str, str]]:
     """Functions of the op's arrays by name, and the registered kernels that refuse, with their reasons."""
     found, refused = {PLAIN: bench.plain}, {}
-    hardware = profile("auto")
+    hardware = here()
     dtype = specs[ops.op(bench.op).arrays[0]].dtype
     for kernel in (k for k in kpt.registry.kernels(bench.op) if k.framework == "jax"):
         reason = refusal(kernel, bench.op, hardware, dtype, specs, bench.params, "aggressive", "jax")
@@ -240,7 +241,7 @@ def measure(
     flops, moved = bench.cost(specs, backward)
     compute = flops / top.matmul > moved / top.copy
     work, unit, ceiling = (flops, "FLOP/s", top.matmul) if compute else (moved, "B/s", top.copy)
-    for contender, (kernel, wall) in timed(programs, sets, seconds).items():
+    for contender, (kernel, wall) in (timed(programs, sets, seconds) if programs else {}).items():
         quartiles = statistics.quantiles(kernel, n=4)
         memory = programs[contender].memory_analysis()
         rows.append(
@@ -287,8 +288,11 @@ def run(
     Raises:
       KptError: an op or a shape that is not understood.
     """
+    planned_elsewhere(here())
     cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if cpu else "bfloat16")
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise KptError("Kernels were to be measured in float64", "JAX has none here: it would make float32 of it", "Set JAX_ENABLE_X64=1")
     names = list(names) or list(BENCHES)
     for name in names:
         if name not in BENCHES:
@@ -297,6 +301,9 @@ def run(
             if len(shape) != len(BENCHES[name].dims.split()):
                 asked = f"{name} was to be measured at {'x'.join(map(str, shape))}"
                 raise KptError(asked, f"Its shapes are {BENCHES[name].dims.replace(' ', 'x')}", "Give one number for each")
+            if min(shape) < 1:
+                asked = f"{name} was to be measured at {'x'.join(map(str, shape))}"
+                raise KptError(asked, "Arrays without elements take no time", "Give numbers from 1 on")
     top = ceilings(seconds)
     rows: list[Row] = []
     about = {
@@ -316,7 +323,7 @@ def run(
                 found = measure(name, tuple(shape), dtype, backward, top, peers=peers, seconds=seconds)
                 rows += found
                 report(found, result())
-    record_bench(rows, profile("auto").name, jax.devices()[0].device_kind, {"jax": jax.__version__})
+    record_bench(rows, here().name, jax.devices()[0].device_kind, {"jax": jax.__version__})
     return result()
 
 
@@ -340,8 +347,12 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Rates of all contenders as bars, as fractions of the ceiling."""
-    from kpt.report import Bar, bar_chart, save
+    """Rates of all contenders as bars, as fractions of the ceiling.
+
+    Raises:
+      KptError, MissingDependencyError: as `kpt.report.drawable`, or no contender could be measured.
+    """
+    from kpt.report import Bar, draw_bars
 
     measured = [r for r in result["rows"] if not r.get("problem")]
     bars = [
@@ -350,7 +361,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for r in measured
     ]  # fmt: skip
     description = "; ".join(f"{b.label} {b.text}" for b in bars)
-    save(bar_chart(bars, title="Fraction of the measured ceiling", description=description), path)
+    if not bars:
+        raise KptError(f"A chart was to be written to {path}", "No contender could be measured", "The rows say why")
+    draw_bars(bars, path, title="Fraction of the measured ceiling", description=description)
 
 
 def main(names: Sequence[str], shapes: str | None, peers: bool, dtype: str | None, seconds: float, out: Path | None,

@@ -17,8 +17,10 @@ from flax import nnx
 
 import kpt_jax
 from kpt.errors import KptError
+from kpt.hardware import planned_elsewhere
 from kpt.strategy import Plan
 from kpt_jax.demo_model import Config, LanguageModel, next_token_loss
+from kpt_jax.devices import here
 
 STEPS = 200
 SEED = 0
@@ -140,7 +142,9 @@ def prepare(steps: int = STEPS, config: Config | None = None, announce: Callable
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         return next_token_loss(nnx.merge(graphdef, params), tokens)
 
-    fast_loss = kpt_jax.optimize(loss)
+    hardware = here()
+    planned_elsewhere(hardware)
+    fast_loss = kpt_jax.optimize(loss, hardware=hardware)
     tokens = next(batches(text, config.context, 1))
     announce("planning: match, choose, certify")
     start = time.perf_counter()

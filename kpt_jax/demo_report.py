@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
-from kpt.hardware import HardwareProfile, detect_hardware
+from kpt.hardware import HardwareProfile
 from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, line_chart, writable, write
 from kpt_jax.demo import BATCH, STEPS, TOLERANCE, Demo, Variant, prepare, train, versions
+from kpt_jax.devices import here
 
 COMMAND = "kpt demo"
 
@@ -27,7 +28,7 @@ def run(steps: int | None, out: Path, console: Console) -> dict[str, Any]:
     """
     writable(out)
     steps = steps or STEPS
-    hardware = detect_hardware()
+    hardware = here()
     console.print(f"[bold]Hardware[/]  {hardware.model} ({hardware.name})", highlight=False)
     with console.status("starting") as status:
         demo = prepare(steps, announce=status.update)

@@ -316,8 +316,8 @@ class Optimized:
             bad = next((x for s, x in statics if s and not _hashable(x)), None)
             raise KptError(
                 f"An argument of type {type(bad).__name__} was passed to an optimized function",
-                "it is neither an array nor hashable, so it can be neither traced nor part of a cache key",
-                "close over it, or register its type as a pytree with jax.tree_util.register_pytree_node",
+                "It is neither an array nor hashable, so it can be neither traced nor part of a cache key",
+                "Close over it, or register its type as a pytree with jax.tree_util.register_pytree_node",
             ) from None
         return key, dynamic
 
@@ -497,12 +497,12 @@ def nested(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def _readable(plan: Any) -> None:
     if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(f"kpt_jax.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
-                        "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
+        raise PlanError(f"kpt_jax.optimize was given an object of type {type(plan).__name__} as its plan", "It follows a kpt.Plan",
+                        "Read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
     if plan is not None and plan.framework != "jax":
         raise PlanError(f"A plan for {plan.framework} was given to kpt_jax.optimize",
-                        "a site is found again by the structure of the jax program",
-                        "make a plan with kpt_jax.plan")  # fmt: skip
+                        "A site is found again by the structure of the jax program",
+                        "Make a plan with kpt_jax.plan")  # fmt: skip
 
 
 def optimize(
@@ -526,7 +526,7 @@ def optimize(
       shares its parameters.
 
     Raises:
-      KptError: at once, for an unknown level or hardware, a `plan` that is none or is of another framework, or a program of PyTorch.
+      KptError: at once, for an unknown level or hardware, a `plan` that is none or of another framework, a program of PyTorch, or a class.
     """
     start_logging()
     level = level or config().level
@@ -538,10 +538,13 @@ def optimize(
     if modules.is_linen(fn):
         return modules.optimize_linen(fn, level, hardware, plan)
     refuse_other(fn, "jax")
+    if isinstance(fn, type):
+        raise KptError(f"kpt_jax.optimize was given the class {fn.__name__}", "It is no model yet: there may be many of it",
+                       f"Pass a model: {fn.__name__}(...)")  # fmt: skip
     if not callable(fn):
         raise KptError(f"kpt_jax.optimize was given an object of type {type(fn).__name__}",
-                       "it takes a function, an nnx.Module or a linen.Module",
-                       "pass the function that computes, for example the loss")  # fmt: skip
+                       "It takes a function, an nnx.Module or a linen.Module",
+                       "Pass the function that computes, for example the loss")  # fmt: skip
     return Optimized(fn, level, hardware, plan)
 
 

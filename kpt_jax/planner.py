@@ -21,6 +21,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.arrays import Arrays
+from kpt.strategy.explain import joined
 from kpt.strategy.planner import FrontEnd, one_line, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -119,11 +120,10 @@ class Planner(core.Planner):
 
         together = read_by_linear(program, kept, proved_at if self.certify != "off" else None)
         if together:
-            self.notes.append(f"{len(together)} sites run in one call with the linear layer that reads them, and keep no result for it.")
+            self.notes.append(joined(len(together)))
         absent = sum(i < len(self.elsewhere) for i in read_by_linear(program, [*self.elsewhere, *kept])) if self.elsewhere else 0
         if absent:
-            self.notes.append(f"On {self.hardware.name}, {absent} sites run in one call with the linear layer that reads them, and keep no"
-                              " result for it, if that is proved there.")  # fmt: skip
+            self.notes.append(f"On {self.hardware.name}, {joined(absent).removesuffix('.')}, if that is proved there.")
         rw = Rewrite(graph, program, [together.get(i, site) for i, site in enumerate(kept)])
         for n, bodies in self.bodies_of(graph, path):
             if n.op in REBUILT:

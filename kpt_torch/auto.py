@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from kpt.auto import Report, Result, as_written, compared, showing
 from kpt.errors import KptError, MissingDependencyError
+from kpt.hardware import planned_elsewhere
 from kpt.inputs import explained
 from kpt.install import install
 from kpt.strategy import Plan
@@ -57,6 +58,9 @@ class Session:
         self.state = [*leaves, *(b for m in modules for b in m.buffers())]
         self.on = device_of([*weights, *leaves])
         self.device = torch.cuda.get_device_name(self.on) if self.on.type == "cuda" else self.on.type
+        self.here = detected(self.on)
+        if hardware == "auto" and planned_elsewhere(self.here):
+            hardware = self.here
         self.hardware = profile(hardware, self.on)
         self.fast = optimize(fn_or_model, level, hardware)
         with self.planning():
@@ -135,7 +139,7 @@ class Session:
         measured = BOTH if self.trained else AS_CALLED
         kept, noise, note = compared(plan, measured, taken[ORIGINAL], taken[best])
         chosen = dataclasses.replace(plan if kept else as_written(plan, note), notes=(*plan.notes, *notes, note))
-        return Report(chosen.function, chosen.hardware, self.device, measured, taken[ORIGINAL], taken[best], memory[ORIGINAL], memory[best],
+        return Report(chosen.function, self.here.name, self.device, measured, taken[ORIGINAL], taken[best], memory[ORIGINAL], memory[best],
                       error, kept, noise, chosen, one_program=not plan.sites)  # fmt: skip
 
     def result(self, report: Report) -> Result:

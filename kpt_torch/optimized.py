@@ -47,13 +47,13 @@ def optimize(
       The module with `.plan(*inputs)` and `.explain(*inputs)`; a function with the same.
 
     Raises:
-      KptError: at once, for an unknown level or hardware, a `plan` that is none, or a Flax module or JAX function.
+      KptError: at once, for an unknown level or hardware, a `plan` that is none, a Flax module or JAX function, or a class.
     """
     start_logging()
     level = level_named(level or config().level).name
     if plan is not None and not isinstance(plan, Plan):
-        raise PlanError(f"kpt_torch.optimize was given an object of type {type(plan).__name__} as its plan", "it follows a kpt.Plan",
-                        "read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
+        raise PlanError(f"kpt_torch.optimize was given an object of type {type(plan).__name__} as its plan", "It follows a kpt.Plan",
+                        "Read it with Plan.from_json(text) or Plan.load(path)")  # fmt: skip
     if hardware != "auto" or config().hardware != "auto":
         hardware = profile(hardware, torch.device("cpu"))
     if isinstance(module, torch.nn.Module):
@@ -62,9 +62,12 @@ def optimize(
             module = original()
         return _module(module, Settings(level, hardware, plan))
     refuse_other(module, "torch")
+    if isinstance(module, type):
+        raise KptError(f"kpt_torch.optimize was given the class {module.__name__}", "It is no model yet: there may be many of it",
+                       f"Pass a model: {module.__name__}(...)")  # fmt: skip
     if not callable(module):
-        raise KptError(f"kpt_torch.optimize was given an object of type {type(module).__name__}", "it takes an nn.Module or a function",
-                       "pass the module, or the function that computes")  # fmt: skip
+        raise KptError(f"kpt_torch.optimize was given an object of type {type(module).__name__}", "It takes an nn.Module or a function",
+                       "Pass the module, or the function that computes")  # fmt: skip
     return Optimized(module, Settings(level, hardware, plan))
 
 

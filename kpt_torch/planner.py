@@ -22,6 +22,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Explicit
 from kpt.strategy.certify import Leaves, Sides, certify_site, moving_leaves, rounds_on_the_way
+from kpt.strategy.explain import count, joined
 from kpt.strategy.planner import Planner
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -206,10 +207,12 @@ def rewritten(
     for i, j in kept_together(front.captured, program, kept, order, front.device):
         pairs[i] = pairs[j] = i, j, _bound(kept[i][1].pair, kept[i][0])  # type: ignore[attr-defined]
     if pairs:
-        planner.notes.append(f"{len(pairs) // 2} pairs of sites that share their tables run as one launch each.")
+        n = len(pairs) // 2
+        run = "runs as one launch" if n == 1 else "run as one launch each"
+        planner.notes.append(f"{count(n, 'pair')} of sites that share their tables {run}.")
     layers = read_by_linear(front.captured, program, kept, order, front.device)
     if layers:
-        planner.notes.append(f"{len(layers)} sites run in one call with the linear layer that reads them, and keep no result for it.")
+        planner.notes.append(joined(len(layers)))
     read = {n: (i, _bound(kept[i][1].then_linear, kept[i][0])) for n, i in layers.items()}  # type: ignore[attr-defined]
     return rebuilt(Rewrite(front.module, front.captured, program, sites, pairs, read), front.device)
 

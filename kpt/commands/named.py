@@ -75,7 +75,7 @@ def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[An
         raise KptError(f"{what} of {function} was asked for", "It is a class, of which there may be many models",
                        f"Name a model, or a function that returns one and its inputs: return {target.__name__}(...), inputs")  # fmt: skip
     if args_from is not None:
-        arguments = _tuple(attribute(args_from)())
+        arguments = _tuple(_made_by(args_from))
         return target, _taken(target, arguments, f"{what} of {function} was asked for, with what {args_from} returned")
     if required := _required_parameters(target):
         raise KptError(
@@ -89,6 +89,15 @@ def call(function: str, args_from: str | None, what: str) -> tuple[Any, tuple[An
     if not (isinstance(made, tuple) and len(made) == 2 and _is_program(made[0])):
         return target, ()  # a program without arguments
     return made[0], _taken(made[0], _tuple(made[1]), f"{what} of what {function} returned was asked for")
+
+
+def _made_by(args_from: str) -> Any:
+    made, asked, advice = attribute(args_from), f"Arguments from {args_from} were asked for", "Name a function without parameters"
+    if not callable(made):
+        raise KptError(asked, f"It is of type {type(made).__name__}, and is not called", f"{advice} that returns it")
+    if required := _required_parameters(made):
+        raise KptError(asked, f"It is called without arguments, and takes {', '.join(required)}", f"{advice}, or give these defaults")
+    return made()
 
 
 def _tuple(arguments: Any) -> tuple[Any, ...]:

@@ -94,7 +94,7 @@ def schedule(
     shape: Annotated[str | None, typer.Option(help="With --op: numbers with x between, as `kpt bench` has them.")] = None,
     gen: Gen = "v5e",
     plot: Annotated[
-        Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes: SVG or PNG, by its name.")
+        Path | None, typer.Option(help="Where a chart of the longest kernel's units, bundle by bundle, goes: SVG, PNG or PDF, by its name.")
     ] = None,
     jobs: Jobs = None,
     as_json: AsJson = False,

@@ -51,6 +51,7 @@ def tune(
         from kpt.auto import session
         from kpt.console import print_table, progress
         from kpt.console import seconds as words
+        from kpt.hardware import planned_elsewhere
         from kpt.strategy.levels import level_named
         from kpt.strategy.tune import ahead
         from kpt.tuning.trials import seconds_of
@@ -66,6 +67,7 @@ def tune(
             found = session(target, arguments, {}, level, "auto").tune(time)
         else:
             calls, runner = _front(framework or "jax", "calls")(op or (), dtype), _front(framework or "jax", "runner")()
+            planned_elsewhere(runner.hardware)
             if dtype is not None:
                 _possible(dtype, {c.op for c in calls}, runner)
             with progress() as bar:

@@ -30,7 +30,7 @@ class FusionRegistry:
           GraphError: the name is taken.
         """
         if name in self.patterns:
-            raise GraphError(f"pattern {name!r} is registered twice", "names are unique", "choose another name")
+            raise GraphError(f"pattern {name!r} is registered twice", "Names are unique", "Choose another name")
         self.patterns[name] = pattern
 
     def find(self, graph: Graph, accept: Callable[[Match], str | None] = lambda m: None) -> tuple[Program, list[Match], list[NearMiss]]:

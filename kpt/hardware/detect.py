@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from kpt.config import setting
-from kpt.errors import HardwareError, KptError
+from kpt.errors import HardwareError
 from kpt.hardware import probes
 from kpt.hardware.cpu import cpu_profile
 from kpt.hardware.host import Host
-from kpt.hardware.profiles import PLATFORMS, PROFILES, HardwareProfile, hardware_profile
-
-_log = logging.getLogger("kpt")
+from kpt.hardware.profiles import PLATFORMS, PROFILES, HardwareProfile
 
 
 def detect_hardware(
@@ -29,9 +27,9 @@ def detect_hardware(
 ) -> HardwareProfile:
     """The chip that this process runs on. Whatever the host is like, it returns; `notes` say what could not be read.
 
-    `KPT_HARDWARE` overrules detection; a name that it misspells is logged and noted, and detection goes on. A TPU is
-    looked for first, then NVIDIA, AMD and Intel GPUs, then the CPU, and the first that is there is taken. No framework,
-    metadata server or TPU runtime is touched.
+    `KPT_HARDWARE`, which is what plans are for, changes nothing here. A TPU is looked for first, then NVIDIA, AMD and
+    Intel GPUs, then the CPU, and the first that is there is taken. No framework, metadata server or TPU runtime is
+    touched.
 
     Args:
       platform: look for this kind alone: "tpu", "cuda", "rocm", "xpu" or "cpu". A framework that has settled on one
@@ -49,13 +47,6 @@ def detect_hardware(
         raise HardwareError(f"Hardware of platform {platform!r} was asked for", f"Known are {', '.join(PLATFORMS)}", "Pass one of them")
     here = os.fspath(root) == "/"
     host = Host(pathlib.Path(root), os.environ if environ is None else environ, _affinity() if here else None)
-    try:
-        named = setting("hardware", host.environ)
-        if named != "auto":
-            return hardware_profile(named)
-    except KptError as e:
-        _log.warning("%s", e)
-        host.notes.append(str(e))
     accelerators: Mapping[str, Callable[[Host], HardwareProfile | None]] = {
         "tpu": probes.tpu,
         "cuda": lambda host: probes.cuda(host, nvml, model),
@@ -71,6 +62,15 @@ def detect_hardware(
         host.notes.append(f"{platform}: none was found; this is the CPU")
     found = _tried(host, "cpu", cpu_profile) or PROFILES["cpu"]
     return dataclasses.replace(found, notes=(*found.notes, *host.notes))
+
+
+def planned_elsewhere(here: HardwareProfile) -> bool:
+    """Whether `KPT_HARDWARE` names another chip than the one that is here and is about to be measured; then a warning says so."""
+    named = setting("hardware", os.environ)
+    if named in ("auto", here.name):
+        return False
+    warnings.warn(f"KPT_HARDWARE is {named}; what is measured is this machine, {here.name}.", stacklevel=3)
+    return True
 
 
 def _tried(host: Host, name: str, probe: Callable[[Host], HardwareProfile | None]) -> HardwareProfile | None:

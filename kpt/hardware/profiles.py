@@ -227,6 +227,12 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 """Other names that `hardware_profile` takes."""
 
 
+def _as_typed(name: str) -> str:
+    """A profile's name with the short one that it goes by."""
+    short = min((alias for alias, of in ALIASES.items() if of == name), key=len, default=name)
+    return f"{name} ({short})" if len(short) < len(name) else name
+
+
 def hardware_profile(name: str) -> HardwareProfile:
     """The profile of that name or alias ("h100" is "h100-sxm", "v5e" is "tpu-v5e"), in any case, with any separators.
 
@@ -240,7 +246,8 @@ def hardware_profile(name: str) -> HardwareProfile:
         near = list(dict.fromkeys(ALIASES.get(n, n) for n in near))
         raise HardwareError(
             f"Hardware {name!r} was asked for",
-            f"Near it are {', '.join(near)}" if near else f"Known are {', '.join(PROFILES)}",
+            f"Near it {'is' if len(near) == 1 else 'are'} {', '.join(map(_as_typed, near))}" if near
+            else f"Known are {', '.join(map(_as_typed, PROFILES))}",
             "Pass one of kpt.hardware.PROFILES, or describe yours with HardwareProfile.from_json",
         )
     return PROFILES[key]

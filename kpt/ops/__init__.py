@@ -35,7 +35,7 @@ def op(name: str) -> Op:
     """
     if name not in OPS:
         near = difflib.get_close_matches(name, OPS, n=3)
-        raise OpError(f"Op {name!r} was asked for", f"the ops are {', '.join(OPS)}", f"did you mean {near[0]!r}?" if near else "")
+        raise OpError(f"Op {name!r} was asked for", f"The ops are {', '.join(OPS)}", f"Did you mean {near[0]!r}?" if near else "")
     return OPS[name]
 
 

@@ -27,8 +27,8 @@ def infer(specs: Specs, mask: Mask = Mask(), scale: float | None = None, logits_
     sh.out_dtype(NAME, out_dtype)
     sh.soft_cap(NAME, logits_soft_cap)
     if mask.additive and not math.isfinite(mask.fill):
-        raise OpError(f"{NAME} was given a mask that adds {mask.fill}", "what is added to a hidden score is finite",
-                      "use additive=False to replace hidden scores")  # fmt: skip
+        raise OpError(f"{NAME} was given a mask that adds {mask.fill}", "What is added to a hidden score is finite",
+                      "Use additive=False to replace hidden scores")  # fmt: skip
     for name, layout in (("q", "[B, T, N, H]"), ("k", "[B, S, K, H]"), ("v", "[B, S, K, Hv]")):
         sh.rank(NAME, specs, name, 4, layout)
     sh.floats(NAME, specs, "q", "k", "v", "bias")
@@ -38,17 +38,17 @@ def infer(specs: Specs, mask: Mask = Mask(), scale: float | None = None, logits_
     sh.shaped(NAME, specs, "k", (b, s, kv, h))
     sh.shaped(NAME, specs, "v", (b, s, kv, specs["v"].shape[3]))
     if (kv == 0 and n) or (kv and n % kv):
-        raise OpError(f"{NAME} was given {n} query heads and {kv} key heads", "every key head serves as many query heads",
-                      "make the number of query heads a multiple of the key heads")  # fmt: skip
+        raise OpError(f"{NAME} was given {n} query heads and {kv} key heads", "Every key head serves as many query heads",
+                      "Make the number of query heads a multiple of the key heads")  # fmt: skip
     for name in mask.operands:
         if name not in specs:
-            raise OpError(f"{NAME} has a mask that reads {name}", "it was not given", f"pass {name}=")
+            raise OpError(f"{NAME} has a mask that reads {name}", "It was not given", f"Pass {name}=")
     for name in ("keep", "bias"):
         if name in specs:
             sh.rank(NAME, specs, name, 4, "[B or 1, N or 1, T or 1, S or 1]")
             if any(d not in (1, full) for d, full in zip(specs[name].shape, (b, n, t, s), strict=True)):
-                raise OpError(f"{NAME} was given {name}{list(specs[name].shape)}", f"each dim is 1 or that of {[b, n, t, s]}",
-                              "broadcast it")  # fmt: skip
+                raise OpError(f"{NAME} was given {name}{list(specs[name].shape)}", f"Each dim is 1 or that of {[b, n, t, s]}",
+                              "Broadcast it")  # fmt: skip
     sh.integers(NAME, specs, "q_segment_ids", "kv_segment_ids", "kv_lengths")
     for name, want in (("q_segment_ids", (b, t)), ("kv_segment_ids", (b, s)), ("kv_lengths", (b,))):
         sh.shaped(NAME, specs, name, want)

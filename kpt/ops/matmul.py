@@ -25,7 +25,7 @@ def infer(specs: Specs, out_dtype: str | None = None) -> tuple[Spec, ...]:
     if not exact:
         sh.out_dtype(NAME, out_dtype)
     elif out_dtype not in (None, "int32"):
-        raise OpError(f"{NAME} of int8 was asked for in {out_dtype}", "its sums are int32", "cast the result")
+        raise OpError(f"{NAME} of int8 was asked for in {out_dtype}", "Its sums are int32", "Cast the result")
     sh.rank(NAME, specs, "a", 2, "[M, K]")
     sh.rank(NAME, specs, "b", 2, "[K, N]")
     if not exact:

@@ -29,7 +29,7 @@ def infer(specs: Specs, interleaved: bool = False, out_dtype: str | None = None)
     cb, ct, r = specs["cos"].shape
     if cb not in (1, b) or ct != t or r % 2 or r > h:
         raise OpError(f"{NAME} was given cos{list(specs['cos'].shape)} for x{list(specs['x'].shape)}",
-                      "cos is [B or 1, T, R] with R even and at most the head dim", "check positions and rotary dim")  # fmt: skip
+                      "cos is [B or 1, T, R] with R even and at most the head dim", "Check positions and rotary dim")  # fmt: skip
     sh.shaped(NAME, specs, "sin", specs["cos"].shape)
     return (Spec(specs["x"].shape, out_dtype or specs["x"].dtype),)
 

@@ -31,10 +31,10 @@ def named(op: str, specs: Specs, arrays: Sequence[str], optional: Sequence[str] 
     """Every required array is there, and none that the op does not know."""
     for n in arrays:
         if n not in specs:
-            raise OpError(f"{op} was called without {n}", f"it needs {', '.join(arrays)}", f"pass {n}=")
+            raise OpError(f"{op} was called without {n}", f"It needs {', '.join(arrays)}", f"Pass {n}=")
     for n in specs:
         if n not in arrays and n not in optional:
-            raise OpError(f"{op} was given an array {n}", f"it takes {', '.join((*arrays, *optional))}", "check the name")
+            raise OpError(f"{op} was given an array {n}", f"It takes {', '.join((*arrays, *optional))}", "Check the name")
 
 
 def keywords(op: Op, given: Collection[str], others: Collection[str] = ()) -> None:
@@ -43,55 +43,55 @@ def keywords(op: Op, given: Collection[str], others: Collection[str] = ()) -> No
     for n in given:
         if n not in known and n not in others:
             near = difflib.get_close_matches(n, (*known, *others), n=1)
-            advice = f"did you mean {near[0]}?" if near else "check the name"
-            raise OpError(f"{op.name} was given {n}", f"it takes {', '.join(known)}", advice)
+            advice = f"Did you mean {near[0]}?" if near else "Check the name"
+            raise OpError(f"{op.name} was given {n}", f"It takes {', '.join(known)}", advice)
     for n in (*op.arrays, *(p for p, default in op.params.items() if default is REQUIRED)):
         if n not in given:
-            raise OpError(f"{op.name} was called without {n}", f"it takes {', '.join(known)}", f"pass {n}=")
+            raise OpError(f"{op.name} was called without {n}", f"It takes {', '.join(known)}", f"Pass {n}=")
 
 
 def floats(op: str, specs: Specs, *names: str) -> None:
     for n in names:
         if n in specs and specs[n].dtype not in FLOATS:
-            raise OpError(f"{op} was given {n} of {specs[n].dtype}", f"it takes {', '.join(sorted(FLOATS))}", "cast it first")
+            raise OpError(f"{op} was given {n} of {specs[n].dtype}", f"It takes {', '.join(sorted(FLOATS))}", "Cast it first")
 
 
 def integers(op: str, specs: Specs, *names: str) -> None:
     for n in names:
         if n in specs and not specs[n].dtype.startswith(("int", "uint")):
-            raise OpError(f"{op} was given {n} of {specs[n].dtype}", "it takes integers", "cast it first")
+            raise OpError(f"{op} was given {n} of {specs[n].dtype}", "It takes integers", "Cast it first")
 
 
 def booleans(op: str, specs: Specs, *names: str) -> None:
     for n in names:
         if n in specs and specs[n].dtype != "bool":
-            raise OpError(f"{op} was given {n} of {specs[n].dtype}", "it takes bool", "compare it with 0 first")
+            raise OpError(f"{op} was given {n} of {specs[n].dtype}", "It takes bool", "Compare it with 0 first")
 
 
 def rank(op: str, specs: Specs, name: str, wanted: int, layout: str) -> None:
     if len(specs[name].shape) != wanted:
-        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"{name} has layout {layout}", "reshape or transpose it")
+        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"{name} has layout {layout}", "Reshape or transpose it")
 
 
 def at_least(op: str, specs: Specs, name: str, least: int, layout: str) -> None:
     if len(specs[name].shape) < least:
-        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"{name} has layout {layout}", "reshape it")
+        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"{name} has layout {layout}", "Reshape it")
 
 
 def shaped(op: str, specs: Specs, name: str, wanted: Sequence[int]) -> None:
     if name in specs and specs[name].shape != tuple(wanted):
-        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"beside the other arrays it must be {list(wanted)}",
-                      "check the order of its dimensions")  # fmt: skip
+        raise OpError(f"{op} was given {name}{list(specs[name].shape)}", f"Beside the other arrays it must be {list(wanted)}",
+                      "Check the order of its dimensions")  # fmt: skip
 
 
 def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
-        raise OpError(f"{op} was asked for {name}={value!r}", f"it takes {', '.join(map(repr, allowed))}", "choose one of these")
+        raise OpError(f"{op} was asked for {name}={value!r}", f"It takes {', '.join(map(repr, allowed))}", "Choose one of these")
 
 
 def within(op: str, name: str, value: Any, holds: bool, domain: str) -> None:
     if not holds:  # false for NaN too
-        raise OpError(f"{op} was asked for {name}={value!r}", f"{name} is {domain}", "choose another")
+        raise OpError(f"{op} was asked for {name}={value!r}", f"{name} is {domain}", "Choose another")
 
 
 def soft_cap(op: str, cap: float | None) -> None:

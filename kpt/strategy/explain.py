@@ -34,6 +34,13 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def joined(n: int) -> str:
+    """What a plan notes of sites that are one call with the layer after them."""
+    one = n == 1
+    return (f"{count(n, 'site')} {'runs' if one else 'run'} in one call with the linear layer that reads {'it' if one else 'them'}, and"
+            f" {'keeps' if one else 'keep'} no result for it.")  # fmt: skip
+
+
 def _table(sites: Iterable[Site]) -> list[str]:
     groups: dict[tuple, list[Site]] = {}
     for s in sites:

@@ -104,21 +104,21 @@ def attention(
 def _check(q: Any, k: Any, v: Any, operands: dict[str, Any]) -> None:
     shapes = f"attention of q{list(q.shape)} k{list(k.shape)} v{list(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
-        raise OpError(shapes, "q, k and v have rank 4: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]", "add the missing dims")
+        raise OpError(shapes, "q, k and v have rank 4: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]", "Add the missing dims")
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, k.shape
     if k.shape != (b, s, kv_heads, h) or v.shape[:3] != (b, s, kv_heads):
-        raise OpError(shapes, "q, k and v share batch; k and v share length and heads; q and k share head dim", "check the axes")
+        raise OpError(shapes, "q, k and v share batch; k and v share length and heads; q and k share head dim", "Check the axes")
     if (kv_heads == 0 and n) or (kv_heads and n % kv_heads):
-        raise OpError(shapes, f"{n} query heads do not divide over {kv_heads} kv heads", "make N a multiple of K")
+        raise OpError(shapes, f"{n} query heads do not divide over {kv_heads} kv heads", "Make N a multiple of K")
     whole = {"q_segment_ids": (b, t), "kv_segment_ids": (b, s), "kv_lengths": (b,)}
     for name, x in operands.items():
         if x is None:
-            raise OpError(f"{shapes} with a mask that reads {name}", f"{name} was not given", f"pass {name}=")
+            raise OpError(f"{shapes} with a mask that reads {name}", f"{name} was not given", f"Pass {name}=")
         full = whole.get(name)
         fits = x.shape == full if full else x.ndim == 4 and all(d in (1, e) for d, e in zip(x.shape, (b, n, t, s), strict=True))
         if not fits:
             want = list(full) if full else f"rank 4, each dim 1 or that of {[b, n, t, s]}"
-            raise OpError(f"{shapes} with {name}{list(x.shape)}", f"{name} must be {want}", "broadcast or reshape it")
+            raise OpError(f"{shapes} with {name}{list(x.shape)}", f"{name} must be {want}", "Broadcast or reshape it")
 
 
 def _block_sizes(queries: int, keys: int, heads: int) -> dict[str, int]:

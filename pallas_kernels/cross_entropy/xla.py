@@ -49,9 +49,9 @@ def check(asked: str, rows: tuple[int, ...], labels: jax.Array, invalid: str) ->
     """
     if labels.shape != rows or not jnp.issubdtype(labels.dtype, jnp.integer):
         got = f"{asked} with labels {labels.dtype}{list(labels.shape)}"
-        raise OpError(got, f"labels are integers {list(rows)}", "check the axes")
+        raise OpError(got, f"labels are integers {list(rows)}", "Check the axes")
     if invalid not in INVALID:
-        raise OpError(f"{asked} with invalid={invalid!r}", f"invalid is one of {INVALID}", "choose one")
+        raise OpError(f"{asked} with invalid={invalid!r}", f"invalid is one of {INVALID}", "Choose one")
     return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
 
 

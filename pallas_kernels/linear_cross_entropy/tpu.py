@@ -101,7 +101,7 @@ def linear_cross_entropy(
     """
     asked = f"linear_cross_entropy of x{list(x.shape)} w{list(w.shape)}"
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0]:
-        raise OpError(asked, "x is [..., K], w is [K, V]", "check the axes")
+        raise OpError(asked, "x is [..., K], w is [K, V]", "Check the axes")
     labels = check(asked, x.shape[:-1], labels, invalid)
     dtype = jnp.promote_types(x.dtype, w.dtype)
 

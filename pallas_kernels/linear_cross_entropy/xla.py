@@ -81,10 +81,10 @@ def check_arrays(
     """The labels, as `check` gives them. Raises `OpError` unless the shapes fit and `invalid` is known."""
     asked = f"linear_cross_entropy of x{list(x.shape)} w{list(w.shape)}" + ("" if b is None else f" b{list(b.shape)}")
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):
-        raise OpError(asked, "x is [..., K], w is [K, V], b is [V]", "check the axes")
+        raise OpError(asked, "x is [..., K], w is [K, V], b is [V]", "Check the axes")
     labels = check(asked, x.shape[:-1], labels, invalid)
     if weights is not None and weights.shape != labels.shape:
-        raise OpError(f"{asked} weights{list(weights.shape)}", "weights are [...], one a token", "check the axes")
+        raise OpError(f"{asked} weights{list(weights.shape)}", "weights are [...], one a token", "Check the axes")
     return labels
 
 

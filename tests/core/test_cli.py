@@ -132,6 +132,8 @@ ERRORS = [
     (("tune", "--program", "users:double", "--op", "rope"), REFUSED, ["--program", "--op"]),
     (("tune", "--op", "rope", "--args-from", "users:pair"), REFUSED, ["--args-from", "--program"]),
     (("plan", "users.py:double"), REFUSED, ["without .py: users:double"]),
+    (("plan", "users:double", "--args-from", "users:double"), REFUSED, ["users:double", "called without arguments, and takes x"]),
+    (("plan", "users:double", "--args-from", "users:number"), REFUSED, ["users:number", "of type int, and is not called"]),
     (("plan", "users:double", "--args-from", "users:fails"), CRASHED, ["ZeroDivisionError", "--debug"]),
     (("plan", "users:Model"), REFUSED, ["It is a class", "return Model(...), inputs"]),
     (("plan", "users:half_a_factory"), REFUSED, ["what users:half_a_factory returned", "2 positional arguments", "one tuple"]),
@@ -364,6 +366,42 @@ def test_where_results_go_is_asked_before_anything_is_measured(tmp_path, monkeyp
     monkeypatch.setattr("kpt.cli._front_end", lambda *_: lambda *_: 1 // 0)
     result = call(*command, str(tmp_path / name))
     assert result.exit_code == REFUSED and says in result.stderr, result.output
+
+
+PLANNED = """
+import jax
+import jax.numpy as jnp
+
+
+def norm(x):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def program():
+    return norm, jnp.ones((16384, 4096), jnp.bfloat16)
+"""
+
+
+def test_a_plan_for_another_chip_is_the_same_by_option_and_by_variable(module, monkeypatch):
+    """Neither certified nor run here: what is here is what is detected, whatever plans are for."""
+    devices = pytest.importorskip("kpt_jax.devices")
+    module("planned", PLANNED)
+    by_option = json.loads(call("plan", "planned:program", "--hardware", "h100", "--json").stdout)
+    devices._detected.cache_clear()
+    monkeypatch.setenv("KPT_HARDWARE", "h100")
+    assert json.loads(call("plan", "planned:program", "--json").stdout) == by_option
+    (site,) = by_option["sites"]
+    assert by_option["hardware"] == "h100-sxm" and site["kernel"].startswith("rms_norm.pallas_gpu")
+    assert "Not certified and not run on this machine (cpu)" in site["reason"]
+
+
+def test_which_kernels_run_here_is_asked_of_what_is_here(monkeypatch):
+    told = {}
+    for chip in ("auto", "h100"):
+        monkeypatch.setenv("KPT_HARDWARE", chip)
+        told[chip] = json.loads(call("doctor", "--json").stdout)
+    assert told["h100"]["kernels"] == told["auto"]["kernels"] and told["h100"]["settings"]["hardware"] == "h100-sxm"
+    assert told["h100"]["hardware"]["name"] == told["auto"]["hardware"]["name"]
 
 
 def test_doctor_shows_the_settings_and_refuses_wrong_ones(monkeypatch):

@@ -37,7 +37,8 @@ GOOD = [
     ("log_level", "DEBUG", "debug"),
 ]
 BAD = [
-    ("hardware", "h1000", "h100-sxm"),
+    ("hardware", "h1000", "Near it are h100-sxm (h100)"),
+    ("hardware", "abacus", "h100-sxm (h100)"),
     ("level", "reckless", "conservative, balanced, aggressive"),
     ("certify", "yes", "full, random, off"),
     ("certify_bytes", "much", "GiB"),

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kpt.errors import HardwareError
-from kpt.hardware import PLATFORMS, PROFILES, HardwareProfile, detect_hardware, hardware_profile
+from kpt.hardware import PLATFORMS, PROFILES, HardwareProfile, detect_hardware, hardware_profile, planned_elsewhere
 
 GIB = 1 << 30
 FLAGS_V3 = "cx16 popcnt ssse3 sse4_1 sse4_2 avx avx2 bmi1 bmi2 f16c fma abm movbe"
@@ -260,7 +260,6 @@ NOTED = [
     ("Intel integrated graphics", drm("card0", 0x8086, 0x9A49, "0000:00:02.0"), {}, None, "cpu", None),
     ("another Intel card", drm("card0", 0x8086, 0x56A0), {}, None, "xpu-unknown", "no Intel GPU 0x56a0"),
     ("a card of another vendor", drm("card0", 0x1A03, 0x2000), {}, None, "cpu", None),
-    ("a misspelt KPT_HARDWARE", {}, {"KPT_HARDWARE": "h1000"}, None, "cpu", "KPT_HARDWARE is 'h1000'"),
 ]  # fmt: skip
 
 
@@ -298,10 +297,17 @@ def test_nvml_is_not_loaded_where_there_is_no_driver(tmp_path, monkeypatch):
     assert accelerator(tmp_path, {"dev/nvidiactl": ""}).name == "l4"
 
 
-@pytest.mark.parametrize("asked", ["h100", "tpu-v5e", "cpu"])
-def test_the_setting_overrules_what_is_there(tmp_path, asked):
-    found = accelerator(tmp_path, pci("0000:00:04.0", 0x1AE0, 0x006F), {"KPT_HARDWARE": asked}, Nvml(TWO))
-    assert found == hardware_profile(asked)
+@pytest.mark.parametrize("asked", ["h100", "tpu-v5e", "cpu", "abacus"])
+def test_the_chip_that_plans_are_for_does_not_change_what_is_there(tmp_path, asked):
+    assert accelerator(tmp_path, nvml=Nvml(TWO), environ={"KPT_HARDWARE": asked}) == accelerator(tmp_path, nvml=Nvml(TWO))
+
+
+@pytest.mark.parametrize("asked, other", [("h100", True), ("cpu", False), ("auto", False), ("", False)])
+def test_what_measures_says_where_plans_are_for_another_chip(monkeypatch, recwarn, asked, other):
+    monkeypatch.setenv("KPT_HARDWARE", asked)
+    assert planned_elsewhere(hardware_profile("cpu")) is other
+    said = [str(w.message) for w in recwarn]
+    assert said == (["KPT_HARDWARE is h100-sxm; what is measured is this machine, cpu."] if other else [])
 
 
 def test_one_platform_can_be_asked_for(tmp_path):

@@ -163,11 +163,11 @@ def test_a_profile_is_found_by_name_and_alias(asked, name):
 @pytest.mark.parametrize(
     ("asked", "suggested"),
     [
-        ("h1000", "h100-sxm"),
-        ("tpu-v5", "tpu-v5e"),
+        ("h1000", "h100-sxm (h100)"),
+        ("tpu-v5", "tpu-v5e (v5e)"),
         ("mi300", "mi300x"),
-        ("a10", "a100-sxm-80gb"),
-        ("rtx-409", "rtx-4090"),
+        ("a10", "a100-sxm-80gb (a100)"),
+        ("rtx-409", "rtx-4090 (4090)"),
     ],
 )
 def test_a_near_miss_is_told_what_it_may_have_meant(asked, suggested):

@@ -17,7 +17,7 @@ from kpt.kernels import registry
 from kpt.kernels.estimate import seconds
 from kpt.kernels.spec import OtherHardware
 from kpt.ops import Spec, op
-from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, drawable, line_chart, render, save, writable, write
+from kpt.report import Bar, Figure, Line, Report, Table, bar_chart, draw, draw_bars, drawable, line_chart, render, save, writable, write
 from kpt.report.html import groups
 from kpt.report.roofline import roofline
 from kpt.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
@@ -224,7 +224,7 @@ def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path)
     assert [e.text for e in svg.iter(f"{NS}text")][-2:] == ["a < b", WORDS["title"]]
 
 
-@pytest.mark.parametrize("name, says", [("chart.pdf", "SVG or PNG"), ("chart", "SVG or PNG"), ("none/chart.svg", "no folder"), ("none/chart.png", "no folder")])
+@pytest.mark.parametrize("name, says", [("chart.gif", "SVG, PNG or PDF"), ("chart", "SVG, PNG or PDF"), ("none/chart.svg", "no folder"), ("none/chart.png", "no folder")])
 def test_a_chart_that_cannot_be_written_is_refused(tmp_path, name, says):
     with pytest.raises(KptError, match=says):
         drawable(tmp_path / name)
@@ -234,6 +234,15 @@ def test_a_png_without_matplotlib_is_refused_with_the_install_line(tmp_path, mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="pip install matplotlib"):
         drawable(tmp_path / "chart.png")
+
+
+@pytest.mark.parametrize("suffix, begins", [("svg", b"<svg"), ("png", b"\x89PNG"), ("PDF", b"%PDF")])
+def test_a_chart_is_written_as_its_name_says(tmp_path, suffix, begins):
+    if suffix != "svg":
+        pytest.importorskip("matplotlib")
+    draw_bars([Bar("a", 1.0, "1", "before"), Bar("b", 2.0, "2", "after")], tmp_path / f"bars.{suffix}", title="t", description="d")
+    draw([Line("a", [0, 1], [1.0, 2.0], "after")], tmp_path / f"lines.{suffix}", **WORDS)
+    assert all(p.read_bytes().startswith(begins) for p in tmp_path.iterdir())
 
 
 def a_site(kernel, rows, **more):

@@ -62,6 +62,16 @@ def timed(monkeypatch, **seconds):
     return seen
 
 
+def test_what_is_here_is_optimized_and_named_whatever_plans_are_for(monkeypatch):
+    timed(monkeypatch, before=2.0, after=1.0)
+    monkeypatch.setenv("KPT_HARDWARE", "h100")
+    with pytest.warns(UserWarning, match="KPT_HARDWARE is h100-sxm; what is measured is this machine, cpu"):
+        result = kpt.auto_optimize(loss, *arrays(), budget=0)
+    assert result.report.hardware == result.plan.hardware == result.fn.plan(*arrays()).hardware == "cpu" and result.report.kept
+    asked = kpt.auto_optimize(loss, *arrays(), budget=0, hardware="h100")
+    assert (asked.report.hardware, asked.plan.hardware) == ("cpu", "h100-sxm")
+
+
 def test_what_wins_is_kept(monkeypatch, tmp_path):
     timed(monkeypatch, before=2.0, after=1.0)
     result = kpt.auto_optimize(loss, *arrays())

@@ -94,7 +94,9 @@ def test_inputs_rotate_past_the_cache():
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["softmax"], "Known are"), (["rms_norm", "--shapes", "64"], "ROWSxWIDTH"), (["rms_norm", "--shapes", "axb"], "numbers")],
+    [(["softmax"], "Known are"), (["rms_norm", "--shapes", "64"], "ROWSxWIDTH"), (["rms_norm", "--shapes", "axb"], "numbers"),
+     (["glu", "--shapes", "0x128x512"], "Arrays without elements"), (["attention", "--shapes", "1x0x2x2x8"], "Arrays without elements"),
+     (["glu", "--shapes", "64x32x64", "--dtype", "float64"], "JAX_ENABLE_X64=1"), (["glu", "--plot", "chart.gif"], "SVG, PNG or PDF")],
 )
 def test_a_request_that_is_not_understood(arguments, said):
     result = CliRunner().invoke(app, ["bench", *arguments])
@@ -112,6 +114,31 @@ def test_json_chart_and_table(tmp_path):
     assert {r["passes"] for r in printed["rows"]} == {bench.FORWARD, bench.BOTH}
     assert "rms_norm 32x1024 float32 forward" in result.stderr and "ms [" in result.stderr
     assert ET.parse(chart).getroot().tag.endswith("svg")
+
+
+def test_the_machine_that_is_there_is_measured_and_named_whatever_plans_are_for(monkeypatch):
+    recorded = []
+    monkeypatch.setenv("KPT_HARDWARE", "h100")
+    monkeypatch.setattr(bench, "record_bench", lambda rows, hardware, *_: recorded.append((hardware, list(rows))))
+    with pytest.warns(UserWarning, match="this machine, cpu"):
+        bench.run(["rms_norm"], [(8, 128)], seconds=0)
+    ((hardware, rows),) = recorded
+    assert hardware == "cpu" and "rms_norm.xla" in {r.contender for r in rows if r.problem is None}
+
+
+def test_where_no_contender_is_left_the_rows_say_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "certified", lambda *_: (0.0, "wrong"))
+    rows = bench.run(["rms_norm"], [(8, 128)], seconds=0)["rows"]
+    assert {r["contender"]: r["problem"] for r in rows}[bench.PLAIN] == "wrong"
+    with pytest.raises(KptError, match="No contender could be measured"):
+        bench.plot({"rows": rows}, tmp_path / "chart.svg")
+
+
+def test_a_chart_is_what_its_name_says(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"bench": "glu", "shape": (8, 8, 8), "passes": bench.FORWARD, "contender": bench.PLAIN, "of_ceiling": 0.5}
+    bench.plot({"rows": [row]}, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_op_is_measured():

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import kpt_jax
-from kpt.errors import ConfigError, HardwareError, PlanError, ValidationError
+from kpt.errors import ConfigError, GraphError, HardwareError, KptError, PlanError, ValidationError
 from kpt.kernels import KernelSpec, registry
 from kpt.strategy import Plan
 from kpt.strategy.tune import to_time
@@ -253,3 +254,31 @@ def test_what_an_estimate_left_can_be_timed():
     left = [s for s in plan.skipped if "no kernel is estimated to be faster" in s.reason]
     assert [s.op for s in left] == ["rope"] and not plan.sites
     assert left[0].specs["x"].shape == (2, 256, 4, 128) and to_time(plan) == left
+
+
+@pytest.mark.parametrize("of", [nnx.Linear, linen.Dense], ids=lambda c: c.__module__)
+def test_a_class_is_no_model(of):
+    with pytest.raises(KptError, match=rf"the class {of.__name__}\. .*Pass a model: {of.__name__}\(\.\.\.\)"):
+        kpt_jax.optimize(of)
+
+
+def test_a_branch_in_python_raises_as_under_jit_and_is_explained_where_a_plan_is_asked_for():
+    """docs/troubleshooting.md, GraphError."""
+
+    def branches(x):
+        return x if x.sum() > 0 else -x
+
+    fast, x = kpt_jax.optimize(branches), jnp.ones(3)
+    for call in (fast, fast.plan, fast.explain):
+        with pytest.raises(jax.errors.TracerBoolConversionError):
+            call(x)
+    with pytest.raises(GraphError, match="jax.lax.cond"):
+        kpt_jax.plan(branches, x)
+
+
+def test_a_plan_of_another_program_is_named_in_the_notes():
+    """docs/troubleshooting.md, PlanError."""
+    given = kpt_jax.plan(lambda x: normalised(x, 2.0), jnp.ones((4, D)))
+    fast, x = kpt_jax.optimize(lambda x: jnp.tanh(x), plan=given), jnp.ones((4, D))
+    np.testing.assert_allclose(fast(x), jnp.tanh(x))
+    assert any("names rms_norm at rms_norm0" in note and "does not have" in note for note in fast.plan(x).notes)

@@ -28,7 +28,7 @@ from tests.jax import plain_kernels
 from tests.jax.certified import mesh_of_one
 
 WIDTH, HIDDEN, ROWS = 24, 40, 16
-SAYS = "1 sites run in one call with the linear layer that reads them, and keep no result for it."
+SAYS = "1 site runs in one call with the linear layer that reads it, and keeps no result for it."
 
 
 def projected(x, w_gate, w_up):

@@ -67,7 +67,7 @@ def test_int8_is_exact():
             assert f"int8 on {chip.name}" in refused("matmul", specs, {})
     with pytest.raises(OpError, match="int32"):
         op("matmul").infer(specs, out_dtype="float32")
-    with pytest.raises(OpError, match="it takes"):
+    with pytest.raises(OpError, match="It takes"):
         op("matmul").infer(specs | {"b": Spec((300, 150), "float32")})
 
 

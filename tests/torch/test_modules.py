@@ -32,7 +32,7 @@ from kpt import Plan, cli, console
 from kpt.errors import ConfigError, InputError, KptError, PlanError
 from kpt.kernels import KernelSpec, registry
 from kpt.tuning import gain
-from kpt_torch import quiet, shapes
+from kpt_torch import backend, quiet, shapes
 from kpt_torch.backend import kpt as compile_backend
 
 
@@ -255,6 +255,21 @@ def test_a_wrong_setting_is_told_at_once(monkeypatch):
     monkeypatch.setenv("KPT_HARDWARE", "abacus")
     with pytest.raises(KptError, match="abacus"):
         kpt_torch.optimize(block())
+
+
+def test_the_setting_plans_for_a_chip_as_the_argument_does(monkeypatch):
+    asked = kpt_torch.plan(block(), inputs(), hardware="h100")
+    monkeypatch.setattr(backend, "_PROFILES", {})
+    monkeypatch.setenv("KPT_HARDWARE", "h100")
+    assert kpt_torch.plan(block(), inputs()) == asked and asked.hardware == "h100-sxm"
+    with pytest.warns(UserWarning, match="this machine, cpu"):
+        measured = kpt.auto_optimize(block(), inputs(), budget=0)
+    assert measured.report.hardware == measured.plan.hardware == "cpu"
+
+
+def test_a_class_is_no_model():
+    with pytest.raises(KptError, match=r"the class Linear\. .*Pass a model: Linear\(\.\.\.\)"):
+        kpt_torch.optimize(torch.nn.Linear)
 
 
 def test_copies_are_independent_and_optimized():
