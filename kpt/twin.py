@@ -5,7 +5,7 @@ A model that is written twice marks its values by name, `x = tap("layers.0/atten
 1. Every tapped value. The second framework goes on from the first one's value at each tap, so that a difference is that of the
    code between two taps, and the bound that of one op: the project's tolerance for the dtype, not what a deep model adds up to.
 2. The loss, and the gradient of every weight, each framework on its own: the same bound once for every tap passed. One that
-   cancels (that of a key's bias, which softmax does not see) may be off by the rounding of gradients of the usual size.
+   cancels (that of a key's bias, which softmax does not see) may be off by the rounding of the largest (`kpt.validation.rounding`).
 3. One step of AdamW from the first one's gradients: an update divides gradients by their own size, so that those of a weight whose
    gradient is rounding alone would differ wholly.
 4. The losses of training, each framework on its own.
@@ -16,6 +16,7 @@ Neither framework is imported here: a `Side` is one of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -24,8 +25,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from kpt.errors import ValidationError
-from kpt.validation.metrics import metrics
-from kpt.validation.tolerance import tolerance
+from kpt.validation.conditioning import is_float, nudged
+from kpt.validation.metrics import ErrorMetrics, metrics
+from kpt.validation.rounding import cancelling
+from kpt.validation.tolerance import epsilon, tolerance
 
 Arrays = Mapping[str, np.ndarray]
 Tap = Callable[[str, Any], Any]
@@ -196,10 +199,12 @@ def compare(
     passes = max(len(taps), 1)
     (loss, gradients), (other_loss, others_gradients) = one.gradients(weights, batch), other.gradients(weights, batch)
     found.append(_difference("loss", "loss", np.float64(loss), np.float64(other_loss), narrowest, reduced, passes))
-    usual = max((float(np.sqrt(np.mean(np.square(g, dtype=np.float64)))) for g in gradients.values() if np.size(g)), default=0.0)
+    terms = functools.cache(lambda: _cancelling(one, weights, batch, gradients, epsilon(narrowest)))
     for name in reversed(list(weights)):  # from the loss to the input, as the backward pass goes
-        found.append(_difference("gradient", name, gradients[name], others_gradients[name], narrowest, reduced, passes, gradient=True,
-                                 usual=usual))  # fmt: skip
+        hold = functools.partial(_difference, "gradient", name, gradients[name], others_gradients[name], narrowest, reduced, passes,
+                                 gradient=True)  # fmt: skip
+        difference = hold()
+        found.append(difference if difference.passed else hold(terms=terms().get(name, 0.0)))
     updated, others_updated = one.updated(weights, gradients), other.updated(weights, gradients)
     found += [_difference("update", name, updated[name], others_updated[name], "float32", 1, 1) for name in weights]
 
@@ -218,10 +223,23 @@ def _names(taps: Mapping[str, Any]) -> str:
     return ", ".join(taps) or "nothing"
 
 
+def _cancelling(side: Side, weights: Arrays, batch: Arrays, gradients: Arrays, step: float) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+
+    def moved(arrays: Arrays) -> Arrays:
+        return {n: nudged(a, rng, step) if is_float(a) else a for n, a in arrays.items()}
+
+    def nearby() -> dict[str, ErrorMetrics]:
+        _, found = side.gradients(moved(weights), moved(batch))
+        return {n: metrics(found[n], g) for n, g in gradients.items()}
+
+    return cancelling(nearby)
+
+
 def _difference(
-    stage: str, name: str, a: Any, b: Any, dtype: str, reduced: int, times: float, *, gradient: bool = False, usual: float = 0.0
+    stage: str, name: str, a: Any, b: Any, dtype: str, reduced: int, times: float, *, gradient: bool = False, terms: float = 0.0
 ) -> Difference:
-    """`usual`: size of an element, by whose rounding smaller ones may be off as well."""
+    """`terms`: size of what cancels in an element, by whose rounding it may be off as well."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
         raise ValidationError(f"{stage} of {name} was compared", f"The shapes are {a.shape} and {b.shape}", "Make them the same")
@@ -235,6 +253,6 @@ def _difference(
         apart = np.where(same, 0.0, np.nan_to_num(np.abs(a - b), nan=math.inf, posinf=math.inf))
     at = tuple(int(i) for i in np.unravel_index(int(apart.argmax()), a.shape))
     error = math.nan if found.nonfinite_mismatch else found.rel_l2
-    if error > allowed and 0 < usual < math.inf:
-        error = min(error, found.abs_l2 / max(usual * math.sqrt(a.size), found.reference_l2))
+    if error > allowed and 0 < terms < math.inf:
+        error = min(error, found.abs_l2 / max(terms * math.sqrt(a.size), found.reference_l2))
     return Difference(stage, name, error, allowed, at, (float(a[at]), float(b[at])))

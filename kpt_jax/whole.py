@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kpt.errors import ValidationError
 from kpt.strategy import Plan, Site
@@ -19,9 +18,8 @@ from kpt.strategy.certify import narrowest, reduction_length
 from kpt.strategy.plan import differentiated
 from kpt.validation import Certificate, ErrorMetrics, compare
 from kpt.validation.certificate import Sensitivity
-from kpt.validation.conditioning import COARSE, draws, sensitivity
-from kpt.validation.rounding import usual_size, with_last_bits
-from kpt.validation.tolerance import epsilon, tolerance
+from kpt.validation.rounding import cancelling, movements
+from kpt.validation.tolerance import Tolerance, epsilon, tolerance
 from kpt_jax import _compat
 from kpt_jax.measure import Timed
 from kpt_jax.on_device import ROOM, on_gpu
@@ -101,7 +99,7 @@ class Reference:
     def __init__(
         self, optimized: Optimized, args: tuple, kwargs: dict, plan: Plan, timed: Callable[[Callable[..., Any]], Timed] | None = None
     ):
-        self.plan, self.timed = plan, timed
+        self.plan, self.timed, self.seeds = plan, timed, itertools.count()
         self.key, self.inputs = optimized.split(args, kwargs)
         if any(_compat.is_tracer(x) for x in self.inputs):
             raise ValidationError(f"certify was called on {plan.function} inside of a trace", "Values are compared",
@@ -127,27 +125,25 @@ class Reference:
 
     @functools.cached_property
     def sensitivity(self) -> Mapping[str, Sensitivity]:
-        seeds = itertools.count()
+        def bound(name: str) -> Tolerance:
+            return tolerance(self.dtype, self.terms, gradient=name.startswith("d"), chain=len(self.plan.sites))
 
-        def nearby(step: float | None = COARSE) -> dict[str, Any]:
-            """What the original makes of inputs that were moved by so much; None: by their last bits."""
-            def moved(x: Any) -> Any:
-                return ROOM.nudged(x, next(seeds), epsilon(jax.typeof(x).dtype.name) if step is None else step)
+        return movements(self.want, self._nearby, self._distances, ROOM.get, bound)
 
-            return self._ran(self.run, [moved(x) if i in self.diff else x for i, x in enumerate(self.inputs)])
+    @functools.cached_property
+    def cancelling(self) -> Mapping[str, float]:
+        """Of the gradients that are rounding alone, the size of what cancels in them."""
+        def gradients() -> dict[str, ErrorMetrics]:
+            return {n: m for n, m in self._distances(self._nearby(epsilon(self.dtype))).items() if n.startswith("d")}
 
-        if draws(self.want) > 1:  # of few numbers
-            base = {n: ROOM.get(x) for n, x in self.want.items()}
-            made = sensitivity(lambda _: {n: ROOM.get(x) for n, x in nearby().items()}, {}, np.random.default_rng(0), base, COARSE)
-            far = {n: (float(np.linalg.norm(m)), float(m.max(initial=0.0))) for n, m in made.items()}
-        else:
-            far = {n: (m.abs_l2 / COARSE, m.max_abs / COARSE) for n, m in self._distances(nearby()).items()}
-        # What is rounding alone moves as far with the last bits as with more.
-        for _ in range(2):
-            for n, m in self._distances(nearby(None)).items():
-                one = tolerance(self.dtype, self.terms, gradient=n.startswith("d"), chain=len(self.plan.sites))
-                far[n] = with_last_bits(far.get(n, (0.0, 0.0)), m, one)
-        return far
+        return cancelling(gradients) if self.gradients else {}
+
+    def _nearby(self, step: float | None) -> dict[str, Any]:
+        """What the original makes of inputs that were moved by so much; None: by their last bits."""
+        def moved(x: Any) -> Any:
+            return ROOM.nudged(x, next(self.seeds), epsilon(jax.typeof(x).dtype.name) if step is None else step)
+
+        return self._ran(self.run, [moved(x) if i in self.diff else x for i, x in enumerate(self.inputs)])
 
     def _distances(self, got: dict[str, Any]) -> dict[str, ErrorMetrics]:
         return {n: m for n, m in self._beside(got).items() if isinstance(m, ErrorMetrics)}
@@ -159,10 +155,11 @@ class Reference:
         except Exception as error:  # what does not run does not agree
             log.warning("the rewritten %s failed while it was certified: %s", self.plan.function, error)
             told = {}
-        found = self._held(told, None)
-        if found.passed or not told:  # for most programs nothing cancels, and sensitivities need a run more
+        found = self._held(told)
+        if found.passed or not told:  # for most programs nothing cancels, and what follows needs more runs
             return found
-        return self._held(told, self.sensitivity)
+        found = self._held(told, self.sensitivity)
+        return found if found.passed else self._held(told, self.sensitivity, self.cancelling)
 
     def _ran(self, run: Run, inputs: Sequence[Any]) -> dict[str, Any]:
         """What it makes. Where the original's results leave no room for that on a GPU, they wait on the host."""
@@ -185,12 +182,15 @@ class Reference:
                 told[name] = error.with_traceback(None)  # whose frames hold the array
         return told
 
-    def _held(self, told: Mapping[str, ErrorMetrics | ValidationError], moved: Mapping[str, Sensitivity] | None) -> Certificate:
+    def _held(
+        self,
+        told: Mapping[str, ErrorMetrics | ValidationError],
+        moved: Mapping[str, Sensitivity] | None = None,
+        terms: Mapping[str, float] | None = None,
+    ) -> Certificate:
         gradients = [n for n in self.want if n.startswith("d")]
-        usual = usual_size((m.reference_l2, m.size) for n in gradients if isinstance(m := told.get(n), ErrorMetrics))
         return compare(told, self.want, self.dtype, self.terms, gradients=gradients, sensitivity=moved, where="the example inputs",
-                       terms=dict.fromkeys(gradients, usual), measure=lambda found, _: _said(found),
-                       chain=len(self.plan.sites))  # fmt: skip
+                       terms=terms, measure=lambda found, _: _said(found), chain=len(self.plan.sites))  # fmt: skip
 
     def _compiled(self, fn: Callable[..., Any]) -> Run:
         def results(inputs: Sequence[Any]) -> list[Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,17 @@ from kpt.tuning import rounds
 from kpt.tuning.measurements import AS_CALLED, BOTH
 from kpt.tuning.settings import found
 from kpt.validation import Certificate, ErrorMetrics, compare
-from kpt.validation.rounding import usual_size
+from kpt.validation.rounding import cancelling, movements
+from kpt.validation.tolerance import Tolerance, epsilon, tolerance
 from kpt_torch.backend import detected, device_of, profile
+from kpt_torch.capture import to_numpy
 from kpt_torch.library import dtype_name
 from kpt_torch.on_device import OnDevice
-from kpt_torch.optimized import leaving, modules_of, optimize, put_back, unproved, without
+from kpt_torch.optimized import can_change, leaving, modules_of, optimize, put_back, unproved, without
 from kpt_torch.planner import Front
 from kpt_torch.trials import sample
+
+log = logging.getLogger("kpt")
 
 
 def runner(device: torch.device) -> Runner:
@@ -123,7 +130,7 @@ class Session:
         plan = self._planned(self.fast)
         if not plan.sites:
             return plan, None
-        verdict = _verdict(self._values(self.given), self._values(self.fast), plan, self.on)
+        verdict = self._verdict(plan)
         note = f"The whole program on example inputs: {verdict.summary()}."
         if not verdict.passed:
             plan = as_written(plan, "The original is kept: the whole program disagreed.")
@@ -166,6 +173,45 @@ class Session:
             named = {f"result{i}": t for i, t in enumerate(results)} | {f"d{i}": g for i, g in enumerate(grads)}
             return {n: t.detach().to("cpu", copy=True) for n, t in named.items()}  # copies: a program may return the same memory again
 
+    def _verdict(self, plan: Plan) -> Certificate:
+        """Results and gradients of the rewritten program beside the original's."""
+        original, actual = self._values(self.given), self._values(self.fast)
+        dtype = narrowest([spec.dtype for s in plan.sites for spec in s.specs.values()] + [dtype_name(t.dtype) for t in original.values()])
+        # Roundings of sites in sequence add in squares, as if all of their sums were one.
+        length = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
+        gradients = [n for n in original if n.startswith("d")]
+        seeds = itertools.count()
+
+        def measure(a: torch.Tensor, r: torch.Tensor) -> ErrorMetrics:  # one at a time: beside the program there may be little room
+            return OnDevice(self.on).metrics(a.to(self.on), r.to(self.on))
+
+        held = functools.partial(compare, actual, original, dtype, length, gradients=gradients, where="the example inputs",
+                                 measure=measure, chain=len(plan.sites))  # fmt: skip
+
+        def bound(name: str) -> Tolerance:
+            return tolerance(dtype, length, gradient=name in gradients, chain=len(plan.sites))
+
+        def nearby(step: float | None) -> dict[str, torch.Tensor]:
+            with _moved(dict.fromkeys((*self.weights, *self.moving)), step, seeds):
+                return _real(self._values(self.given))
+
+        def distances(got: Mapping[str, torch.Tensor]) -> dict[str, ErrorMetrics]:
+            return {n: measure(t, original[n]) for n, t in got.items()}
+
+        def of_gradients() -> dict[str, ErrorMetrics]:
+            return {n: m for n, m in distances(nearby(epsilon(dtype))).items() if n in gradients}
+
+        found = held()
+        if found.passed:  # for most programs nothing cancels, and what follows needs more runs
+            return found
+        try:
+            sensitivity = movements(_real(original), nearby, distances, to_numpy, bound)
+            found = held(sensitivity=sensitivity)
+            return found if found.passed or not gradients else held(sensitivity=sensitivity, terms=cancelling(of_gradients))
+        except Exception as error:  # a program may refuse weights that are not its own
+            log.info("how far %s moves is not known: %s", plan.function, error)
+            return found
+
     def _peak(self, program: Callable[..., Any]) -> int | None:
         """Bytes that a call needs besides what is there before it; known on CUDA alone."""
         if self.on.type != "cuda":
@@ -176,21 +222,6 @@ class Session:
         return torch.cuda.max_memory_allocated(self.on) - before
 
 
-def _verdict(original: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor], plan: Plan, on: torch.device) -> Certificate:
-    """Results and gradients of the rewritten program beside the original's."""
-    dtypes = [spec.dtype for s in plan.sites for spec in s.specs.values()] + [dtype_name(t.dtype) for t in original.values()]
-    # Roundings of sites in sequence add in squares, as if all of their sums were one.
-    length = max(1, sum(reduction_length(s.op, s.specs, s.params) for s in plan.sites))
-    gradients = [n for n in original if n.startswith("d")]
-    usual = usual_size((_norm(original[n]), original[n].numel()) for n in gradients)
-
-    def measure(a: torch.Tensor, r: torch.Tensor) -> ErrorMetrics:  # one at a time: beside the program there may be little room
-        return OnDevice(on).metrics(a.to(on), r.to(on))
-
-    return compare(actual, original, narrowest(dtypes), length, gradients=gradients, terms=dict.fromkeys(gradients, usual),
-                   where="the example inputs", measure=measure, chain=len(plan.sites))  # fmt: skip
-
-
 def _loss(out: Any) -> torch.Tensor | None:
     """The one number that a result is, or holds under `.loss`."""
     found = out if isinstance(out, torch.Tensor) else getattr(out, "loss", None)
@@ -198,5 +229,25 @@ def _loss(out: Any) -> torch.Tensor | None:
     return found if ok else None
 
 
-def _norm(t: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.abs() if t.is_complex() else t, dtype=torch.float64))
+def _real(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What has a size to move by: complex numbers are refused by the comparison."""
+    return {n: t for n, t in values.items() if not t.is_complex()}
+
+
+@contextlib.contextmanager
+def _moved(tensors: Iterable[torch.Tensor], step: float | None, seeds: Iterator[int]) -> Iterator[None]:
+    """Within, these weights are off by so much; None: by their last bits. Data stays: indices and masks are made of it, which have limits.
+
+    By `data`, whose writes leave valid what autograd keeps of a tensor for the user's own graphs.
+    """
+    floats = [t.data for t in tensors if t.is_floating_point() and t.element_size() > 1 and can_change(t)]
+    kept = [t.clone() for t in floats]
+    torch.clear_autocast_cache()  # narrower copies of weights
+    try:
+        for t, seed in zip(floats, seeds, strict=False):
+            t.copy_(OnDevice(t.device).nudged(t, seed, epsilon(dtype_name(t.dtype)) if step is None else step))
+        yield
+    finally:
+        for t, old in zip(floats, kept, strict=True):
+            t.copy_(old)
+        torch.clear_autocast_cache()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kpt.ops.base import Spec
-from kpt.validation import ErrorMetrics
+from kpt.validation import MARK, ErrorMetrics
 from kpt.validation.metrics import KEPT, PERCENTILES, metrics
 from kpt_torch.capture import from_numpy, to_numpy
 from kpt_torch.library import torch_dtype
@@ -37,6 +37,13 @@ class OnDevice:
         generator = torch.Generator(self.device).manual_seed(seed)
         drawn = torch.randn(spec.shape, generator=generator, device=self.device, dtype=dtype)
         return drawn.mul_(deviation).add_(mean).to(torch_dtype(spec.dtype))
+
+    def nudged(self, array: torch.Tensor, seed: int, step: float) -> torch.Tensor:
+        """As `kpt.validation.conditioning.nudged`."""
+        wide = array.detach().to(torch.float64 if array.dtype == torch.float64 else torch.float32)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = torch.rand(wide.shape, generator=generator, device=self.device, dtype=wide.dtype).mul_(2).sub_(1)
+        return torch.where(wide.abs() < MARK, wide * drawn.mul_(step).add_(1), wide).to(array.dtype)
 
     def metrics(self, actual: torch.Tensor, reference: torch.Tensor) -> ErrorMetrics:
         """By NumPy on a CPU, where its blocks stay in the caches, where float64 may be missing, and of what is rare."""

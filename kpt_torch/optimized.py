@@ -210,7 +210,7 @@ def planned(
 @contextlib.contextmanager
 def put_back(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Afterwards, these tensors and the random states are what they were before."""
-    kept = [(t, t.detach().clone()) for t in tensors if _can_change(t)]
+    kept = [(t, t.detach().clone()) for t in tensors if can_change(t)]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         try:
@@ -223,7 +223,7 @@ def put_back(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
                         t.copy_(old)
 
 
-def _can_change(t: torch.Tensor) -> bool:
+def can_change(t: torch.Tensor) -> bool:
     """Whether the tensor can be written to: it is there, is no other's view many times over, and is not sealed by inference mode."""
     if is_lazy(t) or t.device.type == "meta" or t.layout != torch.strided or t.is_inference() and not torch.is_inference_mode_enabled():
         return False

@@ -100,6 +100,18 @@ def test_a_gradient_that_is_rounding_alone_is_no_difference():
     assert (first := compare(halves, JaxSide(halves), TorchSide(halves), steps=0).first) and first.name == "key"
 
 
+def test_a_small_gradient_is_held_to_itself():
+    """However large another one is."""
+    def loss(sign):
+        return lambda w, batch, tap: 1e-7 * (sign(w["small"]) * batch["x"]).sum() + (w["large"] * batch["x"]).sum()
+
+    batch = {"x": np.random.default_rng(1).normal(size=16).astype("float32")}
+    made = Twin("small", lambda seed: dict.fromkeys(("small", "large"), np.ones(16, "float32")), lambda step: batch,
+                loss(lambda w: w), loss(halved))  # fmt: skip
+    found = compare(made, JaxSide(made), TorchSide(made), steps=0)
+    assert found.first is not None and (found.first.stage, found.first.name) == ("gradient", "small")
+
+
 def test_an_optimizer_that_differs_shows_in_the_update():
     twin = gpt.TWIN
     other = dataclasses.replace(twin, optimizer=AdamW(weight_decay=0.0))

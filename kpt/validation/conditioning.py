@@ -42,7 +42,7 @@ def sensitivity[Name](
     with np.errstate(all="ignore"):
         for _ in range(draws(base)):
             shifted = {
-                name: nudged(a, rng, step) if _is_float(a) else a
+                name: nudged(a, rng, step) if is_float(a) else a
                 for name, a in arrays.items()
             }
             for name, value in function(shifted).items():
@@ -61,5 +61,5 @@ def nudged(a: np.ndarray, rng: np.random.Generator, step: float) -> np.ndarray:
     return np.where(np.abs(a) < MARK, a * (1 + step * rng.uniform(-1, 1, np.shape(a))), a).astype(a.dtype)
 
 
-def _is_float(a: np.ndarray) -> bool:
+def is_float(a: np.ndarray) -> bool:
     return a.dtype.name.startswith(("float", "bfloat"))

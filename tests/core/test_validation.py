@@ -14,7 +14,7 @@ import pytest
 
 from kpt.errors import ValidationError
 from kpt.validation import Certificate, certify, compare, metrics, sensitivity, tolerance
-from kpt.validation.rounding import usual_size, with_last_bits
+from kpt.validation.rounding import cancelling, with_last_bits
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOW = ("float16", "bfloat16")
@@ -226,19 +226,32 @@ def test_cancellation_is_forgiven_by_what_cancels_and_no_more(case):
     assert not certify(wrong, reference, "float32", 256, **cancels).passed
 
 
-def test_a_gradient_that_is_rounding_alone_is_held_to_those_of_the_usual_size():
-    """As of a key's bias: 0 in exact arithmetic, so that two programs agree in no digit of it."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_a_gradient_that_is_rounding_alone_is_held_to_the_largest_and_a_small_one_to_itself(size, dtype):
+    """Rounding alone, as of a key's bias: 0 in exact arithmetic, so that two programs agree in no digit of it."""
     rng = np.random.default_rng(0)
-    dw, db, other = (size * rng.standard_normal(64).astype("float32") for size in (1.0, 1e-7, 1e-7))
-    original = {"dw": dw, "db": db, "dempty": dw[:0]}
-    usual = usual_size((float(np.linalg.norm(g)), g.size) for g in original.values())
-    assert usual == pytest.approx(np.sqrt(np.mean(dw**2))) and usual_size([]) == 0
+    noise = 2.0**-10 if dtype == "bfloat16" else 1e-7
 
-    def passed(db, terms):
-        return compare(original | {"db": db}, original, "float32", 64, gradients=list(original), terms=terms).passed
+    def normal(size):
+        return (size * rng.standard_normal(64)).astype("float32")
 
-    assert not passed(other, {}) and passed(other, dict.fromkeys(original, usual))
-    assert not passed(other + np.float32(1e-3), dict.fromkeys(original, usual))
+    original = {"dlarge": normal(1.0), "dsmall": normal(size), "dbias": normal(noise), "dzero": np.zeros(64, "float32"), "dempty": normal(1.0)[:0]}
+
+    def nearby():
+        moved = {n: g * (1 + 10 * normal(tolerance(dtype, 0).rtol_l2)[: g.size]) for n, g in original.items()} | {"dbias": normal(noise)}
+        return {n: metrics(g, original[n]) for n, g in moved.items()}
+
+    terms = cancelling(nearby)
+    assert terms == {"dbias": pytest.approx(np.sqrt(np.mean(original["dlarge"] ** 2)))} and cancelling(dict) == {}
+
+    def passed(terms, **wrong):
+        return compare(original | wrong, original, dtype, 64, gradients=list(original), terms=terms).passed
+
+    assert not passed({}, dbias=normal(noise)) and passed(terms, dbias=normal(noise)), "it cancels"
+    assert not passed(terms, dbias=original["dbias"] + np.float32(0.1)), "by more than the rounding of the largest"
+    assert not passed(terms, dsmall=-original["dsmall"]), "it is small"
+    assert not passed(terms, dzero=normal(noise)), "nothing cancels where all is 0"
 
 
 def test_what_is_made_of_rounding_alone_may_move_as_with_the_last_bits_eightfold():

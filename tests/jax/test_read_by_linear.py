@@ -418,3 +418,23 @@ def test_a_plan_without_proofs_runs_nothing(kernel, unproved, monkeypatch):
 
     monkeypatch.setattr(kernel, "then_linear", broken)
     assert one_call(kpt_jax.optimize(mlp).unproved().plan(*given()))
+
+
+def test_a_small_gradient_of_the_wrong_sign_is_found_beside_a_large_one(kernel, unproved, monkeypatch):
+    """By the proof of the whole program, where that of the site did not see it."""
+    @jax.custom_vjp
+    def wrong(x, w_gate, w_up, w_down):
+        return down(*projected(x, w_gate, w_up), w_down)
+
+    def backward(arrays, g):
+        dx, d_gate, *others = jax.vjp(lambda x, w_gate, w_up, w_down: down(*projected(x, w_gate, w_up), w_down), *arrays)[1](g)
+        return dx, -d_gate, *others
+
+    wrong.defvjp(lambda *arrays: (wrong(*arrays), arrays), backward)
+    monkeypatch.setenv("KPT_CERTIFY", "off")
+    monkeypatch.setattr(kernel, "then_linear", lambda *, x, w_gate, w_up, w_down, **_: wrong(x, w_gate, w_up, w_down))
+    fast = kpt_jax.optimize(lambda w, x, s: mlp(w, x).astype("float32").mean() + s.astype("float32").sum())
+    weights, x = given("bfloat16")
+    args = weights, x, jnp.ones(4, "bfloat16")
+    assert one_call(fast.plan(*args))
+    assert not fast.certify(*args).sites
