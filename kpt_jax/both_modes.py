@@ -102,20 +102,20 @@ _site_tangents.def_impl(_evaluate)
 _site_tangents.def_abstract_eval(lambda *_, out_avals, **__: list(out_avals))
 @functools.partial(mlir.register_lowering, _site_tangents)
 def _lowered(ctx: Any, *xs: Any, forward: Flat, **_: Any) -> Any:
-    """What is traced here is beyond `shard_map`, whose mesh and types would hold for the arguments and for nothing else."""
+    """What is traced here is beyond any mesh of which types speak: they would hold for the arguments and for nothing else."""
 
     def evaluate(*xs: Any) -> list[Any]:
-        with _compat.without_manual_mesh():
+        with _compat.without_typed_mesh():
             return forward(*xs)
 
-    types = [_compat.without_manual_axes(a) for a in ctx.avals_in]
+    types = [_compat.without_mesh(a) for a in ctx.avals_in]
     return mlir.lower_fun(evaluate, multiple_results=True)(ctx.replace(avals_in=types), *xs)
 
 
 def _transposed(cotangents: Sequence[Any], *xs: Any, count: int, backward: Flat, out_avals: Any, **_: Any) -> list[Any]:
     constants = xs[: len(xs) - count]
     given = [
-        _compat.vary(jnp.zeros(a.shape, a.dtype), _compat.varying_axes(a)) if type(ct) is ad.Zero else ct
+        _compat.placed(jnp.zeros(a.shape, a.dtype), a) if type(ct) is ad.Zero else ct
         for ct, a in zip(cotangents, out_avals, strict=True)
     ]
     found = backward(*constants, *given)

@@ -82,23 +82,12 @@ class Planner(core.Planner):
     within: str = ""
     token: object = dataclasses.field(default_factory=object)
 
-    def traced(self, flat: Callable[..., Any], structs: Sequence[Any], placed: Sequence[Any]) -> Any:
+    def traced(self, flat: Callable[..., Any], structs: Sequence[Any]) -> Any:
         """The program of these types.
 
-        They are without explicit shardings, as what kernels are proved on is; a program that asks for its own (`jax.shard_map` does) is
-        traced once more with them.
+        Explicit shardings are part of them: what jax makes for an array (zeros, gradients) lies as the array does.
         """
-        lists: tuple[list[Any], ...] = (self.sites, self.skipped, self.notes)
-        met, nested = [len(x) for x in lists], self.nested
-        try:
-            return jax.make_jaxpr(flat)(*structs)
-        except ValueError:
-            if all(getattr(x, "sharding", None) is None for x in placed):
-                raise
-        for found, count in zip(lists, met, strict=True):
-            del found[count:]
-        self.nested = nested
-        return jax.make_jaxpr(flat)(*placed)
+        return jax.make_jaxpr(flat)(*structs)
 
     def rewrite(self, graph: Graph, path: str = "", example: Sequence[Any] | None = None) -> Rewrite:
         """The graph with the kernels that were chosen and proved, bodies included."""
