@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import os
@@ -106,12 +107,32 @@ def concrete() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_typed_mesh() -> Iterator[None]:
-    """Inside: no `shard_map` is under way, and no mesh is there whose shardings are part of types."""
-    if not typed(jax.sharding.get_abstract_mesh()):
-        yield
-        return
-    with jax._src.mesh.use_abstract_mesh(jax._src.mesh.empty_abstract_mesh):
-        yield
+    """Inside: no `shard_map` is under way, and no mesh is there whose shardings are part of types, nor do arrays bring one."""
+    token = meshless.set(True)
+    try:
+        with _within(jax._src.mesh.empty_abstract_mesh if typed(jax.sharding.get_abstract_mesh()) else None):
+            yield
+    finally:
+        meshless.reset(token)
+
+
+@contextlib.contextmanager
+def with_mesh_of(arrays: Sequence[Any]) -> Iterator[None]:
+    """Inside: the mesh of these arrays is there again, if their types have one."""
+    token = meshless.set(False)
+    try:
+        with _within(next((s.mesh for x in arrays if (s := placement(jax.typeof(x))[0]) is not None), None)):
+            yield
+    finally:
+        meshless.reset(token)
+
+
+def _within(mesh: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax._src.mesh.use_abstract_mesh(mesh)
+
+
+meshless: contextvars.ContextVar[bool] = contextvars.ContextVar("kpt_meshless", default=False)
+"""Whether equations run without the mesh of their trace."""
 
 
 def typed(mesh: Any) -> bool:
@@ -294,12 +315,25 @@ def vary(x: Any, axes: frozenset[str]) -> Any:
     return pvary(x, missing)
 
 
+def mapped_over_mesh() -> bool:
+    """Whether a `vmap` is under way over a dimension with an explicit sharding, or a `shard_map`; jax 0.7 does not say of the first."""
+    mapped = getattr(jax._src.core.get_axis_env(), "explicit_mesh_axis_names", True)
+    return bool(mapped or manual_axes(jax.sharding.get_abstract_mesh()))
+
+
 def placed(x: Any, aval: Any) -> Any:
     """`x`, lying and varying as an array of this type does."""
     sharding, _ = placement(aval)
     return vary(x if sharding is None else jax.sharding.reshard(x, sharding), varying_axes(aval))
 
 
-def with_leading(size: int, aval: Any) -> Any:
-    """The type of `size` such arrays, stacked."""
-    return jax._src.core.unmapped_aval(size, 0, aval)
+def repeated(axis: Any, x: Any) -> Any:
+    """`x`, once for each position of the axis that a `vmap` maps over, which lies as that axis does."""
+    from jax._src.interpreters import batching
+
+    return batching.broadcast(x, axis.size, 0, axis.explicit_mesh_axis)
+
+
+def with_leading(axis: Any, aval: Any) -> Any:
+    """The type of such arrays, stacked along the axis that a `vmap` maps over."""
+    return jax._src.core.unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis)

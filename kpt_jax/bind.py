@@ -19,11 +19,13 @@ from kpt_jax import _compat
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """The results of one equation for these arguments, arrays or tracers."""
+    name = eqn.primitive.name
+    if name == "pvary" and _compat.varying_axes(jax.typeof(args[0])) >= set(eqn.params["axes"]):
+        return list(args)
     its, here = eqn.ctx.cur_abstract_mesh, jax.sharding.get_abstract_mesh()
     mapped = _compat.manual_axes(its) and not _compat.manual_axes(here)
-    if not mapped and (not _compat.explicit_axes(its) or _compat.typed(here)):
+    if not mapped and not (_compat.meshless.get() and _placing(eqn)):
         return _compat.bind(eqn, args)
-    name = eqn.primitive.name
     if name in _compat.PLACING_NAMES:
         return list(args)
     if name in _compat.JIT_NAMES:
@@ -31,6 +33,11 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     if name == "custom_jvp_call":
         return _custom_jvp(eqn, args)
     return _compat.bind(eqn, args, meshless=True)
+
+
+def _placing(eqn: Any) -> bool:
+    """Whether it was traced with explicit shardings."""
+    return any(_compat.placement(v.aval)[0] is not None for v in (*eqn.invars, *eqn.outvars))
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

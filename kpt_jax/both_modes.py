@@ -137,26 +137,27 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, count: int, forward
                    [tangents[i] for i in moving])  # fmt: skip
 
 
-def _batched(xs: Sequence[Any], dims: Sequence[Any], *, count: int, forward: Flat, backward: Flat, out_avals: Any) -> tuple[Any, Any]:
-    size = next(x.shape[d] for x, d in zip(xs, dims, strict=True) if d is not None)
+def _batched(
+    axis: Any, xs: Sequence[Any], dims: Sequence[Any], *, count: int, forward: Flat, backward: Flat, out_avals: Any
+) -> tuple[Any, Any]:
     first = len(xs) - count
     linear = [
-        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        _compat.repeated(axis, x) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(xs[first:], dims[first:], strict=True)
     ]
 
     def mapped(fn: Flat) -> Flat:
         def call(*given: Any) -> list[Any]:
             axes = (*dims[:first], *(0 for _ in given[first:]))
-            return jax.vmap(fn, axes, 0, axis_size=size)(*given)
+            return jax.vmap(fn, axes, 0, axis_size=axis.size)(*given)
 
         return call
 
     outs = _site_tangents.bind(*xs[:first], *linear, count=count, forward=mapped(forward), backward=mapped(backward),
-                               out_avals=tuple(_compat.with_leading(size, a) for a in out_avals))  # fmt: skip
+                               out_avals=tuple(_compat.with_leading(axis, a) for a in out_avals))  # fmt: skip
     return outs, [0] * len(outs)
 
 
 ad.primitive_transposes[_site_tangents] = _transposed
 ad.primitive_jvps[_site_tangents] = _jvp
-batching.primitive_batchers[_site_tangents] = _batched
+batching.fancy_primitive_batchers[_site_tangents] = _batched

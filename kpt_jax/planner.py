@@ -154,7 +154,8 @@ class Example:
         part = dataclasses.replace(self.graph, outputs=wanted).without_dead_nodes()
         if any(n.effect for n in part.nodes):
             return None
-        got = ROOM.fetched(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
+        with _compat.with_mesh_of(self.inputs):
+            got = ROOM.fetched(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
         return dict(zip(wanted, got, strict=True))
 
 
