@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -48,22 +48,50 @@ def attention(q, k, v):
 
 
 def linear_cross_entropy(x, w, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(x @ w, labels)
+    logits = x @ w
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
+    return jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(classes == labels[..., None], logits, 0), -1)
+
+
+def linear(x, w, b):
+    return jax.nn.gelu(x @ w + b)
+
+
+def by_rows(x, w, b):
+    """What is summed over is cut."""
+    return jax.nn.gelu(jnp.matmul(x, w, out_sharding=P("data")) + b)
+
+
+def layers(x, ws, bs):
+    return jax.lax.scan(lambda x, wb: (x + linear(x, *wb), None), x, (ws, bs))[0]
+
+
+def mapped(x, w, b):
+    spec = P("data")
+    return jax.shard_map(linear, in_specs=(spec, P(), P()), out_specs=spec, axis_names={"data"})(x, w, b)
 
 
 X, ROWS, COLUMN, HEADS = ((B, T, K), P("data")), ((B, T), P("data")), P(None, "model"), P("data", None, "model")
+LINEAR = [X, ((K, 2 * K), COLUMN), ((2 * K,), P("model"))]
 CASES = {  # what is computed, and of each array its shape and where it lies
-    "linear_act": (lambda x, w, b: jax.nn.gelu(x @ w + b), [X, ((K, 2 * K), COLUMN), ((2 * K,), P("model"))]),
+    "linear_act": (linear, LINEAR),
     "glu": (glu, [X, ((K, 2 * K), COLUMN), ((K, 2 * K), COLUMN)]),
-    "glu then down": (glu_then_down, [X, ((K, 2 * K), COLUMN), ((K, 2 * K), COLUMN), ((2 * K, K), P("model"))]),
+    "glu, then down": (glu_then_down, [X, ((K, 2 * K), COLUMN), ((K, 2 * K), COLUMN), ((2 * K, K), P("model"))]),
     "linear_cross_entropy": (linear_cross_entropy, [X, ((K, V), COLUMN), ROWS]),
-    "cross_entropy": (optax.softmax_cross_entropy_with_integer_labels, [((B, T, V), HEADS), ROWS]),
-    "matmul": (lambda a, b: (a @ b).astype(jnp.float32), [((B * T, K), P("data")), ((K, V), COLUMN)]),
+    "cross_entropy": (optax.softmax_cross_entropy_with_integer_labels, [((B, T, V), P("data")), ROWS]),
     "rms_norm": (norm, [X, ((K,), P())]),
     "layer_norm": (layer_norm, [X, ((K,), P()), ((K,), P())]),
     "rope": (rope, [((B, T, N, H), HEADS), ((1, T, H), P()), ((1, T, H), P())]),
     "attention": (attention, [((B, T, N, H), HEADS)] * 3),
+    "linear_act, by rows": (by_rows, [((B, T, K), HEADS), ((K, V), P("model")), ((V,), P())]),
+    "linear_act, in a scan": (layers, [X, ((2, K, K), P()), ((2, K), P())]),
+    "linear_act, in a shard_map": (mapped, [X, ((K, V), P()), ((V,), P())]),
+    "linear_act, beside automatic axes": (linear, LINEAR),
+    "linear_act, where no mesh is set": (linear, LINEAR),
+    "linear_act, mapped": (lambda x, w, b: jax.vmap(linear, (0, None, None))(x, w, b), LINEAR),
 }
+ON_BOTH = [name for name in CASES if "," not in name or name == "glu, then down"]
+ALL = [(name, "data") for name in ON_BOTH] + [(name, "data and model") for name in CASES]
 
 
 def along(mesh, spec):
@@ -74,6 +102,7 @@ def along(mesh, spec):
 def close(got, want):
     """Equal up to rounding, and of equal shardings."""
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.sharding.is_equivalent_to(w.sharding, w.ndim), (g.sharding, w.sharding)
         assert jax.typeof(g).sharding == jax.typeof(w).sharding, (jax.typeof(g), jax.typeof(w))
         bound = tolerance(w.dtype.name, 4 * K * B * T, gradient=True)
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
@@ -85,29 +114,32 @@ def run(mesh, name):
     rng = np.random.default_rng(0)
     host = [rng.integers(0, V, s).astype(np.int32) if s == (B, T) else rng.standard_normal(s).astype(np.float32) for s, _ in arrays]
     args = [jax.device_put(a, along(mesh, spec)) for a, (_, spec) in zip(host, arrays, strict=True)]
-    fast = kpt_jax.optimize(fn)
     diff = tuple(i for i, a in enumerate(host) if a.dtype == np.float32)
 
     def gradients(f):
         return jax.value_and_grad(lambda *a: jnp.sum(f(*a) ** 2), diff)
 
-    close(fast(*args), jax.jit(fn)(*args))
-    want = jax.jit(gradients(fn))(*args)
-    close(jax.jit(gradients(fast))(*args), want)
+    def both(f):
+        return lambda *args: (f(*args), gradients(f)(*args))
+
+    fast = kpt_jax.optimize(linear if name.endswith("mapped") else fn)
+    outside = jax.vmap(fast, (0, None, None)) if name.endswith("mapped") else fast
     inside = kpt_jax.optimize(gradients(fn))
-    close(inside(*args), want)
-    plans = fast.plan(*args), inside.plan(*args)
-    return {"ops": [[s.op for s in p.sites] for p in plans], "certified": all(s.certificate for p in plans for s in p.sites)}
+    want = jax.jit(both(fn))(*args)
+    close(jax.jit(both(outside))(*args), want)
+    close(inside(*args), want[1])
+    sites = [*inside.plan(*args).sites, *([] if name.endswith("mapped") else fast.plan(*args).sites)]
+    return {"ops": sorted({s.op for s in sites}), "certified": all(s.certificate for s in sites)}
+
+
+def main():
+    for name, where in ALL:
+        shape, axes = MESHES[where]
+        kinds = [AxisType.Auto if name.endswith("automatic axes") and a == "model" else AxisType.Explicit for a in axes]
+        mesh = jax.make_mesh(shape, axes, axis_types=tuple(kinds))
+        with contextlib.nullcontext() if name.endswith("no mesh is set") else jax.set_mesh(mesh):
+            print(json.dumps({"case": f"{name}, over {where}", **run(mesh, name)}), flush=True)
 
 
 if __name__ == "__main__":
-    import os, traceback
-    for where, (shape, axes) in MESHES.items():
-        mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Explicit,) * len(axes))
-        with jax.set_mesh(mesh):
-            for case in sys.argv[1:] or CASES:
-                try:
-                    print(json.dumps({"case": f"{case} over {where}", **run(mesh, case)}), flush=True)
-                except Exception as e:
-                    if len(sys.argv) == 2: traceback.print_exc()
-                    print(case, where, type(e), str(e)[:300])
+    main()
