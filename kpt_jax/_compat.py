@@ -324,7 +324,8 @@ def mapped_over_mesh() -> bool:
 def placed(x: Any, aval: Any) -> Any:
     """`x`, lying and varying as an array of this type does."""
     sharding, _ = placement(aval)
-    return vary(x if sharding is None else jax.sharding.reshard(x, sharding), varying_axes(aval))
+    there = sharding is None or jax.typeof(x).sharding == sharding
+    return vary(x if there else jax.sharding.reshard(x, sharding), varying_axes(aval))
 
 
 def repeated(axis: Any, x: Any) -> Any:

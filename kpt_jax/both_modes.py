@@ -119,8 +119,8 @@ def _transposed(cotangents: Sequence[Any], *xs: Any, count: int, backward: Flat,
         for ct, a in zip(cotangents, out_avals, strict=True)
     ]
     found = backward(*constants, *given)
-    wanted = [ad.is_undefined_primal(x) for x in xs[len(xs) - count :]]
-    return [None] * len(constants) + [ct if w else None for ct, w in zip(found, wanted, strict=True)]
+    moved = zip(found, xs[len(xs) - count :], strict=True)  # jax 0.7 loses under vmap how a gradient lies
+    return [None] * len(constants) + [_compat.placed(ct, x.aval) if ad.is_undefined_primal(x) else None for ct, x in moved]
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, count: int, forward: Flat, **params: Any) -> tuple[Any, Any]:
