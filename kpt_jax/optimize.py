@@ -362,7 +362,7 @@ class Optimized:
         with uncollected():
             try:
                 with derivatives_seen(planner.token):
-                    closed = planner.traced(flat, [_struct(x) for x in dynamic])
+                    closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
             finally:
                 active.reset(token)
                 planner.within = within
@@ -468,7 +468,10 @@ def _signature(x: Any) -> tuple:
 
 
 def _struct(x: Any) -> Any:
-    """What make_jaxpr traces `x` as: its type alone, so that tracers of an outer trace stay outside."""
+    """What make_jaxpr traces `x` as: its type alone, so that tracers of an outer trace stay outside.
+
+    An explicit sharding is part of it: what jax makes for an array (zeros, gradients) lies as the array does.
+    """
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     aval = jax.typeof(x)

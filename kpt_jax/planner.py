@@ -82,13 +82,6 @@ class Planner(core.Planner):
     within: str = ""
     token: object = dataclasses.field(default_factory=object)
 
-    def traced(self, flat: Callable[..., Any], structs: Sequence[Any]) -> Any:
-        """The program of these types.
-
-        Explicit shardings are part of them: what jax makes for an array (zeros, gradients) lies as the array does.
-        """
-        return jax.make_jaxpr(flat)(*structs)
-
     def rewrite(self, graph: Graph, path: str = "", example: Sequence[Any] | None = None) -> Rewrite:
         """The graph with the kernels that were chosen and proved, bodies included."""
 

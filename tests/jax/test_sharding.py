@@ -141,5 +141,5 @@ def test_a_program_that_needs_explicit_shardings_is_traced_with_them():
     with jax.set_mesh(mesh):
         x, w = jax.device_put(rows, NamedSharding(mesh, spec)), jnp.ones(8)
         fast = kpt_jax.optimize(step)
-        assert [s.path for s in fast.plan(w, x).sites] == ["grad0/rms_norm0"], "of the first trace, which failed, nothing is left"
+        assert [s.path for s in fast.plan(w, x).sites] == ["grad0/rms_norm0"]
         np.testing.assert_allclose(fast(w, x), step(w, x), rtol=1e-6)
