@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import os
@@ -21,6 +22,7 @@ ClosedJaxpr = jex.ClosedJaxpr
 JIT_NAMES = frozenset({"pjit", "jit"})  # renamed in 0.7
 REMAT_NAMES = frozenset({"checkpoint", "remat", "remat2"})
 PVARY_NAMES = frozenset({"pvary", "pcast"})
+PLACING_NAMES = PVARY_NAMES | {"reshard", "mesh_cast", "sharding_constraint"}  # what says only where an array lies
 
 
 _literals = getattr(jax._src, "literals", None)
@@ -99,18 +101,48 @@ def is_tracer(x: Any) -> bool:
 @contextlib.contextmanager
 def concrete() -> Iterator[None]:
     """Inside: computations on arrays run now, on one device, even while an outer function is being traced."""
-    with jax._src.core.eval_context(), without_manual_mesh():
+    with jax._src.core.eval_context(), without_typed_mesh():
         yield
 
 
 @contextlib.contextmanager
-def without_manual_mesh() -> Iterator[None]:
-    """Inside: no `shard_map` is under way."""
-    if not manual_axes(jax.sharding.get_abstract_mesh()):
-        yield
-        return
-    with jax._src.mesh.use_abstract_mesh(jax._src.mesh.empty_abstract_mesh):
-        yield
+def without_typed_mesh() -> Iterator[None]:
+    """Inside: no `shard_map` is under way, and no mesh is there whose shardings are part of types, nor do arrays bring one."""
+    token = meshless.set(True)
+    try:
+        with _within(jax._src.mesh.empty_abstract_mesh if typed(jax.sharding.get_abstract_mesh()) else None):
+            yield
+    finally:
+        meshless.reset(token)
+
+
+@contextlib.contextmanager
+def with_mesh_of(arrays: Sequence[Any]) -> Iterator[None]:
+    """Inside: the mesh of these arrays is there again, if their types have one."""
+    token = meshless.set(False)
+    try:
+        with _within(next((s.mesh for x in arrays if (s := placement(jax.typeof(x))[0]) is not None), None)):
+            yield
+    finally:
+        meshless.reset(token)
+
+
+def _within(mesh: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax._src.mesh.use_abstract_mesh(mesh)
+
+
+meshless: contextvars.ContextVar[bool] = contextvars.ContextVar("kpt_meshless", default=False)
+"""Whether equations run without the mesh of their trace."""
+
+
+def typed(mesh: Any) -> bool:
+    """Whether types speak of axes of this mesh."""
+    return bool(manual_axes(mesh) or explicit_axes(mesh))
+
+
+def explicit_axes(mesh: Any) -> frozenset[str]:
+    """The axes of a mesh whose shardings are part of types."""
+    return frozenset(getattr(mesh, "explicit_axes", ()))
 
 
 def manual_axes(mesh: Any) -> frozenset[str]:
@@ -131,11 +163,13 @@ def derivative_rule(eqn: Any, fixed: list[bool]) -> tuple[Any, Any, list[bool]]:
     return jaxpr, consts, list(zeros)
 
 
-def bind(eqn: Any, args: Sequence[Any], among: contextlib.AbstractContextManager | None = None) -> list[Any]:
-    """Run one equation as it stands, in the context (mesh, precision, ...) in which it was traced, and `among` others."""
+def bind(eqn: Any, args: Sequence[Any], meshless: bool = False) -> list[Any]:
+    """Run one equation as it stands, in the context (mesh, precision, ...) in which it was traced, or in that without its mesh."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)  # one dict since 0.11
-    with eqn.ctx.manager, among or contextlib.nullcontext(), _at_source_of(eqn):
+    if meshless:
+        params = {k: None if k in ("sharding", "out_sharding") else x for k, x in params.items()}
+    with eqn.ctx.manager, without_typed_mesh() if meshless else contextlib.nullcontext(), _at_source_of(eqn):
         out = eqn.primitive.bind(*subfuns, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
@@ -249,10 +283,7 @@ def forward_mode(values: Any) -> bool:
 def placement(aval: Any) -> tuple[Any, Any]:
     """What a type says of where an array lies: its explicit sharding, and the mesh axes over which it varies."""
     sharding = getattr(aval, "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty or not getattr(mesh, "explicit_axes", ()):
-        sharding = None
-    return sharding, _manual_type(aval)
+    return sharding if explicit_axes(getattr(sharding, "mesh", None)) else None, _manual_type(aval)
 
 
 def _manual_type(aval: Any) -> Any:
@@ -267,10 +298,10 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return frozenset(getattr(kind, "varying", kind))
 
 
-def without_manual_axes(aval: Any) -> Any:
-    """The type of a device's part of such an array, outside of the `shard_map`."""
+def without_mesh(aval: Any) -> Any:
+    """The type of such an array, or in a `shard_map` of a device's part of it, where nothing is said of a mesh."""
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return jax.core.ShapedArray(aval.shape, aval.dtype) if manual_axes(mesh) else aval
+    return jax.core.ShapedArray(aval.shape, aval.dtype) if typed(mesh) else aval
 
 
 def vary(x: Any, axes: frozenset[str]) -> Any:
@@ -284,6 +315,26 @@ def vary(x: Any, axes: frozenset[str]) -> Any:
     return pvary(x, missing)
 
 
-def with_leading(size: int, aval: Any) -> Any:
-    """The type of `size` such arrays, stacked."""
-    return jax._src.core.unmapped_aval(size, 0, aval)
+def mapped_over_mesh() -> bool:
+    """Whether a `vmap` is under way over a dimension with an explicit sharding, or a `shard_map`; jax 0.7 does not say of the first."""
+    mapped = getattr(jax._src.core.get_axis_env(), "explicit_mesh_axis_names", True)
+    return bool(mapped or manual_axes(jax.sharding.get_abstract_mesh()))
+
+
+def placed(x: Any, aval: Any) -> Any:
+    """`x`, lying and varying as an array of this type does."""
+    sharding, _ = placement(aval)
+    there = sharding is None or jax.typeof(x).sharding == sharding
+    return vary(x if there else jax.sharding.reshard(x, sharding), varying_axes(aval))
+
+
+def repeated(axis: Any, x: Any) -> Any:
+    """`x`, once for each position of the axis that a `vmap` maps over, which lies as that axis does."""
+    from jax._src.interpreters import batching
+
+    return batching.broadcast(x, axis.size, 0, axis.explicit_mesh_axis)
+
+
+def with_leading(axis: Any, aval: Any) -> Any:
+    """The type of such arrays, stacked along the axis that a `vmap` maps over."""
+    return jax._src.core.unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis)

@@ -130,9 +130,33 @@ def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
         given = rw.graph.consts | dict(zip(reads, xs, strict=True))
         return run(Rewrite(part), [given[v] for v in part.inputs])
 
+    kernel = _partitioned(kernel, original)
     floats = [j for j, v in enumerate(reads) if rw.graph.specs[v].dtype.startswith(("float", "bfloat"))]
     outs = both_modes(kernel, original, floats)(*(env[v] for v in reads))
     return dict(zip(match.results, map(_compat.vary, outs, _axes(rw.program, match)), strict=True))
+
+
+def _partitioned(kernel: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, under a mesh whose shardings are part of types: XLA partitions what is inside, as under any other mesh, and the results
+    lie as those of the code whose place it takes. Of gradients jax says itself that they lie as their arrays do.
+
+    What `vmap` maps along such a mesh keeps nothing for its backward pass: types of what is inside say nothing of where it lies.
+    """
+
+    def call(*xs: Any) -> Any:
+        axes = {a for x in xs for s in [_compat.placement(jax.typeof(x))[0]] if s is not None for a in s.mesh.explicit_axes}
+        if not axes:
+            return kernel(*xs)
+        among = frozenset().union(*(_compat.varying_axes(jax.typeof(x)) for x in xs))
+
+        def alike(*xs: Any) -> list[Any]:
+            return original(*(_compat.vary(x, among) for x in xs))
+
+        lie = [x.sharding for x in jax.make_jaxpr(alike)(*map(jax.typeof, xs)).out_avals]
+        partitioned: Callable[..., Any] = jax.sharding.auto_axes(kernel, axes=tuple(sorted(axes)), out_sharding=lie)
+        return jax.checkpoint(partitioned)(*xs) if _compat.mapped_over_mesh() else partitioned(*xs)
+
+    return call
 
 
 def _axes(program: Program, match: Match) -> list[frozenset[str]]:

@@ -1,9 +1,10 @@
 """One equation of a program, run again.
 
 An equation that was traced inside `jax.shard_map` remembers a mesh whose axes are manual, and `pvary` beside it says which values
-differ from device to device. Where that `shard_map` is under way, it runs as it stands. Where none is (a certificate is made on
-one device, with a device's shapes), neither matters: it runs without mesh, `pvary` gives what it was given, and calls are taken
-apart for the same to hold inside of them.
+differ from device to device. One that was traced with explicit shardings remembers their mesh, and may say how its result lies.
+Where that mesh is there, it runs as it stands. Where it is not (a certificate is made on one device, in a `shard_map` with a device's
+shapes), none of that matters: it runs without mesh, `pvary` and `reshard` give what they were given, and calls are taken apart for
+the same to hold inside of them.
 """
 
 from __future__ import annotations
@@ -18,16 +19,25 @@ from kpt_jax import _compat
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """The results of one equation for these arguments, arrays or tracers."""
-    if not _compat.manual_axes(eqn.ctx.cur_abstract_mesh) or _compat.manual_axes(jax.sharding.get_abstract_mesh()):
-        return _compat.bind(eqn, args)
     name = eqn.primitive.name
-    if name in _compat.PVARY_NAMES:
+    if name == "pvary" and _compat.varying_axes(jax.typeof(args[0])) >= set(eqn.params["axes"]):
+        return list(args)
+    its, here = eqn.ctx.cur_abstract_mesh, jax.sharding.get_abstract_mesh()
+    mapped = _compat.manual_axes(its) and not _compat.manual_axes(here)
+    if not mapped and not (_compat.meshless.get() and _placing(eqn)):
+        return _compat.bind(eqn, args)
+    if name in _compat.PLACING_NAMES:
         return list(args)
     if name in _compat.JIT_NAMES:
         return _evaluate(*_compat.open_jaxpr(eqn.params["jaxpr"]), args)
     if name == "custom_jvp_call":
         return _custom_jvp(eqn, args)
-    return _compat.bind(eqn, args, _compat.without_manual_mesh())
+    return _compat.bind(eqn, args, meshless=True)
+
+
+def _placing(eqn: Any) -> bool:
+    """Whether it was traced with explicit shardings."""
+    return any(_compat.placement(v.aval)[0] is not None for v in (*eqn.invars, *eqn.outvars))
 
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

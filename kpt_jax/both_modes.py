@@ -102,25 +102,25 @@ _site_tangents.def_impl(_evaluate)
 _site_tangents.def_abstract_eval(lambda *_, out_avals, **__: list(out_avals))
 @functools.partial(mlir.register_lowering, _site_tangents)
 def _lowered(ctx: Any, *xs: Any, forward: Flat, **_: Any) -> Any:
-    """What is traced here is beyond `shard_map`, whose mesh and types would hold for the arguments and for nothing else."""
+    """What is traced here is beyond any mesh of which types speak: they would hold for the arguments and for nothing else."""
 
     def evaluate(*xs: Any) -> list[Any]:
-        with _compat.without_manual_mesh():
+        with _compat.without_typed_mesh():
             return forward(*xs)
 
-    types = [_compat.without_manual_axes(a) for a in ctx.avals_in]
+    types = [_compat.without_mesh(a) for a in ctx.avals_in]
     return mlir.lower_fun(evaluate, multiple_results=True)(ctx.replace(avals_in=types), *xs)
 
 
 def _transposed(cotangents: Sequence[Any], *xs: Any, count: int, backward: Flat, out_avals: Any, **_: Any) -> list[Any]:
     constants = xs[: len(xs) - count]
     given = [
-        _compat.vary(jnp.zeros(a.shape, a.dtype), _compat.varying_axes(a)) if type(ct) is ad.Zero else ct
+        _compat.placed(jnp.zeros(a.shape, a.dtype), a) if type(ct) is ad.Zero else ct
         for ct, a in zip(cotangents, out_avals, strict=True)
     ]
     found = backward(*constants, *given)
-    wanted = [ad.is_undefined_primal(x) for x in xs[len(xs) - count :]]
-    return [None] * len(constants) + [ct if w else None for ct, w in zip(found, wanted, strict=True)]
+    moved = zip(found, xs[len(xs) - count :], strict=True)  # jax 0.7 loses under vmap how a gradient lies
+    return [None] * len(constants) + [_compat.placed(ct, x.aval) if ad.is_undefined_primal(x) else None for ct, x in moved]
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, count: int, forward: Flat, **params: Any) -> tuple[Any, Any]:
@@ -137,26 +137,27 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, count: int, forward
                    [tangents[i] for i in moving])  # fmt: skip
 
 
-def _batched(xs: Sequence[Any], dims: Sequence[Any], *, count: int, forward: Flat, backward: Flat, out_avals: Any) -> tuple[Any, Any]:
-    size = next(x.shape[d] for x, d in zip(xs, dims, strict=True) if d is not None)
+def _batched(
+    axis: Any, xs: Sequence[Any], dims: Sequence[Any], *, count: int, forward: Flat, backward: Flat, out_avals: Any
+) -> tuple[Any, Any]:
     first = len(xs) - count
     linear = [
-        jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        _compat.repeated(axis, x) if d is None else jnp.moveaxis(x, d, 0)
         for x, d in zip(xs[first:], dims[first:], strict=True)
     ]
 
     def mapped(fn: Flat) -> Flat:
         def call(*given: Any) -> list[Any]:
             axes = (*dims[:first], *(0 for _ in given[first:]))
-            return jax.vmap(fn, axes, 0, axis_size=size)(*given)
+            return jax.vmap(fn, axes, 0, axis_size=axis.size)(*given)
 
         return call
 
     outs = _site_tangents.bind(*xs[:first], *linear, count=count, forward=mapped(forward), backward=mapped(backward),
-                               out_avals=tuple(_compat.with_leading(size, a) for a in out_avals))  # fmt: skip
+                               out_avals=tuple(_compat.with_leading(axis, a) for a in out_avals))  # fmt: skip
     return outs, [0] * len(outs)
 
 
 ad.primitive_transposes[_site_tangents] = _transposed
 ad.primitive_jvps[_site_tangents] = _jvp
-batching.primitive_batchers[_site_tangents] = _batched
+batching.fancy_primitive_batchers[_site_tangents] = _batched

@@ -362,7 +362,7 @@ class Optimized:
         with uncollected():
             try:
                 with derivatives_seen(planner.token):
-                    closed = planner.traced(flat, [_struct(x) for x in dynamic], [_placed(x) for x in dynamic])
+                    closed = jax.make_jaxpr(flat)(*map(_struct, dynamic))
             finally:
                 active.reset(token)
                 planner.within = within
@@ -468,21 +468,17 @@ def _signature(x: Any) -> tuple:
 
 
 def _struct(x: Any) -> Any:
-    """What make_jaxpr traces `x` as: its type alone, so that tracers of an outer trace stay outside."""
+    """What make_jaxpr traces `x` as: its type alone, so that tracers of an outer trace stay outside.
+
+    An explicit sharding is part of it: what jax makes for an array (zeros, gradients) lies as the array does.
+    """
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     aval = jax.typeof(x)
-    if _compat.varying_axes(aval):  # no struct says so on every jax; there are no explicit shardings in a shard_map
+    sharding, _ = _compat.placement(aval)
+    if sharding is not None or _compat.varying_axes(aval):  # no struct says the latter on every jax
         return aval
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=bool(getattr(aval, "weak_type", False)))
-
-
-def _placed(x: Any) -> Any:
-    """`_struct`, with the explicit sharding of the array."""
-    struct, (sharding, _) = _struct(x), _compat.placement(x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x))
-    if sharding is None or not isinstance(struct, jax.ShapeDtypeStruct):
-        return struct
-    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=struct.weak_type, sharding=sharding)
 
 
 def nested(fun: Callable[..., Any]) -> Callable[..., Any]:

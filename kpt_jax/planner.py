@@ -84,24 +84,6 @@ class Planner(core.Planner):
     within: str = ""
     token: object = dataclasses.field(default_factory=object)
 
-    def traced(self, flat: Callable[..., Any], structs: Sequence[Any], placed: Sequence[Any]) -> Any:
-        """The program of these types.
-
-        They are without explicit shardings, as what kernels are proved on is; a program that asks for its own (`jax.shard_map` does) is
-        traced once more with them.
-        """
-        lists: tuple[list[Any], ...] = (self.sites, self.skipped, self.notes)
-        met, nested = [len(x) for x in lists], self.nested
-        try:
-            return jax.make_jaxpr(flat)(*structs)
-        except ValueError:
-            if all(getattr(x, "sharding", None) is None for x in placed):
-                raise
-        for found, count in zip(lists, met, strict=True):
-            del found[count:]
-        self.nested = nested
-        return jax.make_jaxpr(flat)(*placed)
-
     def rewrite(self, graph: Graph, path: str = "", example: Sequence[Any] | None = None) -> Rewrite:
         """The graph with the kernels that were chosen and proved, bodies included."""
 
@@ -178,7 +160,8 @@ class Example:
         part = dataclasses.replace(self.graph, outputs=wanted).without_dead_nodes()
         if any(n.effect for n in part.nodes):
             return None
-        got = ROOM.fetched(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
+        with _compat.with_mesh_of(self.inputs):
+            got = ROOM.fetched(jax.jit(lambda *xs: run(Rewrite(part), xs))(*self.inputs))
         return dict(zip(wanted, got, strict=True))
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import kpt_jax
 from kpt_jax.both_modes import both_modes
 from tests.jax.certified import EIGHT_DEVICES
+from tests.jax.explicit_program import ALL as EXPLICIT
 
 PROGRAM = pathlib.Path(__file__).with_name("sharded_program.py")
 CASES = {
@@ -64,6 +65,18 @@ def outcomes():
 @pytest.fixture(scope="module")
 def in_shard_map():
     return lines_of("shard_map_program.py", "random")
+
+
+@pytest.fixture(scope="module")
+def explicit():
+    return lines_of("explicit_program.py", "random")
+
+
+@pytest.mark.parametrize(("name", "mesh"), EXPLICIT)
+def test_explicit_shardings(explicit, name, mesh):
+    """Found and certified; the program has compared numbers and shardings, gradients taken outside and inside."""
+    found = explicit[f"{name}, over {mesh}"]
+    assert found["ops"] == [name.split(",")[0]] and found["certified"]
 
 
 @pytest.mark.parametrize(("case", "op"), CASES.items(), ids=CASES)
@@ -128,5 +141,5 @@ def test_a_program_that_needs_explicit_shardings_is_traced_with_them():
     with jax.set_mesh(mesh):
         x, w = jax.device_put(rows, NamedSharding(mesh, spec)), jnp.ones(8)
         fast = kpt_jax.optimize(step)
-        assert [s.path for s in fast.plan(w, x).sites] == ["grad0/rms_norm0"], "of the first trace, which failed, nothing is left"
+        assert [s.path for s in fast.plan(w, x).sites] == ["grad0/rms_norm0"]
         np.testing.assert_allclose(fast(w, x), step(w, x), rtol=1e-6)
