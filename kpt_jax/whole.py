@@ -128,7 +128,7 @@ class Reference:
         def bound(name: str) -> Tolerance:
             return tolerance(self.dtype, self.terms, gradient=name.startswith("d"), chain=len(self.plan.sites))
 
-        return movements(self.want, self._nearby, self._distances, ROOM.get, bound)
+        return movements(self.want, self._nearby, self._distances, ROOM.get, bound, epsilon(self.dtype))
 
     @functools.cached_property
     def cancelling(self) -> Mapping[str, float]:

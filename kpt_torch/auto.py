@@ -205,7 +205,7 @@ class Session:
         if found.passed:  # for most programs nothing cancels, and what follows needs more runs
             return found
         try:
-            sensitivity = movements(_real(original), nearby, distances, to_numpy, bound)
+            sensitivity = movements(_real(original), nearby, distances, to_numpy, bound, epsilon(dtype))
             found = held(sensitivity=sensitivity)
             return found if found.passed or not gradients else held(sensitivity=sensitivity, terms=cancelling(of_gradients))
         except Exception as error:  # a program may refuse weights that are not its own

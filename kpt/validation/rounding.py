@@ -56,6 +56,7 @@ def movements[Arrays: Mapping[str, Any]](
     distances: Callable[[Arrays], Mapping[str, ErrorMetrics]],
     host: Callable[[Any], np.ndarray],
     bound: Callable[[str], Tolerance],
+    narrowest: float,
 ) -> dict[str, Sensitivity]:
     """How far what a whole program makes moves per unit of relative change of its inputs, at least `with_last_bits`.
 
@@ -65,6 +66,8 @@ def movements[Arrays: Mapping[str, Any]](
       distances: how far that is from `original`; may empty what it is given, and lack names.
       host: an array for NumPy.
       bound: what an array of this name is held to.
+      narrowest: epsilon of the narrowest dtype on the way. float32 weights that are read as bfloat16 have to move as far for what is
+        rounding alone to be drawn anew; anything else would be allowed too much by it.
     """
     if draws(original) > 1:  # of few numbers
         base = {n: host(x) for n, x in original.items()}
@@ -76,6 +79,9 @@ def movements[Arrays: Mapping[str, Any]](
     for _ in range(_DRAWS):
         for n, m in distances(nearby(None)).items():
             far[n] = with_last_bits(far.get(n, (0.0, 0.0)), m, bound(n))
+        for n, m in distances(nearby(narrowest)).items():
+            if m.abs_l2 >= _ALONE * m.reference_l2:
+                far[n] = with_last_bits(far.get(n, (0.0, 0.0)), m, bound(n))
     return dict(far)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kpt.errors import ValidationError
 from kpt.validation import Certificate, certify, compare, metrics, sensitivity, tolerance
-from kpt.validation.rounding import cancelling, with_last_bits
+from kpt.validation.rounding import cancelling, movements, with_last_bits
 
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 LOW = ("float16", "bfloat16")
@@ -411,3 +411,22 @@ def test_certificates_merge_and_travel_as_json():
 
 def test_nothing_compared_is_not_a_pass():
     assert not certify({}, {}, "float32", 1).passed
+
+
+def test_what_only_the_narrowest_dtype_moves_is_rounding_alone_where_it_moves_as_far_as_it_is_large():
+    """float32 weights that are read as bfloat16: moved by their own last bits, the program rounds as before."""
+    rng = np.random.default_rng(0)
+    original = {"noise": rng.normal(size=(40, 128)), "known": rng.normal(size=(40, 128))}
+
+    def nearby(step):
+        moved = {n: a * (1 + (step or 0) * rng.uniform(-1, 1, a.shape)) for n, a in original.items()}
+        return moved | {"noise": rng.normal(size=(40, 128)) if step == 2.0**-8 else original["noise"]}
+
+    def distances(got):
+        return {n: metrics(a, original[n]) for n, a in got.items()}
+
+    bound = tolerance("bfloat16", 1)
+    far = movements(original, nearby, distances, np.asarray, lambda _: bound, 2.0**-8)
+    size = np.linalg.norm(original["noise"])
+    assert far["noise"][0] * bound.rtol_l2 > 8 * size
+    assert far["known"][0] < 0.7 * size  # per unit of relative change, and no more
