@@ -53,7 +53,8 @@ class Session:
         if hardware == "auto" and planned_elsewhere(self.here):
             hardware = self.here
             self.usable = optimize(fn_or_model, level, hardware)
-            self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
+            with self.planning():
+                self.fast, self.args, self.kwargs = function_of(self.usable, *inputs, **keywords)
         self.hardware, self.device = profile(hardware, arrays), device_of(arrays).device_kind
         self._programs: dict[Any, Timed] = {}
 

@@ -17,12 +17,14 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import kpt_jax
+from kpt.report import Line, draw, drawable
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, TOKENS, VOCABULARY = 4096, 14336, 32, 8, 2048, 128256
 
@@ -130,8 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--layers", default="4,16,32,64")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", help="write a chart to this SVG file")
+    parser.add_argument("--plot", type=Path, help="write a chart to this file: SVG, PNG or PDF, by its name")
     options = parser.parse_args()
+    if options.plot:
+        drawable(options.plot)
     os.environ["KPT_CERTIFY"] = "off"
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
         runs = [[fresh.submit(cost, int(n)).result() for n in options.layers.split(",")] for _ in range(3)]
@@ -152,14 +156,12 @@ def main() -> None:
         for n, (a, b) in dispatch.items():
             print(f"a call with {n} arrays: jax.jit {a * 1e6:.1f} us, optimized {b * 1e6:.1f} us")
     if options.plot:
-        from kpt.report import Line, line_chart, save
-
         xs = [c.layers for c in costs]
         lines = [Line("XLA's compilation", xs, [c.compile_original for c in costs], "before"),
                  Line("kpt's planning", xs, [c.plan for c in costs], "after")]  # fmt: skip
         words = "; ".join(f"{c.layers} layers: planning {c.plan:.2f} s, compilation {c.compile_original:.2f} s" for c in costs)
         title = "Planning and compilation over the depth of a model"
-        save(line_chart(lines, title=title, description=words, x_label="layers", y_label="seconds"), options.plot, lines)
+        draw(lines, options.plot, title=title, description=words, x_label="layers", y_label="seconds")
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ class _Processes:
 
 def _jobs() -> int:
     """By the cores and the memory that are here, and that control groups leave of them."""
-    cpu = detect_hardware(platform="cpu", environ={})
+    cpu = detect_hardware(platform="cpu")
     try:
         free = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:

@@ -113,10 +113,17 @@ def then_linear(
     out_dtype: str | None = None,
     tiles: Tiles | None = None,
 ) -> Array:
-    """`glu(...) w_down`, whose backward pass keeps both projections and not their product.
+    """`(act(x w_gate + b_gate) * (x w_up + b_up)) w_down` (Shazeer 2020, arXiv:2002.05202): a gated MLP, which keeps both projections for
+    its backward pass and not their product.
 
     Args:
       w_down: `[N, M]`, of x's dtype; all else as `glu` has it.
+
+    Returns:
+      `[..., M]`, in x's dtype.
+
+    Raises:
+      KernelError: the tiles are not possible.
     """
     y = _linear((activation, tiles), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up, w_down))
     return y.reshape(*x.shape[:-1], w_down.shape[1])
