@@ -56,6 +56,16 @@ class Span:
     def needs_mask(self, step: Any) -> Any:
         return (step < self.whole) | (step >= self.end)
 
+    def parts(self, static: Static, keys: int) -> list[tuple[Any, Any, bool]]:
+        """`(first, last, whether they need a mask)` of the steps of a tile of so many keys, in order; those of queries that see them."""
+        if not static.masks(keys):
+            return [(self.first, self.last, False)]
+        whole = jnp.minimum(self.whole, self.last)
+        if static.diagonals[0] is None and not static.by_data:  # nothing ends what causality lets see
+            return [(self.first, whole, True), (whole, self.last, False)]
+        end = jnp.clip(self.end, whole, self.last)
+        return [(self.first, whole, True), (whole, end, False), (end, self.last, True)]
+
 
 def span_of_keys(static: Static, row: Any, rows: int, step: int) -> Span:
     """The tiles of `step` keys that queries `[row, row + rows)` see, by causality and windows; of numbers or of arrays."""

@@ -14,6 +14,7 @@ that a product needs is waited for before the first of a group is started.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -242,12 +243,11 @@ def gradients_of_keys(
                 s = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
 
                 def all_steps(dk_sum: Any, dv_sum: Any) -> tuple[jax.Array, jax.Array]:
-                    def turn(j: Any, carry: Any) -> Any:
-                        s, head_of, step = carry
-                        slot, next_slot = lax.rem(before + j, stages), lax.rem(before + j + 1, stages)
+                    def turn(hides: bool, step: Any, carry: Any) -> Any:
+                        s, place = carry
+                        slot, next_slot = lax.rem(place, stages), lax.rem(place + 1, stages)
                         tanh = s if static.cap is None else jnp.tanh(s * (static.scale / static.cap))
-                        # In every step: a branch around it costs more than it saves.
-                        seen = hide(tanh, step, slot) if static.masks(TILE) else tanh
+                        seen = hide(tanh, step, slot) if hides else tanh
                         plgpu.barrier_wait(g_full.at[slot])
 
                         def weigh(dp: Any) -> jax.Array:
@@ -274,9 +274,15 @@ def gradients_of_keys(
                             free_queries.free(slot)
                             return plgpu.wgmma_accumulator_load(scores, wait_n=0)
 
-                        return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32)), *following(span, head_of, step)
+                        return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32)), place + 1
 
-                    lax.fori_loop(0, steps, turn, (s, kv_head * group, span.first))
+                    # A branch around the mask costs more than the mask, so that steps with and without one are loops of their own.
+                    def of_head(_: Any, carry: Any) -> Any:
+                        for first, last, hides in span.parts(static, TILE):
+                            carry = lax.fori_loop(first, last, functools.partial(turn, hides), carry)
+                        return carry
+
+                    lax.fori_loop(0, group, of_head, (s, before))
                     return dk_sum[...], dv_sum[...]
 
                 dk, dv = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32), plgpu.ACC((ROWS, head_v), jnp.float32))
