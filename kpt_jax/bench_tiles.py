@@ -43,7 +43,7 @@ def contenders(op: str) -> dict[str, Any]:
     return {PLAIN: BENCHES[op].plain} | {str(t): functools.partial(kernel, **BENCHES[op].params, tiles=t) for t in takes}
 
 
-def row(op: str, m: int, k: int, n: int, seconds: float) -> dict[str, Any]:
+def row(op: str, shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
     """Milliseconds of each at one shape, and which the rule takes.
 
     Raises:
@@ -51,8 +51,9 @@ def row(op: str, m: int, k: int, n: int, seconds: float) -> dict[str, Any]:
     """
     from pallas_kernels.hopper_gemm import tiles_for
 
+    m, k, n = shape
     sets = inputs(BENCHES[op], BENCHES[op].specs("bfloat16", m, k, n))
-    made = {name: jax.jit(lambda arrays, _, fn=fn: fn(**arrays)).lower(*sets[0]).compile() for name, fn in contenders(op).items()}
+    made: dict[str, Any] = {name: jax.jit(lambda arrays, _, fn=fn: fn(**arrays)).lower(*sets[0]).compile() for name, fn in contenders(op).items()}
     first, *others = [name for name in made if name != PLAIN]
     want = made[first](*sets[0])
     for name in others:
@@ -83,7 +84,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for op in args.ops:
         for shape in given or SHAPES[op]:
-            rows.append(row(op, *shape, args.seconds))
+            rows.append(row(op, shape, args.seconds))
             print(line(rows[-1]), flush=True)
             if args.out:
                 about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
