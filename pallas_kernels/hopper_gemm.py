@@ -87,6 +87,30 @@ class Tiles:
         """Of the ring and of the output buffers."""
         return 2 * self.stages * self.k * (self.m + self.n) + 2 * CONSUMERS * BUFFERS * 64 * 64
 
+    def takes(self, factors: int) -> bool:
+        """Whether so many right factors can share the sums: each has groups of 64 columns in both warpgroups."""
+        return self.own[1] % (64 * factors) == 0
+
+    def rounds(self, m: int, n: int, factors: int = 1) -> int:
+        """How often all multiprocessors make a tile of `[m, n]` results."""
+        return pl.cdiv(pl.cdiv(m, self.m) * pl.cdiv(n * factors, self.n), MULTIPROCESSORS)
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}"
+
+
+BED = {Tiles(): 1.0, Tiles(n=192): 0.77, Tiles(m=256, n=128): 1.02, Tiles(n=128, stages=6): 0.55, Tiles(m=64, split="n"): 0.55}
+"""How products may be cut, and the time of one such tile in that of the first one's."""
+
+
+def tiles_for(m: int, n: int, factors: int = 1) -> Tiles:
+    """The tiles that `[m, n]` results of so many right factors take least time in.
+
+    All multiprocessors make tiles at a time, so that the last of them costs as much as a full round: smaller tiles are each a little
+    slower for their size, and leave less of a round empty.
+    """
+    return min((t for t in BED if t.takes(factors)), key=lambda t: t.rounds(m, n, factors) * BED[t])
+
 
 FEWEST = 64
 """Tiles of a result, below which XLA's product is faster: half of the multiprocessors would have nothing to do."""
@@ -157,8 +181,8 @@ def products(
       KernelError: tiles that are not possible.
     """
     m, k, n = a.shape[1 - a_axis], a.shape[a_axis], bs[0].shape[1 - b_axis]
-    tiles = tiles or Tiles()
     factors = len(bs)
+    tiles = tiles or tiles_for(m, n, factors)
     tile_n = tiles.n // factors  # columns of the result
     own_m, own_n = tiles.own[0], tiles.own[1] // factors
     grid = (pl.cdiv(m, tiles.m), pl.cdiv(n, tile_n))

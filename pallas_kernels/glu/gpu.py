@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from kpt.kernels.stand_in import stood_for
 from pallas_kernels.activations import ACTIVATIONS, Array
-from pallas_kernels.hopper_gemm import Tiles, enough, products
+from pallas_kernels.hopper_gemm import Tiles, enough, products, tiles_for
 from pallas_kernels.hopper_gemm import refusal as refusal
 from pallas_kernels.linear_act.gpu import IN_KERNEL
 from pallas_kernels.linear_act.xla import contract, weight_vjp
@@ -41,13 +41,17 @@ def glu(
       x: `[..., K]` bfloat16 or float16. w_gate, w_up: `[K, N]`, of the same dtype. b_gate, b_up: `[N]` or None.
       activation: a name of `pallas_kernels.activations.ACTIVATIONS`.
       out_dtype: x's, or None for it.
-      tiles: of the forward products.
+      tiles: of the forward products; `pallas_kernels.hopper_gemm.tiles_for` chooses them by default.
 
     Raises:
       KernelError: the tiles are not possible.
     """
-    y = _glu((activation, tiles), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up))
+    y = _glu((activation, tiles or _tiles(x, w_gate)), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up))
     return y.reshape(*x.shape[:-1], w_gate.shape[1])
+
+
+def _tiles(x, w_gate):
+    return tiles_for(math.prod(stood_for("x", x.shape)[:-1]), stood_for("w_gate", w_gate.shape)[1], 2)
 
 
 def _forward(static, keep, x, w_gate, w_up, b_gate, b_up):
@@ -91,7 +95,8 @@ def _of_products(arrays, d_gate, d_up):
     x, w_gate, w_up, b_gate, b_up = arrays
     *tokens, k = stood_for("x", x.shape)
     if enough(math.prod(tokens), k):
-        (dx,) = products(d_gate, [w_gate], lambda acc: [acc], 1, b_axis=1, then=(d_up, w_up), name="glu_dx")
+        tiles = tiles_for(math.prod(tokens), k)
+        (dx,) = products(d_gate, [w_gate], lambda acc: [acc], 1, b_axis=1, tiles=tiles, then=(d_up, w_up), name="glu_dx")
     else:
         dx = contract(d_gate, w_gate, ((1,), (1,)), x.dtype) + contract(d_up, w_up, ((1,), (1,)), x.dtype)
     (dw_gate, db_gate), (dw_up, db_up) = (weight_vjp(x, b, d) for b, d in ((b_gate, d_gate), (b_up, d_up)))
@@ -125,7 +130,7 @@ def then_linear(
     Raises:
       KernelError: the tiles are not possible.
     """
-    y = _linear((activation, tiles), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up, w_down))
+    y = _linear((activation, tiles or _tiles(x, w_gate)), *vary_alike(x.reshape(-1, x.shape[-1]), w_gate, w_up, b_gate, b_up, w_down))
     return y.reshape(*x.shape[:-1], w_down.shape[1])
 
 

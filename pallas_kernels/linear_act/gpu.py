@@ -19,8 +19,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kpt.kernels.stand_in import stood_for
 from pallas_kernels.activations import ACTIVATIONS, SLOPE_OF_OUTPUT, Array
-from pallas_kernels.hopper_gemm import Tiles, products
+from pallas_kernels.hopper_gemm import Tiles, products, tiles_for
 from pallas_kernels.hopper_gemm import refusal as refusal
 from pallas_kernels.linear_act.xla import project_vjp
 from pallas_kernels.manual_axes import vary_alike
@@ -87,12 +88,13 @@ def linear_act(
       x: `[..., K]` bfloat16 or float16. w: `[K, N]`, of the same dtype. b: `[N]` or None.
       activation: a name of `pallas_kernels.activations.ACTIVATIONS`.
       out_dtype: x's, or None for it.
-      tiles: of the forward product.
+      tiles: of the forward product; `pallas_kernels.hopper_gemm.tiles_for` chooses them by default.
 
     Raises:
       KernelError: the tiles are not possible.
     """
     rows = x.reshape(-1, x.shape[-1])
+    tiles = tiles or tiles_for(math.prod(stood_for("x", x.shape)[:-1]), stood_for("w", w.shape)[1])
     return _linear((activation, tiles), *vary_alike(rows, w, b)).reshape(*x.shape[:-1], w.shape[1])
 
 

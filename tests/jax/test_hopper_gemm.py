@@ -161,6 +161,19 @@ def test_products_of_transposed_factors(transposed, tiles, interpreted):
     assert np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want) < kpt.validation.tolerance("bfloat16", 192).rtol_l2
 
 
+@pytest.mark.parametrize("factors", [1, 2])
+def test_every_tiling(factors, interpreted):
+    from pallas_kernels import hopper_gemm
+
+    rng = np.random.default_rng(0)
+    a, *bs = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((264, 192), *[(192, 320)] * factors))
+    want = np.asarray(a, np.float64) @ sum(np.asarray(b, np.float64) for b in bs)
+    for tiles in (t for t in hopper_gemm.BED if t.takes(factors)):
+        (got,) = hopper_gemm.products(a, bs, lambda *sums: [sum(sums)], 1, tiles=tiles)
+        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+        assert error < kpt.validation.tolerance("bfloat16", 192).rtol_l2, tiles
+
+
 @pytest.mark.parametrize("tiles", [{}, {"split": "n"}])
 def test_64_columns_are_written_once(tiles, interpreted, monkeypatch):
     """On a chip jax drops the one group of 64 columns, and with it where a copy begins. The interpreter does not: it is done here."""

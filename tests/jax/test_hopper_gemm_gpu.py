@@ -75,6 +75,18 @@ def test_equal_inputs_give_equal_bits(case, as_large):
         jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(step(moving)))
 
 
+@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul"])
+def test_every_tiling_gives_the_same_bits(case):
+    from pallas_kernels.hopper_gemm import BED
+
+    name, specs, params = FIXED[case]
+    arrays = op(name).sample(np.random.default_rng(0), specs, **params)
+    takes = [t for t in BED if t.takes(2 if name == "glu" else 1)]
+    first, *others = (jax.device_get(jax.jit(lambda a, t=t: kernel_of(name)(**a, **params, tiles=t))(arrays)) for t in takes)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
 @pytest.mark.parametrize("name", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
 @pytest.mark.parametrize("seed", range(20))
 def test_random_calls(name, seed, as_large):
