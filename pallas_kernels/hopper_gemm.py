@@ -99,7 +99,7 @@ class Tiles:
         return f"{self.m}x{self.n}"
 
 
-BED = {Tiles(): 1.0, Tiles(n=192): 0.77, Tiles(m=256, n=128): 1.02, Tiles(n=128, stages=6): 0.55, Tiles(m=64, split="n"): 0.55}
+BED = {Tiles(): 1.0, Tiles(n=192): 0.76, Tiles(m=256, n=128): 1.01, Tiles(n=128, stages=6): 0.53, Tiles(m=64, split="n"): 0.55}
 """How products may be cut, and the time of one such tile in that of the first one's."""
 
 
@@ -155,6 +155,7 @@ def products(
     epilogue: Epilogue,
     outputs: int,
     rows: Sequence[jax.Array] = (),
+    beside: Sequence[jax.Array] = (),
     *,
     a_axis: int = 1,
     b_axis: int = 0,
@@ -163,14 +164,15 @@ def products(
     then: tuple[jax.Array, jax.Array] | None = None,
     onto: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """`epilogue(*[a b for b in bs], *rows)`, tile by tile.
+    """`epilogue(*[a b for b in bs], *rows, *beside)`, tile by tile.
 
     Args:
       a: a matrix, summed over its axis `a_axis`: `[M, K]`, or `[K, M]` for 0.
       bs: one or two matrices of one shape, summed over `b_axis`: `[K, N]`, or `[N, K]` for 1. All of a's dtype, bfloat16 or float16.
-      epilogue: elementwise; gets float32 sums, and each row broadcast to them.
+      epilogue: elementwise; gets float32 sums, each row broadcast to them, and what lies beside them, in float32 too.
       outputs: how many arrays the epilogue gives; each is rounded to a's dtype.
       rows: `[N]`, of biases.
+      beside: `[M, N]`, of a's dtype. They take memory of the ring, which has as many stages of `tiles` as fit then.
       then: a left and a right factor like the first ones, whose product is added to the sums before the epilogue.
       onto: a `jax.Ref` of the result's shape and dtype, which the one output is added to; nothing is returned then.
 
@@ -183,6 +185,9 @@ def products(
     m, k, n = a.shape[1 - a_axis], a.shape[a_axis], bs[0].shape[1 - b_axis]
     factors = len(bs)
     tiles = tiles or tiles_for(m, n, factors)
+    if beside:
+        room = (SHARED_BYTES - tiles.shared_bytes - 2 * CONSUMERS * len(beside) * 64 * 64) // (2 * tiles.k * (tiles.m + tiles.n))
+        tiles = dataclasses.replace(tiles, stages=min(tiles.stages, tiles.stages + room))
     tile_n = tiles.n // factors  # columns of the result
     own_m, own_n = tiles.own[0], tiles.own[1] // factors
     grid = (pl.cdiv(m, tiles.m), pl.cdiv(n, tile_n))
@@ -202,8 +207,9 @@ def products(
     def body(*refs: Any) -> None:
         queue = iter(refs)
         factor_refs = [[next(queue) for _ in pair] for pair in pairs]
-        row_refs, out_refs = [next(queue) for _ in rows], [next(queue) for _ in range(outputs)]
-        a_ring, b_rings, out_buffer, full, empty = queue
+        row_refs, beside_refs = [next(queue) for _ in rows], [next(queue) for _ in beside]
+        out_refs = [next(queue) for _ in range(outputs)]
+        a_ring, b_rings, out_buffer, full, empty, landings = queue
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == CONSUMERS)
@@ -222,6 +228,12 @@ def products(
                     @pl.when(count >= tiles.stages)
                     def wait() -> None:
                         plgpu.barrier_wait(empty.at[slot])
+
+                    # The epilogue reads in a hurry, for nothing is multiplied meanwhile: what it reads waits in the L2 by then.
+                    down, across = step // (tile_n // 64), lax.rem(step, jnp.int32(tile_n // 64))
+                    piece = pl.ds(i * tiles.m + down * 64, 64), pl.ds(j * tile_n + across * 64, 64)
+                    for ref in beside_refs:
+                        plgpu.async_prefetch(ref.at[piece], predicate=down < tiles.m // 64)
 
                     for turn, pair_refs in enumerate(factor_refs):
 
@@ -250,10 +262,22 @@ def products(
             first_m, first_n = (warpgroup * own_m, 0) if tiles.split == "m" else (0, warpgroup * own_n)
             mine_m = pl.ds(first_m, own_m) if tiles.split == "m" else slice(None)
             mine_n = pl.ds(first_n, own_n) if tiles.split == "n" else slice(None)
+            # Of a result of 64 columns, the one piece across that there is.
+            pieces = [*itertools.product(range(0, own_m, 64), range(0, own_n if n > 64 else 64, 64))]
+            alone = pl.when(warpgroup == 0) if n <= 64 and tiles.split == "n" else lambda do: do()
 
             @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="block")
             def _(tile: Any) -> None:
                 i, j = place(tile.index[0])
+
+                def at(r: int, c: int) -> tuple[Any, Any]:
+                    return pl.ds(i * tiles.m + first_m + r, 64), pl.ds(j * tile_n + first_n + c, 64)
+
+                def copy(r: int, c: int) -> None:
+                    for ref, (buffer, landed) in zip(beside_refs, landings, strict=True):
+                        plgpu.copy_gmem_to_smem(ref.at[at(r, c)], buffer.at[warpgroup], landed.at[warpgroup])
+
+                alone(lambda: copy(*pieces[0]))
 
                 def multiply(*accs: Any) -> list[jax.Array]:
                     def step(s: Any, _: None) -> None:
@@ -271,47 +295,47 @@ def products(
 
                 sums = pl.run_scoped(multiply, *[plgpu.ACC((own_m, own_n), jnp.float32)] * factors)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the last tile left the buffers long ago
-                pieces = itertools.product(range(0, own_m, 64), range(0, own_n, 64))
                 for turn, (r, c) in enumerate(pieces):
 
                     def write(turn: int = turn, r: int = r, c: int = c) -> None:
-                        at_n = pl.ds(j * tile_n + first_n + c, 64)
+                        there = at(r, c)
                         # Straight from device memory, each thread what it needs.
-                        wide = [plgpu.load(ref.at[at_n], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False) for ref in row_refs]
+                        wide = [plgpu.load(ref.at[there[1]], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False) for ref in row_refs]
                         wide = [lax.broadcast_in_dim(row, (64, 64), (1,)) for row in wide]
+                        for buffer, landed in landings:
+                            plgpu.barrier_wait(landed.at[warpgroup])
+                            wide.append(plgpu.load(buffer.at[warpgroup], layout=plgpu.Layout.WGMMA).astype(jnp.float32))
+                        if turn + 1 < len(pieces):  # arrives while this piece is made
+                            copy(*pieces[turn + 1])
                         made = epilogue(*(s[r : r + 64, c : c + 64] for s in sums), *wide)
                         for number, (out_ref, result) in enumerate(zip(out_refs, made, strict=True)):
                             buffer = out_buffer.at[warpgroup, (turn * outputs + number) % BUFFERS]
                             plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
                             buffer[...] = result.astype(out_ref.dtype)
                             plgpu.commit_smem()
-                            there = out_ref.at[pl.ds(i * tiles.m + first_m + r, 64), at_n]
-                            plgpu.copy_smem_to_gmem(buffer, there, reduction_op=None if onto is None else "add")
+                            plgpu.copy_smem_to_gmem(buffer, out_ref.at[there], reduction_op=None if onto is None else "add")
 
-                    if n > 64:
-                        write()
-                    elif tiles.split == "n":
-                        pl.when(first_n + c == 0)(write)
-                    elif c == 0:
-                        write()
+                    alone(write)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def ring(*shape: int) -> Any:
         return plgpu.SMEM((tiles.stages, *shape), a.dtype, transforms=transforms)
 
+    landing = plgpu.SMEM((CONSUMERS, 64, 64), a.dtype, transforms=transforms), plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS)
     scratch = (
         ring(*((tiles.m, tiles.k) if a_axis else (tiles.k, tiles.m))),
         [ring(*((tile_n, tiles.k) if b_axis else (tiles.k, tile_n)))] * factors,
         plgpu.SMEM((CONSUMERS, BUFFERS, 64, 64), a.dtype, transforms=transforms),
         plgpu.Barrier(num_arrivals=1 + factors, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages),
+        [landing] * len(beside),
     )
     mesh: dict[str, Any] = {
         "grid": (blocks,), "grid_names": ("block",), "num_threads": CONSUMERS + 1, "thread_name": "warpgroup", "kernel_name": name
     }  # fmt: skip
     params = plgpu.CompilerParams(approx_math=True)
-    inputs = [*itertools.chain(*pairs), *rows]
+    inputs = [*itertools.chain(*pairs), *rows, *beside]
     if onto is not None:  # `plgpu.kernel` takes no references
 
         def scoped(*refs: Any) -> None:

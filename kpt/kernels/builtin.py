@@ -234,7 +234,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     # 0.71 of the roofline forward, 0.70 with the backward pass; plain code reaches 0.66 and needs five times the memory.
     _hopper("linear_cross_entropy", HALVES, jax="0.11.2", params={"invalid": INVALID_LABELS}, efficiency=0.7),
     _hopper("linear_act", HALVES, level="balanced", jax="0.11.2", params={"activation": ACTIVATIONS}, efficiency=0.78),
-    _hopper("glu", HALVES, level="balanced", jax="0.11.2", params={"activation": ACTIVATIONS}, efficiency=0.79),
+    _hopper("glu", HALVES, level="balanced", version=2, jax="0.11.2", params={"activation": ACTIVATIONS}, efficiency=0.79),
     # As near to the roofline as XLA's product (0.81 and 0.82), which estimates put at 0.5: no faster.
     _hopper("matmul", HALVES, level="balanced", jax="0.11.2", efficiency=0.5),
     _xla("matmul", level="balanced"),

@@ -4,7 +4,8 @@ Where a gradient is wanted, the two projections are written beside their product
 sums both parts meet; those of the weights are XLA's, which are at the ceiling.
 
 `then_linear` is the product with the weight that follows, too, as in every gated MLP: what glu makes is read by that product and by the
-gradient of its weight alone, which can make it again beside the projections' gradients. An array of the MLP's width less is kept.
+gradient of its weight alone, which can make it again beside the projections' gradients. An array of the MLP's width less is kept. All three
+are made where glu's own gradient is, in a product of ours: it is in the sums, and never written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kpt.kernels.stand_in import stood_for
 from pallas_kernels.activations import ACTIVATIONS, Array
 from pallas_kernels.hopper_gemm import Tiles, enough, products, tiles_for
 from pallas_kernels.hopper_gemm import refusal as refusal
-from pallas_kernels.linear_act.gpu import IN_KERNEL
+from pallas_kernels.linear_act.gpu import IN_KERNEL, SLOPE_IN_KERNEL, sigmoid
 from pallas_kernels.linear_act.xla import contract, weight_vjp
 from pallas_kernels.manual_axes import vary_alike
 
@@ -151,8 +152,36 @@ def _linear_fwd(static, *given):
 
 def _linear_bwd(static, residuals, g):
     *arrays, gate, up, w_down = residuals
-    d_gate, d_up, y = _between(static, gate, up, contract(g, w_down, ((1,), (1,)), g.dtype))
+    d_gate, d_up, y = _between_products(static, gate, up, g, w_down)
     return *_of_products(arrays, d_gate, d_up), weight_vjp(y, None, g)[0]
+
+
+def _d_swish(scale: float, x: Array) -> Array:
+    s = sigmoid(scale * x)
+    return s * (1 + scale * x * (1 - s))
+
+
+# Of the sigmoid that the activation itself is of, or of one instruction.
+SLOPE = SLOPE_IN_KERNEL | {
+    "silu": functools.partial(_d_swish, 1.0),
+    "quick_gelu": functools.partial(_d_swish, 1.702),
+    "softplus": sigmoid,
+}
+
+
+def _between_products(static, gate, up, g, w_down):
+    """`_between` of `g w_down^T`, in whose epilogue it is."""
+    (*tokens, _), (n, m) = stood_for("x", g.shape), stood_for("w_down", w_down.shape)
+    if not enough(math.prod(tokens), n) or m % 64 or w_down.shape[1] % 64:
+        return _between(static, gate, up, contract(g, w_down, ((1,), (1,)), g.dtype))
+    act, slope = IN_KERNEL[static[0]], SLOPE[static[0]]
+
+    def epilogue(g_y: Array, gate: Array, up: Array) -> list[Array]:
+        activated = act(gate)
+        return [g_y * up * slope(gate), g_y * activated, activated * up]
+
+    tiles = tiles_for(math.prod(tokens), n)
+    return products(g, [w_down], epilogue, 3, beside=[gate, up], b_axis=1, tiles=tiles, name="glu_between")
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)

@@ -33,7 +33,7 @@ FEWEST_ROWS = 16
 """Of a thread block, since each writes sums of its own."""
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * x)  # one instruction on the GPU, where exp and a division are many
 
 
@@ -52,9 +52,9 @@ def _erf(x: Array) -> Array:
 # Mosaic has neither erf, log1p nor expm1.
 IN_KERNEL = {name: function for name, (function, _) in ACTIVATIONS.items()} | {
     "gelu": lambda x: 0.5 * x * (1 + _erf(x * math.sqrt(0.5))),
-    "silu": lambda x: x * _sigmoid(x),
-    "sigmoid": _sigmoid,
-    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
+    "silu": lambda x: x * sigmoid(x),
+    "sigmoid": sigmoid,
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
     "elu": lambda x: jnp.where(x > 0, x, jnp.exp(jnp.minimum(x, 0)) - 1),
     "softplus": _softplus,
     "mish": lambda x: x * jnp.tanh(_softplus(x)),
@@ -63,7 +63,7 @@ IN_KERNEL = {name: function for name, (function, _) in ACTIVATIONS.items()} | {
 
 def _d_mish(x: Array) -> Array:
     t = jnp.tanh(_softplus(x))
-    return t + x * (1 - t * t) * _sigmoid(x)
+    return t + x * (1 - t * t) * sigmoid(x)
 
 
 SLOPE_IN_KERNEL = {name: slope for name, (_, slope) in ACTIVATIONS.items()} | {

@@ -52,6 +52,9 @@ CASES = {f"linear_act {a}": ("linear_act", linear(m=72, k=64, n=192), {"activati
     "glu, one bias": ("glu", gated(b_up=((192,), "float32")), {"activation": "gelu_tanh"}),
     "glu_linear": ("glu_linear", gated(w_down=(192, 64)), {}),
     "glu_linear, biases": ("glu_linear", gated("float16", w_down=(192, 128), **BIASES), {"activation": "gelu"}),
+    "glu_linear, tiles": ("glu_linear", gated(m=264, k=64, n=320, w_down=(320, 128)), {}),
+    "glu_linear, 64 columns": ("glu_linear", gated(m=72, k=64, n=64, w_down=(64, 192)), {"activation": "quick_gelu"}),
+    "glu_linear, rows of 72": ("glu_linear", gated(m=72, w_down=(192, 72)), {}),
     "matmul": ("matmul", product(), {}),
     "matmul float16": ("matmul", product("float16", 64, 64, 64), {}),
     "linear_cross_entropy": ("linear_cross_entropy", head(), {}),
@@ -70,18 +73,21 @@ CASES = {f"linear_act {a}": ("linear_act", linear(m=72, k=64, n=192), {"activati
 
 
 def kernel_of(name):
-    """The kernel of an op; that of "glu_linear" is part of another."""
-    return kpt.registry.load("glu.pallas_gpu").then_linear if name == "glu_linear" else kpt.registry.load(f"{name}.pallas_gpu")
+    """The kernel of an op, or of its own name; that of "glu_linear" is part of another."""
+    if name == "glu_linear":
+        return kpt.registry.load("glu.pallas_gpu").then_linear
+    return kpt.registry.load(name if "." in name else f"{name}.pallas_gpu")
 
 
 def meaning_of(name):
-    return LINEAR if name == "glu_linear" else op(name)
+    return LINEAR if name == "glu_linear" else op(name.split(".")[0])
 
 
 @pytest.fixture
-def interpreted():
+def interpreted(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    monkeypatch.setattr(plgpu, "async_prefetch", lambda ref, **_: None)  # which the interpreter lacks, and which changes no value
     jax.clear_caches()
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
@@ -101,7 +107,7 @@ def in_chunks(monkeypatch):
 def test_agrees_with_float64(case, interpreted, request, monkeypatch):
     if "chunks" in case:
         request.getfixturevalue("in_chunks")
-    if case in ("glu, biases", "glu_linear, biases"):  # x's gradient by the kernel that adds two products
+    if case == "glu, biases" or "glu_linear, " in case:  # gradients by kernels: the one that adds two products, and that of then_linear
         monkeypatch.setattr("pallas_kernels.hopper_gemm.FEWEST", 1)
     name, specs, params = CASES[case]
     certify(meaning_of(name), specs, params, fn=kernel_of(name), seeds=(0,))
@@ -122,12 +128,12 @@ def test_one_cotangent_or_one_a_token(tokens_differ, interpreted, in_chunks):
 
 def kernels_of(kernel, specs, params={}):  # noqa: B006  (read only)
     """How many Mosaic kernels both passes launch, lowered for CUDA."""
-    moving = op(kpt.registry.get(kernel).op).learned
+    fn, moving = kernel_of(kernel), meaning_of(kernel).learned
     arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
 
     def both(arrays):
         fixed = {n: a for n, a in arrays.items() if n not in moving}
-        out, pull = jax.vjp(lambda d: kpt.registry.load(kernel)(**d, **fixed, **params), {n: arrays[n] for n in moving if n in arrays})
+        out, pull = jax.vjp(lambda d: fn(**d, **fixed, **params), {n: arrays[n] for n in moving if n in arrays})
         return out, pull(jnp.ones_like(out))
 
     return jax.jit(both).trace(arrays).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2")
@@ -137,11 +143,12 @@ def kernels_of(kernel, specs, params={}):  # noqa: B006  (read only)
     ("name", "long", "short", "kernels"),
     [
         ("glu", gated(m=8192, k=4096, n=14336), gated(m=136, k=128, n=192), (1, 2)),
+        ("glu_linear", gated(m=8192, k=4096, n=14336, w_down=(14336, 4096)), gated(w_down=(192, 128)), (1, 3)),
+        ("glu_linear", gated(m=8192, k=4096, n=14336, w_down=(14336, 4100)), gated(w_down=(192, 128)), (1, 2)),
         ("linear_cross_entropy", head(tokens=8192, k=4096, classes=128256), head(tokens=1056, k=1024, classes=1088), (1, 4)),
     ],
 )
 def test_a_short_call_goes_the_way_of_the_long_one_that_it_stands_for(name, long, short, kernels):
-    name += ".pallas_gpu"
     found = [kernels_of(name, short)]
     with standing_for(long):
         found.append(kernels_of(name, short))
@@ -172,6 +179,25 @@ def test_every_tiling(factors, interpreted):
         (got,) = hopper_gemm.products(a, bs, lambda *sums: [sum(sums)], 1, tiles=tiles)
         error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
         assert error < kpt.validation.tolerance("bfloat16", 192).rtol_l2, tiles
+
+
+@pytest.mark.parametrize("tiles", [{}, {"split": "n"}, {"m": 256, "n": 128}, {"m": 64, "n": 256, "split": "n", "stages": 2}])
+@pytest.mark.parametrize(("m", "n"), [(72, 320), (264, 64), (8, 128), (264, 576)])
+def test_an_epilogue_reads_what_lies_beside_the_sums(m, n, tiles, interpreted, monkeypatch):
+    from pallas_kernels import hopper_gemm
+
+    monkeypatch.setattr(hopper_gemm, "MULTIPROCESSORS", 2)  # so that one makes several tiles
+    rng = np.random.default_rng(0)
+    a, b, x, y = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((m, 192), (n, 192), (m, n), (m, n)))
+    row = jnp.asarray(rng.normal(size=n), "float32")
+    wide = [np.asarray(array, np.float64) for array in (a, b, x, y, row)]
+    sums = wide[0] @ wide[1].T
+    got = hopper_gemm.products(
+        a, [b], lambda acc, row, x, y: [acc * x + row, y, acc * y - x], 3, [row], [x, y], b_axis=1, tiles=hopper_gemm.Tiles(**tiles)
+    )
+    rtol = kpt.validation.tolerance("bfloat16", 192).rtol_l2
+    for made, want in zip(got, (sums * wide[2] + wide[4], wide[3], sums * wide[3] - wide[2]), strict=True):
+        assert np.linalg.norm(np.asarray(made, np.float64) - want) / np.linalg.norm(want) < rtol
 
 
 @pytest.mark.parametrize("tiles", [{}, {"split": "n"}])
@@ -219,7 +245,8 @@ LARGE = {
     "linear_act": (linear(m=8192, k=4096, n=16384), 2),
     "linear_act no bias": (linear("float16", 1000, 768, 3072, False), 2),
     "glu": (gated(m=8192, k=4096, n=14336), 2),
-    "glu_linear": (gated(m=8192, k=4096, n=14336, w_down=(14336, 4096)), 2),
+    "glu_linear": (gated(m=8192, k=4096, n=14336, w_down=(14336, 4096)), 3),
+    "glu_linear rows of 4100": (gated(m=8192, k=4096, n=14336, w_down=(14336, 4100)), 2),
     "matmul": (product(m=4096, k=4096, n=4096), 3),
     "linear_cross_entropy": (head(tokens=8192, k=4096, classes=128256), 4),
     "linear_cross_entropy one chunk": (head("float16", 4096, 2048, 50257, b=(50257,)), 1),
@@ -245,15 +272,20 @@ def test_lowers_for_cuda_in_both_passes(case):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_lowers_for_cuda(activation):
-    arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in linear(m=1024, k=64, n=2048).items()}
-    lowered = jax.jit(gradients_of("linear_act", activation=activation)).trace(arrays).lower(lowering_platforms=("cuda",))
-    assert "@mosaic_gpu_v2" in lowered.as_text()
+@pytest.mark.parametrize(
+    ("name", "specs", "kernels"),
+    [("linear_act", linear(m=1024, k=64, n=2048), 2), ("glu_linear", gated(m=1024, n=2048, w_down=(2048, 64)), 2)],
+)
+def test_every_activation_lowers_for_cuda(name, specs, kernels, activation):
+    kernels -= (name, activation) == ("linear_act", "identity")
+    assert kernels_of(name, specs, {"activation": activation}) == kernels
 
 
 @pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
 @pytest.mark.parametrize("case", ["linear_act", "glu", "glu_linear", "matmul", "linear_cross_entropy"])
 def test_lowers_under_transformations(case, transform, monkeypatch):
+    if case == "glu_linear":
+        monkeypatch.setattr("pallas_kernels.hopper_gemm.FEWEST", 1)
     if case == "linear_cross_entropy":
         monkeypatch.setattr("pallas_kernels.linear_cross_entropy.gpu.CHUNK_BYTES", 2 * 128 * 1088)
     specs = {"linear_act": linear(), "glu": gated(), "glu_linear": gated(w_down=(192, 64)), "matmul": product(),

@@ -6,8 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import kpt
-from kpt.ops import op
 from kpt.ops.activations import ACTIVATIONS
 from tests.jax.certified import certify
 from tests.jax.test_hopper_gemm import gated, head, kernel_of, linear, meaning_of, product
@@ -35,6 +33,8 @@ FIXED = {
         gated("float16", 2048, 512, 4032, b_gate=(4032,), b_up=(4032,), w_down=(4032, 576)),
         {"activation": "gelu"},
     ),
+    "glu_linear, 64 columns": ("glu_linear", gated(m=8192, k=64, n=64, w_down=(64, 320)), {}),
+    "glu_linear, one row of tiles": ("glu_linear", gated(m=72, k=128, n=16448, w_down=(16448, 64)), {"activation": "gelu_tanh"}),
     "matmul": ("matmul", product(m=1000, k=1088, n=2112), {}),
     "matmul float16": ("matmul", product("float16", 2048, 2048, 512), {}),
     "linear_cross_entropy": ("linear_cross_entropy", head(tokens=1000, k=512, classes=4992), {}),
@@ -45,6 +45,7 @@ FIXED = {
     ),
     "linear_cross_entropy odd": ("linear_cross_entropy", head(tokens=77, k=100, classes=5003, b=((5003,), "float32")), ALL),
 } | {f"linear_act {a}": ("linear_act", linear(m=136, k=128, n=1088), {"activation": a}) for a in ACTIVATIONS}
+FIXED |= {f"glu_linear {a}": ("glu_linear", gated("float16", 136, 128, 8256, w_down=(8256, 64)), {"activation": a}) for a in ACTIVATIONS}
 
 
 @pytest.mark.parametrize("case", FIXED)
@@ -58,15 +59,15 @@ def test_chunks_agree_with_float64(case, as_large):
     test_agrees_with_float64(case)
 
 
-@pytest.mark.parametrize("case", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+@pytest.mark.parametrize("case", ["linear_act", "glu", "glu_linear", "matmul", "linear_cross_entropy"])
 def test_equal_inputs_give_equal_bits(case, as_large):
     name, specs, params = FIXED[case]
-    arrays = op(name).sample(np.random.default_rng(0), specs, **params)
+    arrays = meaning_of(name).sample(np.random.default_rng(0), specs, **params)
     fixed = {n: a for n, a in arrays.items() if n == "labels"}
 
     @jax.jit
     def step(moving):
-        out, pull = jax.vjp(lambda d: kpt.registry.load(f"{name}.pallas_gpu")(**d, **fixed, **params), moving)
+        out, pull = jax.vjp(lambda d: kernel_of(name)(**d, **fixed, **params), moving)
         return out, pull(out)
 
     moving = {n: a for n, a in arrays.items() if n not in fixed}
@@ -87,7 +88,7 @@ def test_every_tiling_gives_the_same_bits(case):
         np.testing.assert_array_equal(first, other)
 
 
-@pytest.mark.parametrize("name", ["linear_act", "glu", "matmul", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["linear_act", "glu", "glu_linear", "matmul", "linear_cross_entropy"])
 @pytest.mark.parametrize("seed", range(20))
 def test_random_calls(name, seed, as_large):
     """Ten a seed, 200 an op: any multiple of 8 rows and of 64 columns."""
@@ -99,7 +100,8 @@ def test_random_calls(name, seed, as_large):
         specs = {
             "linear_act": linear(dtype, m, k, n, bias),
             "glu": gated(dtype, m, k, n, **({"b_gate": (n,), "b_up": (n,)} if bias else {})),
+            "glu_linear": gated(dtype, m, k, n, w_down=(n, k), **({"b_gate": (n,), "b_up": (n,)} if bias else {})),
             "matmul": product(dtype, m, k, n),
             "linear_cross_entropy": head(dtype, m, k, n + 1024, **({"b": (n + 1024,)} if bias else {})),
         }[name]
-        certify(name, specs, params, fn=kpt.registry.load(f"{name}.pallas_gpu"), seeds=(int(rng.integers(1 << 30)),))
+        certify(meaning_of(name), specs, params, fn=kernel_of(name), seeds=(int(rng.integers(1 << 30)),))
