@@ -298,7 +298,7 @@ class Work:
 
 
 def group_of(columns: int) -> int:
-    """Columns of 16 bits that a row of so many has in one swizzled group: 128 bytes of them, or 64 where those do not divide it, as of 96."""
+    """Of a row of so many 16-bit columns, those that are swizzled together: 128 bytes, or 64 where 128 do not divide the row, as of 96."""
     return SWIZZLE // 2 if columns % (SWIZZLE // 2) == 0 else SWIZZLE // 4
 
 
