@@ -19,7 +19,7 @@ from pallas_kernels.attention.blocks import data_terms, visible_range
 
 ROWS = 64
 """Of a warpgroup's block of scores: those of the tensor cores' instruction."""
-HEADS = (64, 128, 256)
+HEADS = (64, 96, 128, 256)
 """Head dims that there are kernels for; others are padded with zeros."""
 LONGEST_TILE = 192
 """Queries or keys of one."""

@@ -27,7 +27,6 @@ WARP, WARPGROUP = 32, 128
 OF_ROWS, OF_COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 _tiled: Any = plgpu.TilingTransform  # abstract, by its annotations alone
 _swizzled: Any = plgpu.SwizzleTransform
-TILED = (_tiled((8, SWIZZLE // 2)), _swizzled(SWIZZLE))
 PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 L2_BYTES = 8 * 2**20
 """Of what is read again and again and is worked on at a time, in an L2 of 50 MiB."""
@@ -306,6 +305,17 @@ class Work:
         head_of_batch = code // self.tiles
         behind = [loaded(self.table[place + j]) for j in range(1, fields)]
         return head_of_batch // self.heads, lax.rem(head_of_batch, self.heads), lax.rem(code, self.tiles), behind
+
+
+def group_of(columns: int) -> int:
+    """Of a row of so many 16-bit columns, those that are swizzled together: 128 bytes, or 64 where 128 do not divide the row, as of 96."""
+    return SWIZZLE // 2 if columns % (SWIZZLE // 2) == 0 else SWIZZLE // 4
+
+
+def in_groups(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for rows of 16-bit numbers, laid out for the copy engine and the tensor cores."""
+    group = group_of(shape[-1])
+    return plgpu.SMEM(shape, dtype, transforms=(_tiled((8, group)), _swizzled(2 * group)))
 
 
 def bar(operation: str, index: Any, threads: int) -> None:

@@ -29,7 +29,6 @@ from pallas_kernels.attention.hopper import (
     OF_COLUMNS,
     OF_ROWS,
     PARAMS,
-    TILED,
     WARPGROUP,
     Buffers,
     Numbers,
@@ -37,6 +36,7 @@ from pallas_kernels.attention.hopper import (
     Work,
     fed_by,
     feeders,
+    in_groups,
     masked,
     numbers_in_tiles,
     padded,
@@ -305,7 +305,7 @@ def gradients_of_keys(
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+        return in_groups(shape, q.dtype)
 
     def ring_of_rows(dtype: Any) -> Any:
         return plgpu.SMEM((stages, rows), dtype)
@@ -505,7 +505,7 @@ def gradient_of_queries(
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+        return in_groups(shape, q.dtype)
 
     launch = plgpu.kernel(
         body,

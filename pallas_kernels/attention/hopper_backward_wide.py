@@ -23,7 +23,6 @@ from pallas_kernels.attention.hopper import (
     OF_COLUMNS,
     OF_ROWS,
     PARAMS,
-    TILED,
     WARPGROUP,
     Buffers,
     Numbers,
@@ -32,6 +31,7 @@ from pallas_kernels.attention.hopper import (
     bar,
     fed_by,
     feeders,
+    in_groups,
     masked,
     numbers_in_tiles,
     plan,
@@ -271,7 +271,7 @@ def gradients_of_keys(
             sum_up(v_tile, cotangents, queries, gradients, dk_ref, lambda dk, batch, kv_head: dk * static.scale)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+        return in_groups(shape, q.dtype)
 
     def ring_of_rows(dtype: Any) -> Any:
         return plgpu.SMEM((STAGES, QUERIES), dtype)

@@ -24,7 +24,6 @@ from pallas_kernels.attention.hopper import (
     OF_COLUMNS,
     OF_ROWS,
     PARAMS,
-    TILED,
     WARPGROUP,
     Buffers,
     Numbers,
@@ -33,6 +32,8 @@ from pallas_kernels.attention.hopper import (
     bar,
     fed_by,
     feeders,
+    group_of,
+    in_groups,
     masked,
     numbers_in_tiles,
     plan,
@@ -64,7 +65,7 @@ class Forward:
 
     def shared_bytes(self, head: int, head_v: int) -> int:
         ring = self.stages * self.keys * (head + head_v) + self.queries_ahead * self.queries * head
-        return 2 * (ring + self.warpgroups * BUFFERS * ROWS * ROWS) + 2048
+        return 2 * (ring + self.warpgroups * BUFFERS * ROWS * group_of(head_v)) + 2048
 
 
 def forward_tiles(head: int, head_v: int) -> Forward:
@@ -89,7 +90,7 @@ def forward(
     """Attention and, to base 2, the logarithm of the sum of each query's exponentials.
 
     Args:
-      q: `[B, T, N, H]`; k, v: `[B, S, K, H]` and `[B, S, K, Hv]`. 8 divides T and S (beyond `static.keys` they are not seen), 64 H and Hv.
+      q: `[B, T, N, H]`; k, v: `[B, S, K, H]` and `[B, S, K, Hv]`. 8 divides T and S (beyond `static.keys` they are not seen), 32 H and Hv.
       numbers: of queries and keys, where the mask has terms of data.
       blind: `[B, K, Hv]` float32, what queries get that see no key; NaN if None.
 
@@ -107,7 +108,7 @@ def forward(
         table = plan_by_data(spans_by_data(static, *numbers, tiles.queries, tiles.keys, of_keys=False), n, row_tiles)
     blocks, width = table.shape
     feeding, multiplying = (40, 232) if tiles.warpgroups == 2 else (32, 160)
-    shape = (ROWS, tiles.keys)
+    shape, piece = (ROWS, tiles.keys), group_of(head_v)
     # Barrier 0 is the block's, and each warpgroup has one.
     token = tiles.warpgroups + 2
     writers, readers = feeders(), tiles.warpgroups * WARPGROUP
@@ -263,11 +264,11 @@ def forward(
                 seen = total != 0
                 lse_buffer[warpgroup] = jnp.where(seen, m + jnp.log(total) * math.log2(math.e), jnp.inf)
                 acc = acc * wide(1 / total, acc.shape)
-                for turn_, c in enumerate(range(0, head_v, ROWS)):
-                    buffer, columns = out_buffer.at[warpgroup, turn_ % BUFFERS], pl.ds(c, ROWS)
+                for turn_, c in enumerate(range(0, head_v, piece)):
+                    buffer, columns = out_buffer.at[warpgroup, turn_ % BUFFERS], pl.ds(c, piece)
                     if turn_ >= BUFFERS:
                         plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
-                    out = acc[:, c : c + ROWS]
+                    out = acc[:, c : c + piece]
                     if blind_ref is not None:
                         other = read(blind_ref.at[batch, head_of // group, columns], OF_COLUMNS)
                         out = jnp.where(wide(seen, out.shape), out, lax.broadcast_in_dim(other, out.shape, [1]))
@@ -286,7 +287,7 @@ def forward(
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM(shape, q.dtype, transforms=TILED)
+        return in_groups(shape, q.dtype)
 
     launch = plgpu.kernel(
         body,
@@ -298,7 +299,7 @@ def forward(
             shared(tiles.queries_ahead, tiles.queries, head),
             shared(tiles.stages, tiles.keys, head),
             shared(tiles.stages, tiles.keys, head_v),
-            shared(tiles.warpgroups, BUFFERS, ROWS, ROWS),
+            shared(tiles.warpgroups, BUFFERS, ROWS, piece),
             plgpu.SMEM((tiles.warpgroups, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=tiles.queries_ahead),
             plgpu.Barrier(num_barriers=tiles.stages),

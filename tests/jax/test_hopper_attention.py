@@ -6,6 +6,8 @@ The interpreter has neither the barriers of a thread block nor left factors in r
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -154,7 +156,7 @@ def test_a_plan_of_data_gives_every_item_to_one_worker():
     assert max(loads) - min(loads) <= 30
 
 
-@pytest.mark.parametrize("head", [64, 128, 256])
+@pytest.mark.parametrize("head", [64, 96, 128, 256])
 def test_what_a_thread_block_holds_fits_shared_memory(head):
     from pallas_kernels.attention import hopper_backward_wide
     from pallas_kernels.attention.hopper_backward import steps_of_keys, steps_of_queries
@@ -179,7 +181,10 @@ MASKS = {
 SHAPES = {
     "128": {},
     "64": {"h": 64, "dtype": "float16"},
-    "odd": {"t": 1003, "h": 96, "hv": 80},
+    "96": {"h": 96},
+    "odd": {"t": 1003, "h": 120, "hv": 80},
+    "odd, to 96": {"t": 1003, "h": 96, "hv": 80, "dtype": "float16"},
+    "96, multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 96},
     "multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 64},
     "short": {"t": 5, "h": 48},
     "many": {"b": 4, "t": 4096, "n": 32, "k": 8},
@@ -189,7 +194,7 @@ SHAPES = {
     "256, short": {"t": 5, "h": 232},
     "256, many": {"b": 4, "t": 4096, "n": 8, "k": 8, "h": 256},
 }
-BOTH_WIDTHS = ("128", "256")
+WIDTHS = ("96", "128", "256")
 
 
 def both(mask, **params):
@@ -208,13 +213,22 @@ def lowered(fn, specs):
 
 @pytest.mark.parametrize(
     ("mask", "shape"),
-    [(m, s) for m in MASKS for s in BOTH_WIDTHS]
+    [(m, s) for m in MASKS for s in WIDTHS]
     + [pytest.param(m, s, marks=[pytest.mark.slow] if s.startswith("256, ") else [], id=f"{m}-{s}")
-       for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s not in BOTH_WIDTHS],
+       for m in ("full", "causal", "segments", "lengths") for s in SHAPES if s not in WIDTHS],
 )  # fmt: skip
 def test_lowers_for_cuda_in_both_passes(mask, shape):
     specs = attended(mask=MASKS[mask], **SHAPES[shape])
     assert lowered(both(MASKS[mask]), specs).as_text().count("@mosaic_gpu_v2") == 3
+
+
+@pytest.mark.parametrize(
+    ("h", "hv", "width"), [(40, 64, 64), (72, 24, 96), (96, 96, 96), (64, 96, 96), (96, 104, 128), (128, 128, 128), (96, 136, 256)]
+)
+def test_head_dims_are_padded_to_the_next_that_kernels_take(h, hv, width):
+    text = lowered(lambda arrays: kpt.registry.load("attention.pallas_gpu")(**arrays, mask=CAUSAL), attended(h=h, hv=hv)).as_text()
+    (call,) = (line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
+    assert set(re.findall(r"tensor<2x512x[24]x(\d+)xbf16>", call)) == {str(width)}
 
 
 def test_layers_that_are_alike_share_their_kernels():
@@ -227,14 +241,14 @@ def test_layers_that_are_alike_share_their_kernels():
 
 
 @pytest.mark.parametrize("params", [{"logits_soft_cap": 30.0}, {"scale": -0.5}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=str)
-@pytest.mark.parametrize("shape", BOTH_WIDTHS)
+@pytest.mark.parametrize("shape", WIDTHS)
 def test_parameters_lower_for_cuda(params, shape):
     assert lowered(both(CAUSAL, **params), attended(**SHAPES[shape])).as_text().count("@mosaic_gpu_v2") == 3
 
 
 @pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
 @pytest.mark.parametrize("mask", ["causal", "segments"])
-@pytest.mark.parametrize("shape", BOTH_WIDTHS)
+@pytest.mark.parametrize("shape", WIDTHS)
 def test_lowers_under_transformations(mask, transform, shape):
     mask = MASKS[mask]
     specs, gradients = attended(mask=mask, **SHAPES[shape]), both(mask)
@@ -270,7 +284,7 @@ REFUSED = [
     (attended(t=1, s=4096, mask=CAUSAL), {"mask": Mask((Causal(4095),))}, H100, "64 queries at a time, and these are 1"),
     (attended(h=264), {}, H100, "up to 256"),
     (attended(h=128, hv=320), {}, H100, "up to 256"),
-    (attended(h=96), {"mask": CAUSAL}, H100, "cuDNN takes 96 as it is"),
+    (attended(h=80), {"mask": CAUSAL}, H100, "cuDNN takes 80 as it is"),
     (attended(h=192), {"mask": CAUSAL}, H100, "cuDNN takes 192 as it is"),
     (attended(), {}, H100, "cuDNN is faster where nothing is hidden"),
     (attended(), {"mask": CAUSAL, "out_dtype": "float32"}, H100, "rounds its output"),
@@ -293,7 +307,8 @@ def test_refused(specs, params, hardware, why):
 
 
 @pytest.mark.parametrize(
-    ("mask", "h"), [(CAUSAL, 128), (WINDOW, 64), (DOCUMENTS, 96), (Mask((Window(8, 8),)), 40), (CAUSAL, 256), (DOCUMENTS, 192)]
+    ("mask", "h"),
+    [(CAUSAL, 128), (WINDOW, 64), (CAUSAL, 96), (DOCUMENTS, 80), (Mask((Window(8, 8),)), 40), (CAUSAL, 256), (DOCUMENTS, 192)],
 )
 def test_accepted(mask, h):
     assert refused(attended(mask=mask, h=h), {"mask": mask}, H100) is None
@@ -316,10 +331,12 @@ def test_refused_where_xla_may_partition(monkeypatch):
         (CAUSAL, 128, "attention.cudnn"),
         (WINDOW, 128, "attention.cudnn"),
         (CAUSAL, 80, "attention.cudnn"),
+        (CAUSAL, 96, "attention.cudnn"),
         (Mask(), 128, "attention.cudnn"),
         (CAUSAL, 256, "attention.cudnn_wide"),
         (DOCUMENTS, 256, "attention.pallas_gpu_wide"),
         (DOCUMENTS, 128, "attention.pallas_gpu"),
+        (DOCUMENTS, 96, "attention.pallas_gpu"),
         (Mask((Window(64, 64),)), 64, "attention.pallas_gpu"),
     ],
 )
@@ -330,7 +347,8 @@ def test_estimates_take_it_where_cudnn_cannot_compute_a_call(mask, h, kernel):
 
 @pytest.mark.parametrize(
     ("h", "name", "other"),
-    [(128, "attention.pallas_gpu", "attention.cudnn"), (256, "attention.pallas_gpu_wide", "attention.cudnn_wide")],
+    [(96, "attention.pallas_gpu", "attention.cudnn"), (128, "attention.pallas_gpu", "attention.cudnn"),
+     (256, "attention.pallas_gpu_wide", "attention.cudnn_wide")],
 )
 def test_a_measurement_takes_it(h, name, other):
     times = {name: 0.425e-3, other: 0.473e-3}

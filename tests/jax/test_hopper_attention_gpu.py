@@ -21,7 +21,10 @@ FUZZED_TO_256 = 50
 SHAPES = {
     "128": {"t": 640},
     "64": {"t": 640, "h": 64, "dtype": "float16"},
-    "odd": {"t": 1003, "h": 96, "hv": 80},
+    "96": {"t": 640, "h": 96},
+    "odd": {"t": 1003, "h": 120, "hv": 80},
+    "odd, to 96": {"t": 1003, "h": 96, "hv": 80, "dtype": "float16"},
+    "96, multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 96},
     "multi query, other length": {"t": 300, "s": 1100, "n": 4, "k": 1, "h": 64},
     "short": {"t": 5, "h": 48},
     "256": {"t": 640, "h": 256},
@@ -41,13 +44,13 @@ def test_agrees_with_float64(mask, shape):
 @pytest.mark.parametrize(
     "params", [{"logits_soft_cap": 5.0}, {"scale": -0.1}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=lambda p: next(iter(p))
 )
-@pytest.mark.parametrize("h", [128, 256])
+@pytest.mark.parametrize("h", [96, 128, 256])
 def test_parameters_agree_with_float64(params, h):
     params = {"mask": MASKS["causal"], **params}
     certify("attention", attended(t=520, h=h), params, fn=kpt.registry.load(KERNEL), seeds=(0,))
 
 
-def drawn(rng, heads=(64, 128), eighths=(1, 17)):
+def drawn(rng, heads=(64, 96, 128), eighths=(1, 17)):
     """A shape and a mask; a head dim of `heads`, or eight times one of `eighths`."""
     terms = [t for t, chance in ((Causal(int(rng.integers(-20, 40))), 0.5), (Segments(), 0.3), (Lengths(), 0.3)) if rng.random() < chance]
     if rng.random() < 0.4:
@@ -73,7 +76,7 @@ def test_random_shapes_and_masks_of_wide_heads_agree_with_float64(seed):
 
 
 @pytest.mark.parametrize("mask", ["causal", "segments"])
-@pytest.mark.parametrize("h", [128, 256])
+@pytest.mark.parametrize("h", [96, 128, 256])
 def test_equal_inputs_give_equal_bits(mask, h):
     mask = MASKS[mask]
     arrays = op("attention").sample(np.random.default_rng(0), attended(t=1000, n=8, h=h, mask=mask), mask=mask)

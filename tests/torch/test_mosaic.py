@@ -40,6 +40,7 @@ def attended(dtype="bfloat16", t=256, s=None, n=4, k=2, h=64, hv=None):
 ATTENTION = {
     "attention": ("attention", attended(), {"mask": CAUSAL}),
     "attention, lengths that no tile divides": ("attention", attended(t=264, s=272, h=128), {"mask": Mask((Causal(8),)), "scale": 0.2}),
+    "attention, head dim 96": ("attention", attended(t=200, h=96), {"mask": CAUSAL}),
     "attention, window": ("attention", attended("float16", n=2, k=2), {"mask": Mask((Causal(), Window(40, None)))}),
     "attention, cap": ("attention", attended(t=200), {"mask": CAUSAL, "logits_soft_cap": 5.0}),
 }
