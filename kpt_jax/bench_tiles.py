@@ -53,7 +53,9 @@ def row(op: str, shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
 
     m, k, n = shape
     sets = inputs(BENCHES[op], BENCHES[op].specs("bfloat16", m, k, n))
-    made: dict[str, Any] = {name: jax.jit(lambda arrays, _, fn=fn: fn(**arrays)).lower(*sets[0]).compile() for name, fn in contenders(op).items()}
+    made: dict[str, Any] = {}
+    for name, fn in contenders(op).items():
+        made[name] = jax.jit(lambda arrays, _, fn=fn: fn(**arrays)).lower(*sets[0]).compile()
     first, *others = [name for name in made if name != PLAIN]
     want = made[first](*sets[0])
     for name in others:
