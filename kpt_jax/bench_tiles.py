@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 
 import kpt
 from kpt.errors import KptError
+from kpt.kernels.spec import refusal
 from kpt_jax.bench import PLAIN, inputs, timed
 from kpt_jax.bench_ops import BENCHES
+from kpt_jax.devices import here
 
 SHAPES = {
     "matmul": ((8192, 8192, 8192), (8192, 5632, 2048), (8192, 3072, 768), (4096, 2048, 5632), (2048, 4096, 4096), (2048, 14336, 4096),
@@ -32,6 +35,7 @@ SHAPES = {
             (1024, 2048, 5632), (512, 4096, 14336), (128, 4096, 14336)),
 }  # fmt: skip
 """M K N by op: layers of common widths, and batches of few to many tokens."""
+FACTORS = {"matmul": 1, "linear_act": 1, "glu": 2}
 
 
 def contenders(op: str) -> dict[str, Any]:
@@ -39,20 +43,22 @@ def contenders(op: str) -> dict[str, Any]:
     from pallas_kernels.hopper_gemm import BED
 
     kernel = kpt.registry.load(f"{op}.pallas_gpu")
-    takes = [t for t in BED if t.takes(2 if op == "glu" else 1)]
+    takes = [t for t in BED if t.takes(FACTORS[op])]
     return {PLAIN: BENCHES[op].plain} | {str(t): functools.partial(kernel, **BENCHES[op].params, tiles=t) for t in takes}
 
 
 def row(op: str, shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    """Milliseconds of each at one shape, and which the rule takes.
+    """Milliseconds of each at one shape.
 
     Raises:
-      KptError: results under two tilings differ.
+      KptError: the kernel refuses such a call here, or results under two tilings differ.
     """
-    from pallas_kernels.hopper_gemm import tiles_for
-
-    m, k, n = shape
-    sets = inputs(BENCHES[op], BENCHES[op].specs("bfloat16", m, k, n))
+    asked = f"{op} {'x'.join(map(str, shape))}"
+    specs = BENCHES[op].specs("bfloat16", *shape)
+    kernel = kpt.registry.get(f"{op}.pallas_gpu")
+    if why := refusal(kernel, op, here(), "bfloat16", specs, BENCHES[op].params, "aggressive", "jax"):
+        raise KptError(f"{asked} was to be timed under all tilings", f"{kernel.name} {why}", "Run it on an H100, at larger shapes")
+    sets = inputs(BENCHES[op], specs)
     made: dict[str, Any] = {}
     for name, fn in contenders(op).items():
         made[name] = jax.jit(lambda arrays, _, fn=fn: fn(**arrays)).lower(*sets[0]).compile()
@@ -60,32 +66,47 @@ def row(op: str, shape: tuple[int, ...], seconds: float) -> dict[str, Any]:
     want = made[first](*sets[0])
     for name in others:
         if not bool(jnp.array_equal(made[name](*sets[0]), want)):
-            raise KptError(f"{op} {m}x{k}x{n} was made in tiles of {name}", f"It has other bits than in tiles of {first}", "Report this")
+            raise KptError(f"{asked} was made in tiles of {name}", f"It has other bits than in tiles of {first}", "Report this")
     taken = {name: 1e3 * statistics.median(kernel) for name, (kernel, _) in timed(made, sets, seconds).items()}
-    return {"op": op, "shape": [m, k, n], "rule": str(tiles_for(m, n, 2 if op == "glu" else 1)), "ms": taken}
+    return {"op": op, "shape": list(shape), "ms": taken}
+
+
+def rule(op: str, shape: Sequence[int]) -> str:
+    """The name of the tiling that the kernel takes."""
+    from pallas_kernels.hopper_gemm import tiles_for
+
+    return str(tiles_for(shape[0], shape[2], FACTORS[op]))
 
 
 def line(found: dict[str, Any]) -> str:
     """A row for people."""
     ms = found["ms"]
     tiled = {name: t for name, t in ms.items() if name != PLAIN}
-    best = min(tiled, key=lambda name: tiled[name])
+    best, chosen = min(tiled, key=lambda name: tiled[name]), rule(found["op"], found["shape"])
     told = "  ".join(f"{name} {t:.4f}" for name, t in ms.items())
-    beside = f"{tiled[best] / tiled[found['rule']]:.2f} of the best tiling, {ms[PLAIN] / tiled[found['rule']]:.2f}x plain"
-    return f"{found['op']} {'x'.join(map(str, found['shape']))}: {told}; rule {found['rule']}: {beside}"
+    beside = f"{tiled[best] / tiled[chosen]:.2f} of the best tiling, {ms[PLAIN] / tiled[chosen]:.2f}x plain"
+    return f"{found['op']} {'x'.join(map(str, found['shape']))}: {told}; rule {chosen}: {beside}"
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    shapes = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
+    if any(len(shape) != 3 for shape in shapes):
+        raise ValueError(text)
+    return shapes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ops", nargs="*", default=list(SHAPES), metavar="op", help="of " + ", ".join(SHAPES))
-    parser.add_argument("--shapes", help="MxKxN,... instead of the table's")
+    parser.add_argument("ops", nargs="*", metavar="op", help="of " + ", ".join(SHAPES) + "; all of them by default")
+    parser.add_argument("--shapes", type=_shapes, help="MxKxN,... instead of the table's")
     parser.add_argument("--seconds", type=float, default=0.1, help="for each contender, about")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     args = parser.parse_args()
-    given = [tuple(int(size) for size in shape.split("x")) for shape in args.shapes.split(",")] if args.shapes else None
     rows: list[dict[str, Any]] = []
-    for op in args.ops:
-        for shape in given or SHAPES[op]:
+    if unknown := set(args.ops) - set(SHAPES):
+        parser.error(f"no products are made by {', '.join(sorted(unknown))}; known are {', '.join(SHAPES)}")
+    for op in args.ops or SHAPES:
+        for shape in args.shapes or SHAPES[op]:
             rows.append(row(op, shape, args.seconds))
             print(line(rows[-1]), flush=True)
             if args.out:
