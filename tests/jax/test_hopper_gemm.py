@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,6 +169,17 @@ def test_products_of_transposed_factors(transposed, tiles, interpreted):
     a_axis, b_axis = int(transposed in ("neither", "right")), int(transposed in ("right", "both"))
     got = hopper_gemm.product(a if a_axis else a.T, b.T if b_axis else b, a_axis=a_axis, b_axis=b_axis, tiles=hopper_gemm.Tiles(**tiles))
     assert np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want) < kpt.validation.tolerance("bfloat16", 192).rtol_l2
+
+
+TIMED = json.loads((Path(__file__).parents[2] / "docs/benchmarks/hopper-tiles.json").read_text(encoding="utf-8"))["rows"]
+
+
+@pytest.mark.parametrize("found", TIMED, ids=lambda found: f"{found['op']} {'x'.join(map(str, found['shape']))}")
+def test_the_rule_takes_tiles_that_were_among_the_fastest(found):
+    from kpt_jax.bench_tiles import rule
+
+    tiled = {name: ms for name, ms in found["ms"].items() if name != "plain"}
+    assert tiled[rule(found["op"], found["shape"])] <= 1.03 * min(tiled.values())
 
 
 @pytest.mark.parametrize("factors", [1, 2])
