@@ -62,11 +62,12 @@ def _hopper_wide(op: str) -> KernelSpec:
     return dataclasses.replace(spec, name=f"{op}.pallas_gpu_wide", accepts=f"pallas_kernels.{op}.gpu:refusal_shared")
 
 
-def _hopper_attention(name: str, accepts: str, efficiency: float) -> KernelSpec:
+def _hopper_attention(name: str, accepts: str, efficiency: float, version: int = 1) -> KernelSpec:
     """Attention with head dims up to 128, or above: two, for one figure of efficiency does not suit both."""
     spec = _hopper(
         "attention",
         HALVES,
+        version=version,
         jax="0.11.2",
         masks=frozenset({"causal", "window", "segments", "lengths"}),
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
@@ -207,7 +208,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("attention", version=2, masks=EVERY_MASK, additive=True, efficiency_on={"cuda": 0.02}),
     # Beside cuDNN, which is taken where it can compute a call, neither is faster at all lengths. What cuDNN cannot, such as documents that
     # are packed together, was 35 times as fast as plain code on an H100, both passes (docs/benchmarks/hopper-attention.json).
-    _hopper_attention("attention.pallas_gpu", "refusal", 0.55),
+    _hopper_attention("attention.pallas_gpu", "refusal", 0.55, version=2),
     # Causal at head dim 256 it was 1.13 and 1.19 times as fast as cuDNN's in both passes on an H200. Narrower heads are padded to 256, and
     # none was timed: it is left to a measurement too, where cuDNN can compute a call.
     _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.55),
@@ -311,7 +312,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec(
         name="attention.mosaic",
         op="attention",
-        version=1,
+        version=2,
         provider="mosaic",
         framework="torch",
         platforms=("cuda",),

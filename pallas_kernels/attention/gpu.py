@@ -153,14 +153,16 @@ def _bwd(static, residuals, g):
 def backward_rule(static, q, k, v, data, out, lse, g):
     """(dq, dk, dv), from what `forward_rule` took and gave, and the cotangent."""
     sees_none = jnp.isposinf(lse[:, :, : q.shape[1]])
-    delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).transpose(0, 2, 1)
-    delta = jnp.where(sees_none, 0.0, delta)
     share = None
     if static.may_be_blind:
         share = _blind_share(static, sees_none & (jnp.arange(q.shape[1]) < static.queries), g, k.shape[2])
-    of_keys = gradients_of_keys if max(q.shape[3], v.shape[3]) <= WIDEST else hopper_backward_wide.gradients_of_keys
+    if max(q.shape[3], v.shape[3]) <= WIDEST:
+        of_keys, of_rows = gradients_of_keys, out
+    else:
+        delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).transpose(0, 2, 1)
+        of_keys, of_rows = hopper_backward_wide.gradients_of_keys, jnp.where(sees_none, 0.0, delta)
+    dq, delta = gradient_of_queries(static, q, k, v, g, lse, of_rows, data)
     dk, dv = of_keys(static, q, k, v, g, lse, delta, data, share)
-    dq = gradient_of_queries(static, q, k, v, g, lse, delta, data)
     return vary_alike(dq, dk, dv, q)[:3]
 
 

@@ -55,10 +55,8 @@ class Span:
     def needs_mask(self, step: Any) -> Any:
         return (step < self.whole) | (step >= self.end)
 
-    def parts(self, static: Static, keys: int) -> list[tuple[Any, Any, bool]]:
-        """`(first, last, whether they need a mask)` of the steps of a tile of so many keys, in order; those of queries that see them."""
-        if not static.masks(keys):
-            return [(self.first, self.last, False)]
+    def parts(self, static: Static) -> list[tuple[Any, Any, bool]]:
+        """`(first, last, whether they need a mask)` of the steps, in order, over queries that see a tile of keys."""
         whole = jnp.minimum(self.whole, self.last)
         if static.diagonals[0] is None and not static.by_data:  # nothing ends what causality lets see
             return [(self.first, whole, True), (whole, self.last, False)]

@@ -89,7 +89,8 @@ class StepsOfKeys:
     value_stages: int = 2
 
     def shared_bytes(self, head: int, head_v: int) -> int:
-        return 2 * (TILE * (head + head_v) + self.keys * (self.key_stages * head + self.value_stages * head_v)) + 1024
+        tiles = TILE * (head + head_v * (1 if head > WIDEST else 2))
+        return 2 * (tiles + self.keys * (self.key_stages * head + self.value_stages * head_v)) + 2048
 
 
 def steps_of_keys(head: int, head_v: int) -> StepsOfKeys:
@@ -277,13 +278,16 @@ def gradients_of_keys(
                         return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32)), place + 1
 
                     # A branch around the mask costs more than the mask, so that steps with and without one are loops of their own. Without
-                    # a barrier behind each, one register of the scores is another in the next loop, and ptxas serializes products.
+                    # a barrier before each, one register of the scores is another in the loop, and ptxas serializes products.
                     def of_head(_: Any, carry: Any) -> Any:
-                        for first, last, hides in span.parts(static, TILE):
-                            carry = lax.optimization_barrier(lax.fori_loop(first, last, functools.partial(turn, hides), carry))
+                        for first, last, hides in span.parts(static):
+                            carry = lax.fori_loop(first, last, functools.partial(turn, hides), lax.optimization_barrier(carry))
                         return carry
 
-                    lax.fori_loop(0, group, of_head, (s, before))
+                    if static.masks(TILE):
+                        lax.fori_loop(0, group, of_head, (s, before))
+                    else:
+                        lax.fori_loop(0, steps, functools.partial(turn, False), (s, before))
                     return dk_sum[...], dv_sum[...]
 
                 dk, dv = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32), plgpu.ACC((ROWS, head_v), jnp.float32))
@@ -342,15 +346,27 @@ def gradient_of_queries(
     v: jax.Array,
     g: jax.Array,
     lse: jax.Array,
-    delta: jax.Array,
+    of_rows: jax.Array,
     numbers: Numbers | None = None,
-) -> jax.Array:
-    """dq; arguments as `gradients_of_keys` takes them."""
+) -> tuple[jax.Array, jax.Array]:
+    """dq and delta; arguments and delta as `gradients_of_keys` takes them.
+
+    A tile's cotangents are in shared memory for their product with the values, and meet the results there: a pass over both is saved.
+    Beside head dims above 128 there is no room for results, and delta is given.
+
+    Args:
+      of_rows: the result of `forward`, `[B, T, N, Hv]`, or delta.
+
+    Returns:
+      `[B, T, N, H]` and `[B, N, T]`, or T up to a multiple of the rows of a tile.
+    """
     (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
     steps = steps_of_keys(head, head_v)
     keys, key_stages, value_stages = steps.keys, steps.key_stages, steps.value_stages
     group, row_tiles = n // kv_heads, pl.cdiv(t, TILE)
-    lse, delta = (padded(a, 2, TILE) for a in (lse, delta))  # loads are no copies of the engine, which reads zeros outside
+    sums = of_rows.ndim == 4
+    lse = padded(lse, 2, TILE)  # loads are no copies of the engine, which reads zeros outside
+    of_rows = of_rows if sums else padded(of_rows, 2, TILE)
     if numbers is None:
         spans = span_of_keys(static, np.arange(row_tiles) * TILE, TILE, keys)
         table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
@@ -367,9 +383,11 @@ def gradient_of_queries(
     def body(*given: Any) -> None:
         refs: Any = given
         absent: Any = (None, None)
-        q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref, table_ref, *refs = refs
+        q_ref, k_ref, v_ref, g_ref, lse_ref, of_rows_ref, table_ref, *refs = refs
         (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
-        dq_ref, q_tile, g_tile, k_ring, v_ring, tile_full, k_full, v_full = refs
+        dq_ref, *refs = refs
+        (delta_ref, out_tile, delta_buffer), refs = ((refs[0], *refs[1:3]), refs[3:]) if sums else ((None,) * 3, refs)
+        q_tile, g_tile, k_ring, v_ring, tile_full, k_full, v_full = refs
         warpgroup = lax.axis_index("warpgroup")
         work = Work(table_ref, lax.axis_index("block"), width, n, row_tiles)
 
@@ -391,6 +409,8 @@ def gradient_of_queries(
                     free_tile.wait()
                     plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
                     plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
+                    if sums:
+                        plgpu.copy_gmem_to_smem(of_rows_ref.at[batch, pl.ds(row, TILE), head_of], out_tile, tile_full)
 
                     @pl.loop(span.first, span.last)
                     def _(step: Any) -> None:
@@ -430,7 +450,9 @@ def gradient_of_queries(
                 batch, head_of, first_row, span = item(i)
                 row = first_row + warpgroup * ROWS
                 at = (batch, head_of, pl.ds(row, ROWS))
-                lse, delta = (read(ref.at[at], OF_ROWS) for ref in (lse_ref, delta_ref))
+                lse = read(lse_ref.at[at], OF_ROWS)
+                if not sums:
+                    delta = read(of_rows_ref.at[at], OF_ROWS)
                 if numbers is not None:
                     q_numbers = read(q_numbers_ref.at[batch, pl.ds(row, ROWS)], OF_ROWS)
 
@@ -452,6 +474,14 @@ def gradient_of_queries(
                     return scores[...]
 
                 plgpu.barrier_wait(tile_full)
+                if sums:
+                    result, cotangent = (
+                        plgpu.load(tile.at[mine], layout=plgpu.Layout.WGMMA).astype(jnp.float32) for tile in (out_tile, g_tile)
+                    )
+                    delta = jnp.where(lse == jnp.inf, 0.0, (result * cotangent).sum(axis=1))
+                    delta_buffer[warpgroup] = delta
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(delta_buffer.at[warpgroup], delta_ref.at[at])
                 plgpu.barrier_wait(k_full.at[slot_of(span.first)])
                 s = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
 
@@ -509,13 +539,15 @@ def gradient_of_queries(
 
     launch = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)]
+        + [jax.ShapeDtypeStruct((b, n, row_tiles * TILE), jnp.float32)] * sums,
         scratch_types=[
+            *([shared(TILE, head_v), plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)] if sums else []),
             shared(TILE, head),
             shared(TILE, head_v),
             shared(key_stages, keys, head),
             shared(value_stages, keys, head_v),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2 + sums),
             plgpu.Barrier(num_barriers=key_stages),
             plgpu.Barrier(num_barriers=value_stages),
         ],
@@ -526,4 +558,5 @@ def gradient_of_queries(
         kernel_name="attention_dq",
         compiler_params=PARAMS,
     )
-    return launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()))
+    dq, *delta = launch(q, k, v, g, lse, of_rows, jnp.asarray(table.reshape(-1)), *(numbers or ()))
+    return dq, delta[0] if sums else of_rows
