@@ -278,10 +278,10 @@ def gradients_of_keys(
                         return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32)), place + 1
 
                     # A branch around the mask costs more than the mask, so that steps with and without one are loops of their own. Without
-                    # a barrier before each, one register of the scores is another in the loop, and ptxas serializes products.
+                    # a barrier behind each, one register of the scores is another in the next loop, and ptxas serializes products.
                     def of_head(_: Any, carry: Any) -> Any:
                         for first, last, hides in span.parts(static):
-                            carry = lax.fori_loop(first, last, functools.partial(turn, hides), lax.optimization_barrier(carry))
+                            carry = lax.optimization_barrier(lax.fori_loop(first, last, functools.partial(turn, hides), carry))
                         return carry
 
                     if static.masks(TILE):
