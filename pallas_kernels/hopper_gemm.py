@@ -305,7 +305,8 @@ def products(
                         for buffer, landed in landings:
                             plgpu.barrier_wait(landed.at[warpgroup])
                             wide.append(plgpu.load(buffer.at[warpgroup], layout=plgpu.Layout.WGMMA).astype(jnp.float32))
-                        if turn + 1 < len(pieces):  # arrives while this piece is made
+                        if landings and turn + 1 < len(pieces):  # arrives while this piece is made
+                            plgpu.commit_smem()  # no copy may overtake the loads of the piece before it
                             copy(*pieces[turn + 1])
                         made = epilogue(*(s[r : r + 64, c : c + 64] for s in sums), *wide)
                         for number, (out_ref, result) in enumerate(zip(out_refs, made, strict=True)):

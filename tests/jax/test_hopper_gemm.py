@@ -214,6 +214,22 @@ def test_an_epilogue_reads_what_lies_beside_the_sums(m, n, tiles, interpreted, m
         assert np.linalg.norm(np.asarray(made, np.float64) - want) / np.linalg.norm(want) < rtol
 
 
+@pytest.mark.parametrize("tiles", [{}, {"m": 64, "split": "n", "stages": 2}])
+def test_no_piece_lands_on_one_that_is_still_read(tiles, interpreted, monkeypatch):
+    from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races  # public under no name
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels import hopper_gemm
+
+    monkeypatch.setattr(hopper_gemm, "MULTIPROCESSORS", 2)
+    rng = np.random.default_rng(0)
+    a, b, x, y = (jnp.asarray(rng.normal(size=s), "bfloat16") for s in ((264, 64), (320, 64), (264, 320), (264, 320)))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        wanted = {"beside": [x, y], "b_axis": 1, "tiles": hopper_gemm.Tiles(**tiles)}
+        jax.block_until_ready(hopper_gemm.products(a, [b], lambda acc, x, y: [acc * x, y], 2, **wanted))
+        assert not get_races().races_found
+
+
 @pytest.mark.parametrize("tiles", [{}, {"split": "n"}])
 def test_64_columns_are_written_once(tiles, interpreted, monkeypatch):
     """On a chip jax drops the one group of 64 columns, and with it where a copy begins. The interpreter does not: it is done here."""
