@@ -362,7 +362,7 @@ def add_product(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     The product is rounded before it is added, and the sum again.
     """
     if in_shard_map():  # jax 0.11 gives kernels no references that differ from device to device
-        return total + product(a, b, a_axis=0, name="add_product")
+        return total + product(a, b, a_axis=0, tiles=Tiles(), name="add_product")
     ref = jax.new_ref(total)
-    products(a, [b], lambda acc: [acc], 1, a_axis=0, name="add_product", onto=ref)
+    products(a, [b], lambda acc: [acc], 1, a_axis=0, tiles=Tiles(), name="add_product", onto=ref)
     return jax.freeze(ref)
