@@ -36,6 +36,7 @@ SHAPES = {
 }  # fmt: skip
 """M K N by op: layers of common widths, and batches of few to many tokens."""
 FACTORS = {"matmul": 1, "linear_act": 1, "glu": 2}
+"""Right factors that share x in one kernel, by op."""
 
 
 def contenders(op: str) -> dict[str, Any]:
@@ -110,9 +111,10 @@ def main() -> None:
             rows.append(row(op, shape, args.seconds))
             print(line(rows[-1]), flush=True)
             if args.out:
-                about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-                told = {"kind": "kpt.tiles", "command": f"python -m kpt_jax.bench_tiles --seconds {args.seconds}", **about}
-                args.out.write_text(json.dumps(told | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "seconds": args.seconds}
+                part = args.out.with_name(f"{args.out.name}.part")
+                part.write_text(json.dumps({"kind": "kpt.tiles"} | about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+                part.replace(args.out)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,13 @@ def held_to(span, seen, whole_tiles):
     assert not np.any(unmasked & ~whole_tiles)
 
 
+def held_to_parts(span, static, whole_tiles):
+    """Its loops go through all steps in order, and those without a mask hide nothing."""
+    parts = [(range(int(first), int(last)), hides) for first, last, hides in span.parts(static)]
+    assert [step for steps, _ in parts for step in steps] == list(range(int(span.first), int(span.last)))
+    assert all(whole_tiles[step] for steps, hides in parts if not hides for step in steps)
+
+
 def tiles_of(see, rows, keys):
     """Of `[T, S]`: which tiles have something visible, and which hide nothing, also of what is past the ends of keys."""
     t, s = see.shape
@@ -86,7 +93,10 @@ def test_spans_hold_what_is_visible(name, sizes, tile):
         some, _ = tiles_of(keys, tile[1], tile[0])
         inside = key + tile[1] <= sizes[1]
         whole = [keys[:, q : q + tile[0]].all() and inside for q in range(0, sizes[0], tile[0])]
-        held_to(span_of_queries(static, key, tile[1], tile[0]), some[0], np.array(whole))
+        span = span_of_queries(static, key, tile[1], tile[0])
+        held_to(span, some[0], np.array(whole))
+        if static.masks(tile[1]):
+            held_to_parts(span, static, np.array(whole))
 
 
 def ids(rng, kind, batch, length):
@@ -115,6 +125,8 @@ def test_spans_of_data_hold_what_is_visible(mask, kind, length):
             some, whole = tiles_of(see[batch], 128, 64)
             for i, span in enumerate(per_tile):
                 held_to(Span(*span), (some.T if of_keys else some)[i], (whole.T if of_keys else whole)[i])
+                if of_keys:
+                    held_to_parts(Span(*span), static, whole.T[i])
 
 
 def test_packed_documents_visit_their_own_tiles_alone():
