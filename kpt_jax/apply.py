@@ -41,7 +41,7 @@ class Rewrite:
 def run(rw: Rewrite, args: Sequence[Any]) -> list[Any]:
     """The graph's outputs for these inputs."""
     if rw.steps is None:
-        rw.steps = _schedule(rw)
+        rw.steps = schedule(rw)
     g = rw.graph
     env: dict[int, Any] = dict(g.consts)
     env.update(zip(g.inputs, args, strict=True))
@@ -57,7 +57,7 @@ def run(rw: Rewrite, args: Sequence[Any]) -> list[Any]:
     return [env[v] for v in g.outputs]
 
 
-def _schedule(rw: Rewrite) -> list[tuple[str, Any]]:
+def schedule(rw: Rewrite) -> list[tuple[str, Any]]:
     """What to run, in order: only what the outputs and effects need."""
     g = rw.graph
     maker = g.producers()
@@ -133,7 +133,7 @@ def _run_site(rw: Rewrite, i: int, env: dict[int, Any]) -> dict[int, Any]:
     kernel = _partitioned(kernel, original)
     floats = [j for j, v in enumerate(reads) if rw.graph.specs[v].dtype.startswith(("float", "bfloat"))]
     outs = both_modes(kernel, original, floats)(*(env[v] for v in reads))
-    return dict(zip(match.results, map(_compat.vary, outs, _axes(rw.program, match)), strict=True))
+    return dict(zip(match.results, map(_compat.vary, outs, axes(rw.program, match)), strict=True))
 
 
 def _partitioned(kernel: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,7 +159,7 @@ def _partitioned(kernel: Callable[..., Any], original: Callable[..., Any]) -> Ca
     return call
 
 
-def _axes(program: Program, match: Match) -> list[frozenset[str]]:
+def axes(program: Program, match: Match) -> list[frozenset[str]]:
     """For each result of a site: the manual axes over which it varies in the user's code, for what reads it there."""
     found = []
     for v in match.results:

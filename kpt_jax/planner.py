@@ -21,7 +21,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.arrays import Arrays
-from kpt.strategy.explain import joined
+from kpt.strategy.explain import joined, paired
 from kpt.strategy.planner import FrontEnd, one_line, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -30,7 +30,7 @@ from kpt_jax.apply import REBUILT, Rewrite, run
 from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, rules_text, uncertifiable
 from kpt_jax.on_device import ROOM
-from kpt_jax.pairs import read_by_linear
+from kpt_jax.pairs import ProvedAt, beside, read_by_linear
 from kpt_jax.settings import SETTINGS
 
 
@@ -93,20 +93,28 @@ class Planner(core.Planner):
 
         program, kept = self.sites_of(graph, path, Example(graph, example).leaves, uncollected, woven)
 
-        def proved_at(i: int, together: Match) -> dict[str, Spec] | None:
-            try:
-                return self.proved_at(program, together, self.kernels[id(kept[i][0])])
-            except KernelError as error:
-                self.notes.append(f"A site runs apart from the linear layer that reads it: {one_line(error)}")
-                return None
+        def proved_at(beside_what: str) -> ProvedAt | None:
+            def specs(i: int, together: Match) -> dict[str, Spec] | None:
+                try:
+                    return self.proved_at(program, together, self.kernels[id(kept[i][0])])
+                except KernelError as error:
+                    self.notes.append(f"A site runs apart from {beside_what}: {one_line(error)}")
+                    return None
 
-        together = read_by_linear(program, kept, proved_at if self.certify != "off" else None)
-        if together:
-            self.notes.append(joined(len(together)))
-        absent = sum(i < len(self.elsewhere) for i in read_by_linear(program, [*self.elsewhere, *kept])) if self.elsewhere else 0
-        if absent:
-            self.notes.append(f"On {self.hardware.name}, {joined(absent).removesuffix('.')}, if that is proved there.")
-        rw = Rewrite(graph, program, [together.get(i, site) for i, site in enumerate(kept)])
+            return specs if self.certify != "off" else None
+
+        read = read_by_linear(program, kept, proved_at("the linear layer that reads it"))
+        sites = [read.get(i, site) for i, site in enumerate(kept)]
+        pairs = beside(program, sites, proved_at("the one that shares its tables"))
+        self.notes += [words(len(found)) for words, found in ((joined, read), (paired, pairs)) if found]
+        if self.elsewhere:
+            there, first = [*self.elsewhere, *kept], len(self.elsewhere)
+            absent = [(joined, sum(i < first for i in read_by_linear(program, there)))]
+            absent += [(paired, sum(min(p) < first for p in beside(program, there)))]
+            self.notes += [f"On {self.hardware.name}, {words(n).removesuffix('.')}, if that is proved there." for words, n in absent if n]
+        one = {i: site for (i, _), site in pairs.items()}
+        second = {j for _, j in pairs}
+        rw = Rewrite(graph, program, [one.get(i, site) for i, site in enumerate(sites) if i not in second])
         for n, bodies in self.bodies_of(graph, path):
             if n.op in REBUILT:
                 rw.bodies[id(n)] = tuple(self.rewrite(b, where) for where, b in bodies)

@@ -22,7 +22,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Explicit
 from kpt.strategy.certify import Leaves, Sides, certify_site, moving_leaves, rounds_on_the_way
-from kpt.strategy.explain import count, joined
+from kpt.strategy.explain import joined, paired
 from kpt.strategy.planner import Planner
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -207,9 +207,7 @@ def rewritten(
     for i, j in kept_together(front.captured, program, kept, order, front.device):
         pairs[i] = pairs[j] = i, j, _bound(kept[i][1].pair, kept[i][0])  # type: ignore[attr-defined]
     if pairs:
-        n = len(pairs) // 2
-        run = "runs as one launch" if n == 1 else "run as one launch each"
-        planner.notes.append(f"{count(n, 'pair')} of sites that share their tables {run}.")
+        planner.notes.append(paired(len(pairs) // 2))
     layers = read_by_linear(front.captured, program, kept, order, front.device)
     if layers:
         planner.notes.append(joined(len(layers)))

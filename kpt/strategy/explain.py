@@ -41,6 +41,11 @@ def joined(n: int) -> str:
             f" {'keeps' if one else 'keep'} no result for it.")  # fmt: skip
 
 
+def paired(n: int) -> str:
+    """What a plan notes of pairs of sites that are one call each."""
+    return f"{count(n, 'pair')} of sites that share their tables {'runs as one launch' if n == 1 else 'run as one launch each'}."
+
+
 def _table(sites: Iterable[Site]) -> list[str]:
     groups: dict[tuple, list[Site]] = {}
     for s in sites:

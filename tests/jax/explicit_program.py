@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kpt_jax
+from kpt.kernels import registry
 from kpt.validation import tolerance
 
 B, T, N, H, K, V = 8, 16, 2, 8, 16, 32
@@ -39,6 +40,10 @@ def glu_then_down(x, gate, up, down):
 def rope(x, cos, sin):
     a, b = jnp.split(x, 2, -1)
     return x * cos[:, :, None] + jnp.concatenate([-b, a], -1) * sin[:, :, None]
+
+
+def queries_and_keys(q, k, cos, sin):
+    return jnp.sum(rope(q, cos, sin), 2) + jnp.sum(rope(k, cos, sin), 2)
 
 
 def attention(q, k, v):
@@ -82,6 +87,7 @@ CASES = {  # what is computed, and of each array its shape and where it lies
     "rms_norm": (norm, [X, ((K,), P())]),
     "layer_norm": (layer_norm, [X, ((K,), P()), ((K,), P())]),
     "rope": (rope, [((B, T, N, H), HEADS), ((1, T, H), P()), ((1, T, H), P())]),
+    "rope, of queries and keys": (queries_and_keys, [((B, T, 2 * N, H), HEADS), ((B, T, N, H), P("data")), *2 * [((1, T, H), P())]]),
     "attention": (attention, [((B, T, N, H), HEADS)] * 3),
     "linear_act, by rows": (by_rows, [((B, T, K), HEADS), ((K, V), P("model")), ((V,), P())]),
     "linear_act, in a scan": (layers, [X, ((2, K, K), P()), ((2, K), P())]),
@@ -128,11 +134,14 @@ def run(mesh, name):
     want = jax.jit(both(fn))(*args)
     close(jax.jit(both(outside))(*args), want)
     close(inside(*args), want[1])
+    assert name != "rope, of queries and keys" or all("one launch" in " ".join(f.plan(*args).notes) for f in (inside, fast))
     sites = [*inside.plan(*args).sites, *([] if name.endswith("mapped") else fast.plan(*args).sites)]
     return {"ops": sorted({s.op for s in sites}), "certified": all(s.certificate for s in sites)}
 
 
 def main():
+    kernel = registry.load("rope.xla")
+    kernel.pair = lambda *, x, other, **rest: (kernel(x=x, **rest), kernel(x=other, **rest))
     for name, where in ALL:
         shape, axes = MESHES[where]
         kinds = [AxisType.Auto if name.endswith("automatic axes") and a == "model" else AxisType.Explicit for a in axes]
