@@ -1,9 +1,10 @@
-"""Rotary embedding for NVIDIA Hopper, forward and back by one kernel that reads and writes each element once, 16 bytes at a time where the
-head dim allows it.
+"""Rotary embedding for NVIDIA Hopper, of one array or of two by one launch, forward and back by one kernel that reads and writes each
+element once.
 
-A thread block takes some positions and a group of heads. It holds the tables of its positions in registers, and walks over the heads:
-a tile of them is `[positions, width]`, a row for each position, so that tables and heads lie alike and any number of heads will do. Tiles
-at the end of a sequence, or of the heads, reach back over what another block has: it is computed twice and written twice alike.
+A thread block takes some positions of some heads. The copy engine brings them to shared memory, while a warpgroup reads the tables of its
+positions into registers; it turns one head after the other and writes them from registers. A tile is `[positions, width]`, a row for each
+position, so that tables and heads lie alike and any number of heads will do. Tiles at the end of a sequence, or of the heads, reach back
+over what another block has: it is computed twice and written twice alike.
 
 Halves of a pair are two tiles. Neighbours are in one vector of one thread, and change places in its registers.
 """
@@ -11,8 +12,9 @@ Halves of a pair are two tiles. Neighbours are in one vector of one thread, and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +29,10 @@ from pallas_kernels.manual_axes import unpartitioned, vary_alike
 from pallas_kernels.rope.xla import table_gradients, with_gradients
 from pallas_kernels.rows import BLOCK, WARPGROUP
 
-HEADS = 16
-"""Of a thread block at most: tables are read once for so many heads, an eighth of what the heads themselves are."""
-LOADS = 8
-"""Of a thread that are in flight together: with 16 bytes each and five thread blocks, 80 KiB a multiprocessor."""
+CHUNK = 16384
+"""Bytes that a thread block turns, at most, where a head of a tile's positions is not more."""
+BOX = 256
+"""Elements of a dimension that one copy takes."""
 MOST, MOST_ANGLES = 64, 96
 """Elements of a head, and of the tables in float32, that a thread holds."""
 
@@ -70,6 +72,7 @@ class _Static:
 def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
     """Why these arrays cannot be taken, or None."""
     x, r = specs["x"], specs["cos"].shape[-1]
+    _, t, _, h = x.shape
     out_dtype = params.get("out_dtype") or x.dtype
     if (why := unpartitioned()) is not None:
         return why
@@ -77,9 +80,14 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return "has no empty arrays and no heads that do not turn"
     if "float64" in (out_dtype, *(s.dtype for s in specs.values())):
         return "computes in float32, and these arrays are of float64"
-    if tile(x.shape[-1], r, bool(params.get("interleaved")), (x.dtype, out_dtype)) is None:
+    if h > BOX or any(h * jnp.dtype(d).itemsize % 16 for d in (x.dtype, out_dtype)):
+        return f"copies heads of up to {BOX} elements, of 16 bytes or a multiple of it, and these have {h} elements"
+    held = tile(h, r, bool(params.get("interleaved")), (x.dtype, out_dtype))
+    if held is None:
         pairs = ", in neighbours," if params.get("interleaved") else ""
-        return f"has no tile of registers for heads of {x.shape[-1]} of which {r}{pairs} turn"
+        return f"has no tile of registers for heads of {h} of which {r}{pairs} turn"
+    if t < held.positions:
+        return f"turns {held.positions} positions at a time, and these are {t}; XLA fuses so few with what is around them"
     return None
 
 
@@ -111,30 +119,58 @@ def rope(
       interleaved: rotate pairs `(x0, x1) -> (-x1, x0)` instead of halves `(a, b) -> (-b, a)`.
       out_dtype: of the result; x's by default.
     """
-    static = _Static(bool(interleaved), str(jnp.dtype(out_dtype or x.dtype)), str(x.dtype))
-    return _rope(static, *vary_alike(x, cos, sin))
+    return _of(interleaved, out_dtype, cos, sin, x)[0]
 
 
-def _apply(static: _Static, x: jax.Array, cos: jax.Array, sin: jax.Array, back: bool) -> jax.Array:
-    """The turn of `x`, or the turn back (its transpose), which gives x's dtype."""
-    (batch, t, heads, h), r, shape = x.shape, cos.shape[-1], x.shape
+def pair(
+    *, x: jax.Array, other: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`rope` of two arrays by one launch, a layer's queries and keys.
+
+    Args:
+      x, other: `[B, T, N, H]` and `[B, T, K, H]`, of one dtype.
+      cos, sin, interleaved, out_dtype: as `rope` takes them.
+    """
+    y, z = _of(interleaved, out_dtype, cos, sin, x, other)
+    return y, z
+
+
+rope.pair = pair  # type: ignore[attr-defined]  # see kpt_jax/pairs.py
+
+
+def _of(interleaved: bool, out_dtype: str | None, cos: jax.Array, sin: jax.Array, *xs: jax.Array) -> tuple[jax.Array, ...]:
+    static = _Static(bool(interleaved), str(jnp.dtype(out_dtype or xs[0].dtype)), str(xs[0].dtype))
+    cos, sin, *given = vary_alike(cos, sin, *xs)
+    made: tuple[jax.Array, ...] = _rope(static, tuple(given), cos, sin)
+    return made
+
+
+def _apply(static: _Static, xs: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, back: bool) -> tuple[jax.Array, ...]:
+    """The turn of each of `xs`, or the turn back (its transpose), which gives x's dtype."""
+    (examples, length, _, h), r = xs[0].shape, cos.shape[-1]
     held = tile(h, r, static.interleaved, (static.x_dtype, static.out_dtype))
     assert held is not None
-    if t < held.positions:  # few positions are those of the whole batch, and some more
-        x, cos, sin = (jnp.broadcast_to(a, (batch, *a.shape[1:])).reshape(1, batch * t, *a.shape[2:]) for a in (x, cos, sin))
-        more = max(0, held.positions - batch * t)
-        x, cos, sin = (jnp.pad(a, [(0, more if i == 1 else 0) for i in range(a.ndim)]) for a in (x, cos, sin))
-    tiles, groups = pl.cdiv(x.shape[1], held.positions), pl.cdiv(heads, HEADS)
-    group, parts = pl.cdiv(heads, groups), len(held.widths) - 1
-    together = min(group, max(1, LOADS * WARPGROUP * held.vector // (held.positions * h)))
+    made = static.x_dtype if back else static.out_dtype
+    given, parts = xs[0].dtype, len(held.widths) - 1
+    heads = min(max(1, CHUNK // (held.positions * h * given.itemsize)), *(x.shape[2] for x in xs))
+    chunks = [pl.cdiv(x.shape[2], heads) for x in xs]
+    tiles, of_tile = pl.cdiv(length, held.positions), sum(chunks)
 
-    def kernel(x_ref: Any, cos_ref: Any, sin_ref: Any, y_ref: Any) -> None:
-        block = lax.axis_index(BLOCK)
-        example, number = block // (tiles * groups), lax.rem(block // groups, tiles)
-        positions = pl.ds(jnp.minimum(number * held.positions, x.shape[1] - held.positions), held.positions)
-        first = jnp.minimum(lax.rem(block, groups) * group, heads - group)
-        of_tables = (example if cos.shape[0] > 1 else 0, positions)
-        c, s = ([a.astype(jnp.float32) for a in held.load(ref, *of_tables, parts=slice(parts))] for ref in (cos_ref, sin_ref))
+    def kernel(*refs: Any) -> None:
+        x_refs, (cos_ref, sin_ref), y_refs = refs[: len(xs)], refs[len(xs) :][:2], refs[len(xs) + 2 :][: len(xs)]
+        arrived, full = refs[2 * len(xs) + 2 :]
+        number, chunk = lax.axis_index(BLOCK) // of_tile, lax.rem(lax.axis_index(BLOCK), of_tile)
+        example, start = number // tiles, jnp.minimum(lax.rem(number, tiles) * held.positions, length - held.positions)
+        positions = pl.ds(start, held.positions)
+
+        def mine(arrays: Sequence[Any], use: Callable[[Any], None]) -> None:
+            """`use` of this thread block's heads of one of the arrays."""
+            first = 0
+            for ref, count in zip(arrays, chunks, strict=True):
+                head = jnp.minimum((chunk - first) * heads, ref.shape[2] - heads)
+                run = functools.partial(use, ref.at[example, positions, pl.ds(head, heads)])
+                run() if len(arrays) == 1 else pl.when((chunk >= first) & (chunk < first + count))(run)
+                first += count
 
         def turned(z: list[jax.Array]) -> list[jax.Array]:
             if static.interleaved:
@@ -142,28 +178,30 @@ def _apply(static: _Static, x: jax.Array, cos: jax.Array, sin: jax.Array, back: 
             (a, b), (ca, cb), (sa, sb) = z, c, s
             return [a * ca + b * sb, b * cb - a * sa] if back else [a * ca - b * sa, b * cb + a * sb]
 
-        def turn(head: Any, count: int) -> None:
-            found = [held.load(x_ref, example, positions, head + i) for i in range(count)]
-            for i, z in enumerate(found):
-                made = turned([a.astype(jnp.float32) for a in z[:parts]]) + z[parts:]
-                for place, a in zip(held.places(), made, strict=True):
-                    y_ref[example, positions, head + i, place] = a.astype(y_ref.dtype)
+        def store(ref: Any) -> None:
+            for head in range(heads):
+                z = held.load(arrived, slice(None), head)
+                y = turned([a.astype(jnp.float32) for a in z[:parts]]) + z[parts:]
+                for at, a in zip(held.places(), y, strict=True):
+                    ref[:, head, at] = a.astype(ref.dtype)
 
-        steps, rest = divmod(group, together)
-        lax.fori_loop(0, steps, lambda i, _: turn(first + i * together, together), None)
-        turn(first + steps * together, rest)
+        mine(x_refs, lambda ref: plgpu.copy_gmem_to_smem(ref, arrived, full))
+        of_tables = (example if cos.shape[0] > 1 else 0, positions)
+        c, s = ([a.astype(jnp.float32) for a in held.load(ref, *of_tables, parts=slice(parts))] for ref in (cos_ref, sin_ref))
+        plgpu.barrier_wait(full)
+        mine(y_refs, store)
 
     launch = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(x.shape, static.x_dtype if back else static.out_dtype),
-        grid=(x.shape[0] * tiles * groups,),  # one dimension: the others of CUDA have 65535 blocks
+        out_type=[jax.ShapeDtypeStruct(x.shape, made) for x in xs],
+        scratch_types=[plgpu.SMEM((held.positions, heads, h), given), plgpu.Barrier()],
+        grid=(examples * tiles * of_tile,),  # one dimension: the others of CUDA have 65535 blocks
         grid_names=(BLOCK,),
-        # A thread reads what it alone writes.
+        # The engine alone writes what threads read.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )
     # Inside `shard_map` a kernel's results are typed as if all devices held the same.
-    y = vary_alike(launch(x, cos, sin), x)[0]
-    return y if y.shape == shape else y[:, : batch * t].reshape(shape)
+    return vary_alike(*launch(*xs, cos, sin), xs[0])[: len(xs)]
 
 
 def neighbours(vector: int) -> list[int]:
@@ -189,12 +227,17 @@ def _quarter(z: jax.Array, held: Tile) -> jax.Array:
     return emit(z)
 
 
-def _turn(static, x, cos, sin):
-    return _apply(static, x, cos, sin, back=False)
+def _turn(static, xs, cos, sin):
+    return _apply(static, xs, cos, sin, back=False)
 
 
-def _back(static, g, cos, sin):
-    return _apply(static, g, cos, sin, back=True)
+def _back(static, gs, cos, sin):
+    return _apply(static, gs, cos, sin, back=True)
 
 
-_rope = with_gradients(_turn, _back, lambda static, x, cos, sin, g: table_gradients(x, cos, sin, g, static.interleaved))
+def _tables(static, xs, cos, sin, gs):
+    each = (table_gradients(x, cos, sin, g, static.interleaved) for x, g in zip(xs, gs, strict=True))
+    return functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), each)
+
+
+_rope = with_gradients(_turn, _back, _tables)

@@ -58,19 +58,25 @@ def with_gradients(turn, back, tables):
     Args:
       back: `back(static, g, cos, sin)`, the gradient of `x` from the cotangent of the result.
       tables: `tables(static, x, cos, sin, g)`, those of `cos` and `sin`.
+
+    x may be a tuple of arrays; the results and gradients are one then, too.
     """
+
+    def zeros_if_none(g):
+        return jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
 
     def fwd(static, x, cos, sin):
         return turn(static, x, cos, sin), (x, cos, sin)
 
     def fwd_knowing(static, x, cos, sin):
         """Told which arguments have a gradient: x is kept only for those of the tables, constants in most models."""
-        kept = x.value if cos.perturbed or sin.perturbed else None
-        return turn(static, x.value, cos.value, sin.value), (kept, cos.value, sin.value)
+        x = jax.tree.map(lambda a: a.value, x)
+        kept = x if cos.perturbed or sin.perturbed else None
+        return turn(static, x, cos.value, sin.value), (kept, cos.value, sin.value)
 
     def bwd(static, residuals, g):
         x, cos, sin = residuals
-        g = jnp.zeros(g.shape, g.dtype) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+        g = jax.tree.map(zeros_if_none, g)
         return back(static, g, cos, sin), *((None, None) if x is None else tables(static, x, cos, sin, g))
 
     outside, inside = (jax.custom_vjp(turn, nondiff_argnums=(0,)) for _ in range(2))

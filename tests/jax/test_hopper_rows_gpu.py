@@ -13,10 +13,12 @@ from kpt.ops import Spec, op
 from kpt.ops.mask import Causal, Lengths, Mask, Window
 from tests.cases import CASES
 from tests.jax.certified import certify, specs_of
+from tests.jax.test_hopper_rows import pair_and_two_calls, queries_and_keys
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 KERNELS = ("layer_norm.pallas_gpu", "rms_norm.pallas_gpu", "layer_norm.pallas_gpu_wide", "rms_norm.pallas_gpu_wide",
-           "cross_entropy.pallas_gpu", "rope.pallas_gpu", "attention.cudnn", "attention.cudnn_wide")  # fmt: skip
+           "cross_entropy.pallas_gpu", "rope.pallas_gpu", "rope.pallas_gpu_interleaved", "attention.cudnn",
+           "attention.cudnn_wide")  # fmt: skip
 
 ROWS, WIDE = (512, 1000, 1024, 1111, 2880, 4096, 5120, 9000, 16000), (16392, 20000, 32768, 40960, 50264, 65536)
 
@@ -45,8 +47,8 @@ FIXED = {
     "cross_entropy 128256": ("cross_entropy.pallas_gpu", specs_of("bfloat16", logits=(8, 128256), labels=((8,), "int32")), {}),
     "cross_entropy 50257": ("cross_entropy.pallas_gpu", specs_of("float32", logits=(8, 50257), labels=((8,), "int32")), {}),
     "rope": ("rope.pallas_gpu", turned("bfloat16", 17, 128, 128), {}),
-    "rope, neighbours": ("rope.pallas_gpu", turned("bfloat16", 32, 128, 128), {"interleaved": True}),
-    "rope, neighbours, float32": ("rope.pallas_gpu", turned("float32", 3, 96, 64), {"interleaved": True}),
+    "rope, neighbours": ("rope.pallas_gpu_interleaved", turned("bfloat16", 32, 128, 128), {"interleaved": True}),
+    "rope, neighbours, float32": ("rope.pallas_gpu_interleaved", turned("float32", 3, 96, 64), {"interleaved": True}),
     "rope, a part of the head": ("rope.pallas_gpu", turned("float16", 28, 80, 32), {}),
     "cudnn causal, cross": ("attention.cudnn", attended(t=128), {"mask": Mask((Causal(),))}),
     "cudnn window": ("attention.cudnn", attended(t=300, s=300), {"mask": Mask((Causal(), Window(50, None)))}),
@@ -120,3 +122,10 @@ def test_equal_inputs_give_equal_bits(case):
     first = jax.device_get(step(moving))
     for _ in range(5):
         jax.tree.map(np.testing.assert_array_equal, first, jax.device_get(step(moving)))
+
+
+@pytest.mark.parametrize("params", [{}, {"interleaved": True}], ids=str)
+@pytest.mark.parametrize("heads", [(32, 8), (16, 16), (17, 1)], ids=str)
+def test_two_arrays_by_one_launch_have_the_bits_of_two(heads, params):
+    n, k = heads
+    jax.tree.map(np.testing.assert_array_equal, *pair_and_two_calls(queries_and_keys(t=300, n=n, k=k, h=128, r=128), params))

@@ -36,6 +36,8 @@ def _rows(width: int, *weights: str) -> dict[str, Any]:
     return specs_of("bfloat16", x=(30, width), **{w: ((width,), "float32") for w in weights})
 
 
+TURNED = specs_of("bfloat16", x=(2, 35, 17, 96), cos=((1, 35, 64), "float32"), sin=((1, 35, 64), "float32"))
+
 CASES = {
     "attention.pallas_gpu": Case(attention.attended(t=203, s=331, mask=attention.DOCUMENTS), 3, {"mask": attention.DOCUMENTS}),
     "attention.pallas_gpu_wide": Case(attention.attended(t=203, s=331, h=200, mask=attention.CAUSAL), 3, {"mask": attention.CAUSAL}),
@@ -50,7 +52,8 @@ CASES = {
     "layer_norm.pallas_gpu_wide": Case(_rows(20000, "weight", "bias"), 2),
     "rms_norm.pallas_gpu_wide": Case(_rows(16392, "weight"), 2),
     "cross_entropy.pallas_gpu": Case(specs_of("bfloat16", logits=(8, 5003), labels=((8,), "int32")), 1),
-    "rope.pallas_gpu": Case(specs_of("bfloat16", x=(2, 35, 17, 96), cos=((1, 35, 64), "float32"), sin=((1, 35, 64), "float32")), 2),
+    "rope.pallas_gpu": Case(TURNED, 2),
+    "rope.pallas_gpu_interleaved": Case(TURNED, 2, {"interleaved": True}),
 }  # fmt: skip
 
 
