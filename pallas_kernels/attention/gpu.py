@@ -1,7 +1,8 @@
 """Attention for NVIDIA Hopper, forward and backward.
 
-`hopper_forward.py` and `hopper_backward.py` have the kernels, `hopper_backward_wide.py` that for dk and dv of head dims above 128, and
-`hopper.py` what they share. Here are the mask's data, what becomes of queries that see no key, and the derivative.
+`hopper_forward.py` has a kernel, `hopper_backward.py` that for dk and dv, `hopper_backward_wide.py` that of head dims above 128,
+`hopper_backward_queries.py` that for dq, and `hopper.py` what they share. Here are the mask's data, what becomes of queries that see no
+key, and the derivative.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pallas_kernels.attention import hopper_backward_wide
 from pallas_kernels.attention.blocks import static_terms, visible_range
 from pallas_kernels.attention.calls import HEADS, LONGEST_TILE, Static, refused_on_one_hopper
 from pallas_kernels.attention.hopper import numbers_of, padded
-from pallas_kernels.attention.hopper_backward import WIDEST, gradient_of_queries, gradients_of_keys
+from pallas_kernels.attention.hopper_backward import gradients_of_keys
+from pallas_kernels.attention.hopper_backward_queries import gradient_of_queries, sums_delta
 from pallas_kernels.attention.hopper_forward import forward
 from pallas_kernels.manual_axes import unpartitioned, vary_alike
 
@@ -156,7 +158,7 @@ def backward_rule(static, q, k, v, data, out, lse, g):
     share = None
     if static.may_be_blind:
         share = _blind_share(static, sees_none & (jnp.arange(q.shape[1]) < static.queries), g, k.shape[2])
-    if max(q.shape[3], v.shape[3]) <= WIDEST:
+    if sums_delta(q.shape[3], v.shape[3]):
         of_keys, of_rows = gradients_of_keys, out
     else:
         delta = jnp.sum(out.astype(jnp.float32) * g.astype(jnp.float32), -1).transpose(0, 2, 1)

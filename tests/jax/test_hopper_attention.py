@@ -171,7 +171,8 @@ def test_a_plan_of_data_gives_every_item_to_one_worker():
 @pytest.mark.parametrize("head", [64, 96, 128, 256])
 def test_what_a_thread_block_holds_fits_shared_memory(head):
     from pallas_kernels.attention import hopper_backward_wide
-    from pallas_kernels.attention.hopper_backward import steps_of_keys, steps_of_queries
+    from pallas_kernels.attention.hopper_backward import steps_of_queries
+    from pallas_kernels.attention.hopper_backward_queries import steps_of_keys
     from pallas_kernels.attention.hopper_forward import forward_tiles
     from pallas_kernels.hopper_gemm import SHARED_BYTES
 
