@@ -63,18 +63,25 @@ def read_by_linear(program: Program, kept: Kept, proved_at: ProvedAt | None = No
 def beside(program: Program, kept: Kept, proved_at: ProvedAt | None = None) -> dict[tuple[int, int], Site]:
     """Pairs of sites, by their places in `kept`, that run as one call: what they are together, and its kernel.
 
-    They are those nearest to each other in the program of which neither is computed from the other, by way of other pairs either, and
-    none from what has an effect: the order of effects stays.
+    Of the sites that share their tables, in the order of the program, one and the next, the nearest first; where neither is computed from
+    the other, by way of other pairs either, and none from what has an effect, whose order stays.
 
     Args:
       proved_at: as in `read_by_linear`; of a pair, by the place of its first site.
     """
     place = {i: min(m.results) for i, (m, kernel) in enumerate(kept) if hasattr(kernel, "pair")}
-    alike = [p for p in itertools.combinations(sorted(place, key=place.__getitem__), 2) if _alike(program, *(kept[i] for i in p))]
-    above = _above(program, kept) if alike else {}
+    groups: list[list[int]] = []
+    for i in sorted(place, key=place.__getitem__):
+        alike = next((g for g in groups if _alike(program, kept[g[0]], kept[i])), None)
+        if alike is None:
+            groups.append([i])
+        else:
+            alike.append(i)
+    near = [p for g in groups for p in itertools.pairwise(g)]
+    above = _above(program, kept) if near else {}
     found: dict[tuple[int, int], Site] = {}
     taken: set[int] = set()
-    for i, j in sorted(alike, key=lambda p: place[p[1]] - place[p[0]]):
+    for i, j in sorted(near, key=lambda p: place[p[1]] - place[p[0]]):
         if {i, j} & taken or not {i, j} <= above.keys():
             continue
         (match, kernel), (behind, _) = kept[i], kept[j]

@@ -233,7 +233,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("linear_act", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("glu", level="balanced", params={"activation": ACTIVATIONS}, efficiency_on={"cuda": 0.35}),
     _xla("rope", params={"interleaved": (False, True)}),
-    # On an H100 plain code turns halves at 95% of a copy's speed, this at 97% (docs/benchmarks/hopper-rope.json): left to a measurement.
+    # On an H100, forward, plain code turns halves at 95% of a copy's speed, rope.xla at 98%, this at 97%: left to a measurement
+    # (docs/benchmarks/hopper-rope.json).
     _hopper("rope", NARROW_FLOATS, version=2, jax="0.11.2", params={"interleaved": (False,)}),
     # Neighbours plain code turns at 58%.
     dataclasses.replace(_hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (True,)}, efficiency=0.8),

@@ -14,6 +14,7 @@ from typing import Any
 
 from kpt.errors import KernelError
 from kpt.install import install
+from kpt.ops import OPS, REQUIRED
 from kpt.ops.base import Cost, Specs
 from kpt.ops.mask import Mask
 
@@ -249,7 +250,9 @@ def _params_refused(kernel: KernelSpec, specs: Specs, params: Mapping[str, Any])
             return f"does not honour masks with a{' finite' if fill == 'finite' else 'n infinite'} fill"
     if kernel.arrays is not None and (extra := sorted(set(specs) - kernel.arrays)):
         return f"does not take {', '.join(extra)}"
+    known = OPS[kernel.op].params if kernel.op in OPS else {}
     for name, allowed in kernel.params.items():
-        if name in params and params[name] not in allowed:
-            return f"takes {name} of {', '.join(map(repr, allowed))}, and this is {params[name]!r}"
+        value = params.get(name, known.get(name, REQUIRED))
+        if value is not REQUIRED and value not in allowed:
+            return f"takes {name} of {', '.join(map(repr, allowed))}, and this is {value!r}"
     return None

@@ -42,7 +42,7 @@ class Tile:
     """How a thread block holds `positions` of one head.
 
     Attributes:
-      vector: elements of one load of a thread.
+      vector: elements that a thread holds side by side, 16 bytes of the narrowest array.
       widths: of the parts that turn, one or two halves, and of what passes through, which may be 0.
     """
 
@@ -80,32 +80,27 @@ def refusal(specs: Specs, params: Mapping[str, Any]) -> str | None:
         return "has no empty arrays and no heads that do not turn"
     if "float64" in (out_dtype, *(s.dtype for s in specs.values())):
         return "computes in float32, and these arrays are of float64"
-    if h > BOX or any(h * jnp.dtype(d).itemsize % 16 for d in (x.dtype, out_dtype)):
-        return f"copies heads of up to {BOX} elements, of 16 bytes or a multiple of it, and these have {h} elements"
     held = tile(h, r, bool(params.get("interleaved")), (x.dtype, out_dtype))
-    if held is None:
-        pairs = ", in neighbours," if params.get("interleaved") else ""
-        return f"has no tile of registers for heads of {h} of which {r}{pairs} turn"
+    if h > BOX or held is None:
+        parts = f"{r} elements that turn" if params.get("interleaved") else f"halves of {r // 2} elements"
+        return f"holds some positions of a head, 16 bytes of it to a thread, and has no tile for heads of {h} with {parts}"
     if t < held.positions:
         return f"turns {held.positions} positions at a time, and these are {t}; XLA fuses so few with what is around them"
     return None
 
 
 def tile(h: int, r: int, interleaved: bool, dtypes: Sequence[Any]) -> Tile | None:
-    """The tile with the widest loads that are aligned in every row and leave a thread enough registers, or None.
+    """The tile whose loads are aligned in every row and leave a thread enough registers, or None.
 
     Args:
       h, r: elements of a head, and those of them that turn.
-      dtypes: of the arrays that are loaded and stored.
+      dtypes: of the arrays that are loaded and stored; 16 bytes of the narrowest are a load.
     """
     widths = ((r,) if interleaved else (r // 2, r // 2)) + (h - r,)
-    vector = math.gcd(*widths, 16 // min(jnp.dtype(d).itemsize for d in dtypes))
-    while vector > (1 if interleaved else 0):  # neighbours share a vector
-        positions = math.lcm(*(WARPGROUP * vector // math.gcd(w, WARPGROUP * vector) for w in widths))
-        if positions * h <= MOST * WARPGROUP and 2 * positions * r <= MOST_ANGLES * WARPGROUP:
-            return Tile(positions, vector, widths)
-        vector //= 2
-    return None
+    vector = 16 // min(jnp.dtype(d).itemsize for d in dtypes)
+    positions = math.lcm(*(WARPGROUP * vector // math.gcd(w, WARPGROUP * vector) for w in widths))
+    fits = positions * h <= MOST * WARPGROUP and 2 * positions * r <= MOST_ANGLES * WARPGROUP
+    return Tile(positions, vector, widths) if fits and not any(w % vector for w in widths) else None
 
 
 def rope(
@@ -147,30 +142,61 @@ def _of(interleaved: bool, out_dtype: str | None, cos: jax.Array, sin: jax.Array
 
 def _apply(static: _Static, xs: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, back: bool) -> tuple[jax.Array, ...]:
     """The turn of each of `xs`, or the turn back (its transpose), which gives x's dtype."""
+    launch = functools.partial(_launch, static, back)
+    made: tuple[jax.Array, ...] = _mapped_apart(launch, [lambda x, *tables: launch((x,), *tables)[0]] * len(xs))(xs, cos, sin)
+    return made
+
+
+def _mapped_apart(launch: Callable[..., Any], alone: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """`launch(xs, cos, sin)`, or `alone` of each of the arrays where `vmap` maps some of them only: it maps a launch as a whole, results of
+    what is the same for all too."""
+    apart = jax.custom_batching.custom_vmap(launch)
+
+    @apart.def_vmap
+    def _(size: int, mapped: Any, xs: Any, *tables: jax.Array) -> Any:
+        of_xs, *of_tables = mapped
+        axes = [0 if m else None for m in (*of_xs, *of_tables)]
+
+        def over(fn: Callable[..., Any], axis: Any) -> Callable[..., Any]:
+            return jax.vmap(fn, (axis, *axes[len(xs) :]), axis_size=size)
+
+        of_each = [m or any(of_tables) for m in of_xs]
+        each = [over(fn, axis) if m else fn for fn, axis, m in zip(alone, axes, of_each, strict=False)]
+        if len(set(of_xs)) == 1:
+            return _mapped_apart(over(launch, tuple(axes[: len(xs)])), each)(tuple(xs), *tables), tuple(of_each)
+        return tuple(fn(x, *tables) for fn, x in zip(each, xs, strict=True)), tuple(of_each)
+
+    return apart
+
+
+def _launch(static: _Static, back: bool, xs: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, ...]:
     (examples, length, _, h), r = xs[0].shape, cos.shape[-1]
     held = tile(h, r, static.interleaved, (static.x_dtype, static.out_dtype))
     assert held is not None
     made = static.x_dtype if back else static.out_dtype
     given, parts = xs[0].dtype, len(held.widths) - 1
-    heads = min(max(1, CHUNK // (held.positions * h * given.itemsize)), *(x.shape[2] for x in xs))
-    chunks = [pl.cdiv(x.shape[2], heads) for x in xs]
-    tiles, of_tile = pl.cdiv(length, held.positions), sum(chunks)
+    most = max(1, CHUNK // (held.positions * h * given.itemsize))
+    heads = [min(most, x.shape[2]) for x in xs]
+    sizes = sorted(set(heads))
+    blocks = [pl.cdiv(x.shape[2], n) for x, n in zip(xs, heads, strict=True)]
+    tiles, of_tile = pl.cdiv(length, held.positions), sum(blocks)
 
     def kernel(*refs: Any) -> None:
         x_refs, (cos_ref, sin_ref), y_refs = refs[: len(xs)], refs[len(xs) :][:2], refs[len(xs) + 2 :][: len(xs)]
-        arrived, full = refs[2 * len(xs) + 2 :]
-        number, chunk = lax.axis_index(BLOCK) // of_tile, lax.rem(lax.axis_index(BLOCK), of_tile)
+        *boxes, full = refs[2 * len(xs) + 2 :]
+        arrived = [boxes[sizes.index(n)] for n in heads]
+        number, block = lax.axis_index(BLOCK) // of_tile, lax.rem(lax.axis_index(BLOCK), of_tile)
         example, start = number // tiles, jnp.minimum(lax.rem(number, tiles) * held.positions, length - held.positions)
         positions = pl.ds(start, held.positions)
 
-        def mine(arrays: Sequence[Any], use: Callable[[Any], None]) -> None:
-            """`use` of this thread block's heads of one of the arrays."""
+        def mine(arrays: Sequence[Any], use: Callable[[Any, int], None]) -> None:
+            """`use` of this thread block's heads, which are of one of the arrays, and that array's place."""
             first = 0
-            for ref, count in zip(arrays, chunks, strict=True):
-                head = jnp.minimum((chunk - first) * heads, ref.shape[2] - heads)
-                run = functools.partial(use, ref.at[example, positions, pl.ds(head, heads)])
-                run() if len(arrays) == 1 else pl.when((chunk >= first) & (chunk < first + count))(run)
-                first += count
+            for i, ref in enumerate(arrays):
+                head = jnp.minimum((block - first) * heads[i], ref.shape[2] - heads[i])
+                run = functools.partial(use, ref.at[example, positions, pl.ds(head, heads[i])], i)
+                run() if len(arrays) == 1 else pl.when((block >= first) & (block < first + blocks[i]))(run)
+                first += blocks[i]
 
         def turned(z: list[jax.Array]) -> list[jax.Array]:
             if static.interleaved:
@@ -178,14 +204,14 @@ def _apply(static: _Static, xs: tuple[jax.Array, ...], cos: jax.Array, sin: jax.
             (a, b), (ca, cb), (sa, sb) = z, c, s
             return [a * ca + b * sb, b * cb - a * sa] if back else [a * ca - b * sa, b * cb + a * sb]
 
-        def store(ref: Any) -> None:
-            for head in range(heads):
-                z = held.load(arrived, slice(None), head)
+        def store(ref: Any, i: int) -> None:
+            for head in range(heads[i]):
+                z = held.load(arrived[i], slice(None), head)
                 y = turned([a.astype(jnp.float32) for a in z[:parts]]) + z[parts:]
                 for at, a in zip(held.places(), y, strict=True):
                     ref[:, head, at] = a.astype(ref.dtype)
 
-        mine(x_refs, lambda ref: plgpu.copy_gmem_to_smem(ref, arrived, full))
+        mine(x_refs, lambda ref, i: plgpu.copy_gmem_to_smem(ref, arrived[i], full))
         of_tables = (example if cos.shape[0] > 1 else 0, positions)
         c, s = ([a.astype(jnp.float32) for a in held.load(ref, *of_tables, parts=slice(parts))] for ref in (cos_ref, sin_ref))
         plgpu.barrier_wait(full)
@@ -194,7 +220,7 @@ def _apply(static: _Static, xs: tuple[jax.Array, ...], cos: jax.Array, sin: jax.
     launch = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(x.shape, made) for x in xs],
-        scratch_types=[plgpu.SMEM((held.positions, heads, h), given), plgpu.Barrier()],
+        scratch_types=[*(plgpu.SMEM((held.positions, n, h), given) for n in sizes), plgpu.Barrier()],
         grid=(examples * tiles * of_tile,),  # one dimension: the others of CUDA have 65535 blocks
         grid_names=(BLOCK,),
         # The engine alone writes what threads read.

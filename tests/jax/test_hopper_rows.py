@@ -185,7 +185,8 @@ def queries_and_keys(dtype="bfloat16", b=2, t=35, n=5, k=2, h=64, r=64):
 def pair_and_two_calls(specs, params):
     """Results and gradients of rope of two arrays by one launch, and by two."""
     fn, rng = kpt.registry.load("rope.pallas_gpu"), np.random.default_rng(0)
-    arrays, (g, h) = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in specs.items()}, (rng.standard_normal(specs[n].shape) for n in ("x", "other"))
+    arrays = {n: rng.standard_normal(s.shape).astype(s.dtype) for n, s in specs.items()}
+    g, h = (rng.standard_normal(specs[n].shape) for n in ("x", "other"))
 
     def two(x, other, **tables):
         return fn(x=x, **tables, **params), fn(x=other, **tables, **params)
@@ -205,17 +206,56 @@ def test_two_arrays_by_one_launch_have_the_bits_of_two(params, interpreted):
     assert float(jnp.abs(pair[0][1].astype(jnp.float32)).max()) > 0.1
 
 
+def both_passes_of_a_pair(x, other, cos, sin):
+    out, pull = jax.vjp(lambda x, other: kpt.registry.load("rope.pallas_gpu").pair(x=x, other=other, cos=cos, sin=sin), x, other)
+    return out, pull(out)
+
+
 @needs_mosaic
-def test_two_arrays_are_one_launch_in_either_pass():
-    specs = queries_and_keys(t=4096, n=32, k=8, h=128, r=128)
-    arrays = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in specs.items()}
-
-    def step(x, other, cos, sin):
-        out, pull = jax.vjp(lambda x, other: kpt.registry.load("rope.pallas_gpu").pair(x=x, other=other, cos=cos, sin=sin), x, other)
-        return out, pull(out)
-
-    text = jax.jit(step).trace(*arrays.values()).lower(lowering_platforms=("cuda",)).as_text()
+@pytest.mark.parametrize(("n", "k"), [(32, 8), (32, 1), (3, 3)])
+def test_two_arrays_are_one_launch_in_either_pass(n, k):
+    arrays = (jax.ShapeDtypeStruct(s.shape, s.dtype) for s in queries_and_keys(t=4096, n=n, k=k, h=128, r=128).values())
+    text = jax.jit(both_passes_of_a_pair).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 2
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("over", "mapped", "launches"),
+    [
+        ([(0, 0, None, None)], (0, 0), 2),
+        ([(None, 0, None, None)], (None, 0), 4),
+        ([(0, None, None, None), (0, 0, None, None)], (0, None), 4),
+        ([(0, 0, None, None), (None, 0, None, None)], (0, 0), 4),
+        ([(None, 0, 0, None)], (0, 0), 3),
+        ([(None, None, 0, 0)], (0, 0), 2),
+    ],
+)
+def test_vmap_maps_of_two_arrays_what_it_is_asked_to(over, mapped, launches):
+    """Levels from the outermost to the innermost; `mapped` is the outermost's."""
+    step, lead = both_passes_of_a_pair, [(3,) * sum(level[i] is not None for level in over) for i in range(4)]
+    for level in reversed(over):
+        out = tuple(0 if a is not None or any(t is not None for t in level[2:]) else None for a in level[:2])
+        step = jax.vmap(step, level, (out, out))
+    assert out == mapped
+    arrays = [jax.ShapeDtypeStruct(more + s.shape, s.dtype) for more, s in zip(lead, queries_and_keys(t=64).values(), strict=True)]
+    made = jax.eval_shape(step, *arrays)
+    if len(over) == 1:
+        assert [a.ndim for a in jax.tree.leaves(made)] == [4 + (a is not None) for a in (*mapped, *mapped)]
+    assert jax.jit(step).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == launches
+
+
+@needs_mosaic
+def test_two_arrays_that_vmap_maps_apart_agree(interpreted):
+    pair, x = kpt.registry.load("rope.pallas_gpu").pair, {n: np.zeros(s.shape, s.dtype) for n, s in queries_and_keys(b=1).items()}
+    rng = np.random.default_rng(0)
+    x = {n: rng.standard_normal(a.shape).astype(a.dtype) for n, a in x.items()}
+    others = np.stack([x["other"], 2 * x["other"]])
+    y, z = jax.vmap(lambda other: pair(**x | {"other": other}), out_axes=(None, 0))(others)
+    want = pair(**x)
+    np.testing.assert_array_equal(y, want[0])
+    np.testing.assert_array_equal(z[0], want[1])
+    np.testing.assert_allclose(z[1].astype(np.float32), 2 * want[1].astype(np.float32))
 
 
 @needs_mosaic
@@ -319,12 +359,13 @@ REFUSED = [
     ("rope.pallas_gpu", turned(), {}, A100, "is built for sm90"),
     ("rope.pallas_gpu", turned(t=0), {}, H100, "empty"),
     ("rope.pallas_gpu", turned(of="float64"), {}, H100, "float64"),
-    ("rope.pallas_gpu", turned(h=8, r=6), {}, H100, "are 21; XLA fuses"),
-    ("rope.pallas_gpu", turned(t=1), {}, H100, "turns 16 positions at a time, and these are 1"),
-    ("rope.pallas_gpu", turned(h=36), {}, H100, "of 16 bytes or a multiple of it, and these have 36"),
-    ("rope.pallas_gpu", turned(h=264), {}, H100, "heads of up to 256 elements"),
-    ("rope.pallas_gpu", turned(), {"interleaved": True}, H100, "interleaved"),
-    ("rope.pallas_gpu_interleaved", turned(h=8, r=3), {"interleaved": True}, H100, "heads of 8 of which 3, in neighbours, turn"),
+    ("rope.pallas_gpu", turned(t=1), {}, H100, "turns 16 positions at a time, and these are 1; XLA fuses"),
+    ("rope.pallas_gpu", turned(h=40), {}, H100, "has no tile for heads of 40 with halves of 20 elements"),
+    ("rope.pallas_gpu", turned(h=104), {}, H100, "has no tile for heads of 104 with halves of 52"),
+    ("rope.pallas_gpu", turned(h=512), {}, H100, "has no tile for heads of 512"),
+    ("rope.pallas_gpu", turned(), {"interleaved": True}, H100, "takes interleaved of False"),
+    ("rope.pallas_gpu_interleaved", turned(), {}, H100, "takes interleaved of True, and this is False"),
+    ("rope.pallas_gpu_interleaved", turned(h=104), {"interleaved": True}, H100, "heads of 104 with 104 elements that turn"),
 ]  # fmt: skip
 
 
@@ -373,7 +414,7 @@ IDS = {f"{n}_segment_ids": Spec((2, 4096), "int32") for n in ("q", "kv")}
         ("rms_norm", rows(n=16384, width=4096), {}, H100, "rms_norm.pallas_gpu"),
         ("rms_norm", rows(n=4096, width=65536), {}, H100, None),
         ("layer_norm", rows(n=16384, width=4096), {}, A100, None),
-        ("rope", turned(b=4, t=4096, n=32), {"interleaved": False}, H100, None),
+        ("rope", turned(b=4, t=4096, n=32), {}, H100, None),
         ("rope", turned(b=4, t=4096, n=32), {"interleaved": True}, H100, "rope.pallas_gpu_interleaved"),
         ("rope", turned(b=1, t=512, n=8), {"interleaved": True}, H100, "rope.pallas_gpu_interleaved"),
         ("rope", turned(b=1, t=128, n=8, h=64), {"interleaved": True}, H100, None),
