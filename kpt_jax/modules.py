@@ -78,9 +78,10 @@ def optimize_nnx(module: Any, level: str, hardware: Any, plan: Plan | None) -> A
     base = type(module)
 
     def pure(graphdef: Any, state: Any, args: tuple, kwargs: dict) -> Any:
+        given = _leaves(state)
         inner = nnx.merge(graphdef, state)
         out = base.__call__(inner, *args, **kwargs)
-        return out, *nnx.split(inner)
+        return out, *_after(inner, graphdef, given)
 
     pure.__name__ = base.__name__
     fast = Optimized(pure, level, hardware, plan)
@@ -164,6 +165,7 @@ def over_state(fn: Any) -> Any:
     from flax import nnx
 
     def pure(graphdef: Any, state: Any, args: tuple, kwargs: dict) -> Any:
+        before = _leaves(state)
         objects = nnx.merge(graphdef, state)
 
         def given(x: Any) -> Any:
@@ -171,7 +173,7 @@ def over_state(fn: Any) -> Any:
 
         args, kwargs = jax.tree.map(given, (args, kwargs), is_leaf=lambda x: isinstance(x, _Place))
         out = fn(*args, **kwargs)
-        return out, *nnx.split(objects)
+        return out, *_after(objects, graphdef, before)
 
     pure.__name__ = getattr(fn, "__name__", "function")
     return pure
@@ -194,8 +196,32 @@ def values_of(args: tuple, kwargs: dict) -> tuple[dict[str, Any], tuple]:
     return objects, (*nnx.split(objects), args, kwargs)
 
 
+def _leaves(state: Any) -> dict[Any, list[Any]]:
+    """The values of an nnx state by path. Its variables are the objects' own, and change with them."""
+    from flax import nnx
+
+    return {path: jax.tree.leaves(value) for path, value in nnx.to_flat_state(state)}
+
+
+def _after(objects: Any, graphdef: Any, before: Mapping[Any, list[Any]]) -> tuple[Any, Any]:
+    """What `nnx.split` makes of objects, which were `graphdef` and `before`; of the same structure, only what has other values.
+
+    Where a transform closes over them, flax lets nothing be written, and what only reads them writes nothing back.
+    """
+    from flax import nnx
+
+    after, values = nnx.split(objects)
+    if after != graphdef:
+        return after, values
+
+    def changed(path: Any, value: Any) -> bool:
+        return any(a is not b for a, b in zip(before[path], jax.tree.leaves(value), strict=True))
+
+    return after, nnx.filter_state(values, changed)
+
+
 def write_back(objects: Any, before: Any, after: Any, state: Any) -> None:
-    """Gives `objects`, which were split into `before`, the structure `after` and the values of `state`."""
+    """Gives `objects`, which were split into `before`, what `_after` gave: the structure `after` and the values of `state`."""
     from flax import nnx
 
     if after != before:

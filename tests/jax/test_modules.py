@@ -150,6 +150,53 @@ def test_nnx(use, mode):
     close(pure(fast), pure(plain))  # batch statistics, dropout counts, the counter
 
 
+class Reader(nnx.Module):
+    """What changes nothing when it is called."""
+
+    def __init__(self, rngs):
+        self.qkv, self.norm = nnx.Linear(D, 3 * D, rngs=rngs), nnx.RMSNorm(D, rngs=rngs)
+
+    def __call__(self, x):
+        return x + attend(*jnp.split(self.qkv(self.norm(x)), 3, -1))
+
+
+CLOSED_OVER = {
+    "jit": lambda f, x: jax.jit(lambda x: f(x))(x),
+    "jit of it": lambda f, x: jax.jit(f)(x),
+    "grad": lambda f, x: jax.grad(lambda x: f(x).sum())(x),
+    "grad of remat": lambda f, x: jax.jit(jax.grad(lambda x: jax.checkpoint(lambda x: f(x))(x).sum()))(x),
+    "vmap": lambda f, x: jax.vmap(lambda x: f(x))(x),
+    "scan": lambda f, x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+    "nnx.jit": lambda f, x: nnx.jit(lambda x: f(x))(x),
+    "nnx.vmap": lambda f, x: nnx.vmap(lambda x: f(x))(x),
+}
+
+
+@pytest.mark.parametrize("taken", ["the module", "a function that takes it"])
+@pytest.mark.parametrize("transform", CLOSED_OVER)
+def test_nnx_closed_over(transform, taken):
+    """flax lets nothing be written there: what only reads its variables is not to write them back."""
+    module, x = Reader(nnx.Rngs(0)), jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+    if taken == "the module":
+        fast = kpt_jax.optimize(module)
+    else:
+        of_both = kpt_jax.optimize(lambda m, x: m(x))
+        fast = lambda x: of_both(module, x)  # noqa: E731
+    run = CLOSED_OVER[transform]
+    np.testing.assert_allclose(run(fast, x), run(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_nnx_writes_what_a_call_has_changed_and_leaves_the_rest():
+    plain, fast = Net(nnx.Rngs(0)), kpt_jax.optimize(Net(nnx.Rngs(0)))
+    x = jnp.ones((B, T, D))
+    kernel = fast.layers[0].qkv.kernel[...]
+    for _ in range(2):
+        np.testing.assert_allclose(fast(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert fast.layers[0].qkv.kernel[...] is kernel
+    assert int(fast.layers[1].calls[...]) == 2
+    np.testing.assert_allclose(fast.layers[0].norm.mean[...], plain.layers[0].norm.mean[...], rtol=1e-6)
+
+
 def test_nnx_is_still_that_module():
     plain, fast = pair()
     assert isinstance(fast, Net) and type(fast).__name__ == "Net"
