@@ -135,6 +135,24 @@ meshless: contextvars.ContextVar[bool] = contextvars.ContextVar("kpt_meshless", 
 """Whether equations run without the mesh of their trace."""
 
 
+def under(mesh: Any) -> contextlib.AbstractContextManager:
+    """Inside: this is the mesh of what is traced."""
+    return jax._src.mesh.use_abstract_mesh(mesh)
+
+
+def mesh_of(eqn: Any) -> Any:
+    """The mesh under which an equation was traced, an empty one where none was set."""
+    return eqn.ctx.cur_abstract_mesh
+
+
+def mesh_in(eqn: Any, body: Any) -> Any:
+    """The mesh under which the function that an equation calls was traced: its own; in a `shard_map`, that of a device's parts."""
+    if eqn.primitive.name != "shard_map":
+        return mesh_of(eqn)
+    given = (getattr(v.aval, "sharding", None) for v in body.invars)
+    return next((s.mesh for s in given if s is not None), mesh_of(body.eqns[-1]) if body.eqns else None)
+
+
 def typed(mesh: Any) -> bool:
     """Whether types speak of axes of this mesh."""
     return bool(manual_axes(mesh) or explicit_axes(mesh))

@@ -215,9 +215,16 @@ def _run_node(rw: Rewrite, n: Node, args: list[Any]) -> list[Any]:
     if n.op == "select":
         return bind(n.payload, [args[0], args[2], args[1]])
     bodies = rw.bodies.get(id(n))
+    if n.op == "mesh":
+        return _mesh(n, bodies or (Rewrite(n.bodies[0]),), args)
     if not bodies or not any(b.changed for b in bodies):
         return bind(n.payload, args)
     return _AGAIN[n.op](n, bodies, args)
+
+
+def _mesh(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
+    with _compat.under(n.payload):
+        return run(bodies[0], args)
 
 
 def _scan(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[Any]:
@@ -298,7 +305,7 @@ def _custom_vjp(n: Node, bodies: tuple[Rewrite, ...], args: list[Any]) -> list[A
 
 
 _AGAIN: dict[str, Callable[..., list[Any]]] = {
-    "scan": _scan, "while": _while, "cond": _cond, "remat": _remat, "jit": _jit, "shard_map": _shard_map,
+    "mesh": _mesh, "scan": _scan, "while": _while, "cond": _cond, "remat": _remat, "jit": _jit, "shard_map": _shard_map,
     "custom_jvp": _custom_jvp, "custom_vjp": _custom_vjp,
 }  # fmt: skip
 REBUILT = frozenset(_AGAIN)

@@ -1,16 +1,21 @@
 """jaxpr -> neutral graph.
 
 Calls to sub-functions (`jit` without shardings of its own) are flattened, custom_jvp functions without
-a matrix product become regions, everything with control flow keeps its body as a graph.
+a matrix product become regions, everything with control flow keeps its body as a graph. So does what was traced under another mesh
+than what stands around it (`jax.sharding.auto_axes`, `explicit_axes`): no value of the one may be taken for an equal one of the other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
+import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from kpt.graph.expr import ELEMENTWISE
@@ -122,16 +127,17 @@ def uncollected() -> Iterator[None]:
 
 
 def capture(closed: Any, name: str) -> Graph:
-    """The neutral graph of a closed jaxpr; dead code left out."""
+    """The neutral graph of a closed jaxpr that was traced under the mesh that is set now; dead code left out."""
     jaxpr, consts = _compat.open_jaxpr(closed)
-    return _Capture(name).run(jaxpr, consts, {}).without_dead_nodes()
+    return _Capture(name, jax.sharding.get_abstract_mesh()).run(jaxpr, consts, {}).without_dead_nodes()
 
 
 class _Capture:
     """State of one graph while it is built: values, and where each was made (for moving into bodies)."""
 
-    def __init__(self, name: str, parent: _Capture | None = None):
+    def __init__(self, name: str, mesh: Any, parent: _Capture | None = None):
         self.graph = Graph(name)
+        self.mesh = mesh
         self.parent = parent
         self.maker: dict[int, Node] = {}
 
@@ -194,27 +200,49 @@ class _Capture:
             self.maker[v] = node
 
     def _eqns(self, jaxpr: Any, env: dict, region: Region | None) -> None:
-        for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
-            inputs = tuple(self._read(env, v) for v in eqn.invars)
-            if name in _compat.JIT_NAMES and _plain_jit(eqn.params):
-                self._inline(eqn.params["jaxpr"], inputs, eqn, env, region)
-            elif name in ("closed_call", "core_call"):
-                self._inline(eqn.params["call_jaxpr"], inputs, eqn, env, region)
-            elif name == "custom_jvp_call" and not _has_product(eqn.params["call_jaxpr"]):
-                inner = Region(str(eqn.params.get("name", "custom_jvp")), inputs, (), eqn, region)
-                self._inline(eqn.params["call_jaxpr"], inputs, eqn, env, inner)
-                inner.outputs = tuple(env[v] for v in eqn.outvars)
+        read: dict[Any, float] = {}
+        for here, group in itertools.groupby(enumerate(jaxpr.eqns), lambda e: _compat.mesh_of(e[1]) == self.mesh):
+            if here:
+                for _, eqn in group:
+                    self._eqn(eqn, env, region)
             else:
-                outputs = tuple(self.graph.new_value(_spec(v.aval)) for v in eqn.outvars)
-                env.update(zip(eqn.outvars, outputs, strict=True))
-                bodies = self._bodies(eqn, inputs)
-                source, in_kernel = _compat.source_of(eqn)
-                op, attrs = (name, {}) if bodies else (f"opaque:{name}", {}) if in_kernel else _neutral(eqn)
-                if op == "select":  # select_n puts the value for False first; the graph, the one for True
-                    inputs = (inputs[0], inputs[2], inputs[1])
-                self._add(Node(_BODY_OP.get(op, op), inputs, outputs, attrs, source,
-                               bool(eqn.effects), bodies, region, eqn))  # fmt: skip
+                read = read or _last_read(jaxpr)
+                places, eqns = zip(*group, strict=True)
+                self._under_its_mesh(eqns, [v for e in eqns for v in e.outvars if read.get(v, -1) > places[-1]], env, region)
+
+    def _under_its_mesh(self, eqns: tuple, results: list, env: dict, region: Region | None) -> None:
+        """A node for equations that were traced under another mesh: its body is run under that mesh."""
+        made = {v for e in eqns for v in e.outvars}
+        given = list(dict.fromkeys(v for e in eqns for v in e.invars if not _compat.is_literal(v) and v not in made))
+        inputs, outputs = tuple(env[v] for v in given), tuple(self.graph.new_value(_spec(v.aval)) for v in results)
+        body = types.SimpleNamespace(constvars=(), invars=given, eqns=eqns, outvars=results)
+        mesh, known = _compat.mesh_of(eqns[0]), {i: v for i, v in enumerate(inputs) if v in self.graph.consts}
+        graph = _Capture("mesh", mesh, self).run(body, (), known).without_dead_nodes()
+        effect = any(n.effect for n in graph.nodes)
+        self._add(Node("mesh", inputs, outputs, {}, _compat.source_of(eqns[0])[0], effect, (graph,), region, mesh))
+        env.update(zip(results, outputs, strict=True))
+
+    def _eqn(self, eqn: Any, env: dict, region: Region | None) -> None:
+        name = eqn.primitive.name
+        inputs = tuple(self._read(env, v) for v in eqn.invars)
+        if name in _compat.JIT_NAMES and _plain_jit(eqn.params):
+            self._inline(eqn.params["jaxpr"], inputs, eqn, env, region)
+        elif name in ("closed_call", "core_call"):
+            self._inline(eqn.params["call_jaxpr"], inputs, eqn, env, region)
+        elif name == "custom_jvp_call" and not _has_product(eqn.params["call_jaxpr"]):
+            inner = Region(str(eqn.params.get("name", "custom_jvp")), inputs, (), eqn, region)
+            self._inline(eqn.params["call_jaxpr"], inputs, eqn, env, inner)
+            inner.outputs = tuple(env[v] for v in eqn.outvars)
+        else:
+            outputs = tuple(self.graph.new_value(_spec(v.aval)) for v in eqn.outvars)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            bodies = self._bodies(eqn, inputs)
+            source, in_kernel = _compat.source_of(eqn)
+            op, attrs = (name, {}) if bodies else (f"opaque:{name}", {}) if in_kernel else _neutral(eqn)
+            if op == "select":  # select_n puts the value for False first; the graph, the one for True
+                inputs = (inputs[0], inputs[2], inputs[1])
+            self._add(Node(_BODY_OP.get(op, op), inputs, outputs, attrs, source,
+                           bool(eqn.effects), bodies, region, eqn))  # fmt: skip
 
     def _inline(self, inner: Any, inputs: tuple, eqn: Any, env: dict, region: Region | None) -> None:
         jaxpr, consts = _compat.open_jaxpr(inner)
@@ -255,12 +283,18 @@ class _Capture:
         for inner, first, count in bodies:
             jaxpr, consts = _compat.open_jaxpr(inner)
             moved = {i: v for i, v in enumerate(inputs[first : first + count]) if self._closed(v)}
-            out.append(_Capture(name, self).run(jaxpr, consts, moved).without_dead_nodes())
+            out.append(_Capture(name, _compat.mesh_in(eqn, jaxpr), self).run(jaxpr, consts, moved).without_dead_nodes())
         return tuple(out)
 
 
 _BODY_OP = {"checkpoint": "remat", "remat2": "remat", "pjit": "jit", "custom_vjp_call_jaxpr": "custom_vjp",
             "custom_vjp_call": "custom_vjp", "custom_jvp_call": "custom_jvp"}  # fmt: skip
+
+
+def _last_read(jaxpr: Any) -> dict[Any, float]:
+    """For each variable, the place of the last equation that reads it; infinity for what is returned."""
+    read: dict[Any, float] = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if not _compat.is_literal(v)}
+    return read | dict.fromkeys((v for v in jaxpr.outvars if not _compat.is_literal(v)), math.inf)
 
 
 def _plain_jit(params: dict) -> bool:
@@ -273,7 +307,7 @@ def _plain_jit(params: dict) -> bool:
 def _has_product(inner: Any) -> bool:
     jaxpr, _ = _compat.open_jaxpr(inner)
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("dot_general", "scan", "while", "cond", "shard_map", "conv_general_dilated"):
+        if eqn.primitive.name in ("dot_general", "scan", "while", "cond", "shard_map", "conv_general_dilated", "reshard", "mesh_cast"):
             return True
         for v in eqn.params.values():
             if (hasattr(v, "eqns") or hasattr(v, "jaxpr")) and _has_product(v):

@@ -76,8 +76,47 @@ def mapped(x, w, b):
     return jax.shard_map(linear, in_specs=(spec, P(), P()), out_specs=spec, axis_names={"data"})(x, w, b)
 
 
+def automatic(f):
+    return jax.sharding.auto_axes(f, axes=("data", "model"), out_sharding=P("data"))
+
+
+def by_data(f):
+    return jax.sharding.auto_axes(f, axes=("data",), out_sharding=HEADS)
+
+
+def explicit(f):
+    return jax.sharding.explicit_axes(f, axes=("data", "model"), in_sharding=(P("data"), P()))
+
+
+def in_and_out_of_them(x, cos, sin):
+    """The tables are the same numbers on both sides, known while it is traced."""
+    cos, sin = (np.cos(np.arange(T * H, dtype=np.float32).reshape(1, T, H) + i) for i in range(2))
+    return rope(by_data(rope)(rope(x, cos, sin), cos, sin), cos, sin)
+
+
+def gradient(x, w):
+    return automatic(jax.grad(lambda x, w: jnp.sum(norm(x, w) ** 2)))(x, w)
+
+
+def doubled(x):
+    return jax.shard_map(lambda x: 2 * x, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})(x)
+
+
+def beside_a_shard_map(x, w):
+    return doubled(automatic(lambda x, w: norm(doubled(x), w))(doubled(x), w))
+
+
+@jax.custom_jvp
+def norm_with_a_rule(x, w):
+    return automatic(norm)(x, w)
+
+
+norm_with_a_rule.defjvp(lambda primals, tangents: (norm_with_a_rule(*primals), 3 * jax.jvp(automatic(norm), primals, tangents)[1]))
+
+
 X, ROWS, COLUMN, HEADS = ((B, T, K), P("data")), ((B, T), P("data")), P(None, "model"), P("data", None, "model")
 LINEAR = [X, ((K, 2 * K), COLUMN), ((2 * K,), P("model"))]
+ROPE = [((B, T, N, H), HEADS), ((1, T, H), P()), ((1, T, H), P())]
 CASES = {  # what is computed, and of each array its shape and where it lies
     "linear_act": (linear, LINEAR),
     "glu": (glu, [X, ((K, 2 * K), COLUMN), ((K, 2 * K), COLUMN)]),
@@ -86,7 +125,7 @@ CASES = {  # what is computed, and of each array its shape and where it lies
     "cross_entropy": (optax.softmax_cross_entropy_with_integer_labels, [((B, T, V), P("data")), ROWS]),
     "rms_norm": (norm, [X, ((K,), P())]),
     "layer_norm": (layer_norm, [X, ((K,), P()), ((K,), P())]),
-    "rope": (rope, [((B, T, N, H), HEADS), ((1, T, H), P()), ((1, T, H), P())]),
+    "rope": (rope, ROPE),
     "rope, of queries and keys": (queries_and_keys, [((B, T, 2 * N, H), HEADS), ((B, T, N, H), P("data")), *2 * [((1, T, H), P())]]),
     "attention": (attention, [((B, T, N, H), HEADS)] * 3),
     "linear_act, by rows": (by_rows, [((B, T, K), HEADS), ((K, V), P("model")), ((V,), P())]),
@@ -94,6 +133,15 @@ CASES = {  # what is computed, and of each array its shape and where it lies
     "linear_act, in a shard_map": (mapped, [X, ((K, V), P()), ((V,), P())]),
     "linear_act, beside automatic axes": (linear, LINEAR),
     "linear_act, where no mesh is set": (linear, LINEAR),
+    "rope, under automatic axes": (automatic(rope), ROPE),
+    "rope, under an automatic axis": (by_data(jax.jit(rope)), ROPE),
+    "rope, in and out of an automatic axis": (in_and_out_of_them, ROPE),
+    "linear_act, in a scan under automatic axes": (automatic(layers), [X, ((2, K, K), P()), ((2, K), P())]),
+    "rms_norm, under automatic axes in a checkpoint": (jax.checkpoint(automatic(norm)), [X, ((K,), P())]),
+    "rms_norm, differentiated under automatic axes": (gradient, [X, ((K,), P())]),
+    "rms_norm, beside a shard_map": (beside_a_shard_map, [X, ((K,), P())]),
+    "rms_norm, under automatic axes and a derivative rule": (norm_with_a_rule, [X, ((K,), P())]),
+    "rms_norm, under explicit axes": (explicit(norm), [X, ((K,), P())]),
     "linear_act, mapped": (lambda x, w, b: jax.vmap(linear, (0, None, None))(x, w, b), LINEAR),
 }
 ON_BOTH = [name for name in CASES if "," not in name or name == "glu, then down"]
@@ -136,6 +184,7 @@ def run(mesh, name):
     close(inside(*args), want[1])
     assert name != "rope, of queries and keys" or all("one launch" in " ".join(f.plan(*args).notes) for f in (inside, fast))
     sites = [*inside.plan(*args).sites, *([] if name.endswith("mapped") else fast.plan(*args).sites)]
+    assert "a derivative rule" not in name or all("custom_jvp0/" in s.path for s in sites)  # what runs whole keeps none
     return {"ops": sorted({s.op for s in sites}), "certified": all(s.certificate for s in sites)}
 
 
@@ -144,7 +193,8 @@ def main():
     kernel.pair = lambda *, x, other, **rest: (kernel(x=x, **rest), kernel(x=other, **rest))
     for name, where in ALL:
         shape, axes = MESHES[where]
-        kinds = [AxisType.Auto if name.endswith("automatic axes") and a == "model" else AxisType.Explicit for a in axes]
+        automatic = axes if name.endswith("under explicit axes") else ["model"] if name.endswith("beside automatic axes") else []
+        kinds = [AxisType.Auto if a in automatic else AxisType.Explicit for a in axes]
         mesh = jax.make_mesh(shape, axes, axis_types=tuple(kinds))
         with contextlib.nullcontext() if name.endswith("no mesh is set") else jax.set_mesh(mesh):
             print(json.dumps({"case": f"{name}, over {where}", **run(mesh, name)}), flush=True)
