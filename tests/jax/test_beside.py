@@ -213,6 +213,11 @@ def calls(fn, *args):
     return str(jax.make_jaxpr(fn)(*args)).count("name=pair")
 
 
+def rest_slow(cases, *quick):
+    """The names of cases, of which all but some are among the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in cases]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_one_call_where_it_can_be(name):
     program, count = PROGRAMS[name]
@@ -279,7 +284,7 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("name", rest_slow(INSIDE, "scan of remat", "cond", "shard_map, one the same on all devices"))
 def test_inside_of_a_program(name):
     program, count = INSIDE[name]
     fn, args = total(program), given()
@@ -313,8 +318,9 @@ OUTSIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("transform", OUTSIDE.values(), ids=OUTSIDE)
-def test_transformed_from_outside(transform):
+@pytest.mark.parametrize("name", rest_slow(OUTSIDE, "vmap of one's weights", "jvp of grad", "shard_map"))
+def test_transformed_from_outside(name):
+    transform = OUTSIDE[name]
     fn, args = total(layer), given()
     fast = kpt_jax.optimize(fn)
     assert paired(fast.plan(*args)) == SAYS[1]

@@ -172,8 +172,8 @@ CLOSED_OVER = {
 }
 
 
-@pytest.mark.parametrize("taken", ["the module", "a function that takes it"])
-@pytest.mark.parametrize("transform", CLOSED_OVER)
+@pytest.mark.parametrize("taken", ["the module", pytest.param("a function that takes it", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transform", [t if t in ("jit", "vmap") else pytest.param(t, marks=pytest.mark.slow) for t in CLOSED_OVER])
 def test_nnx_closed_over(transform, taken):
     """flax lets nothing be written there: what only reads its variables is not to write them back."""
     module, x = Reader(nnx.Rngs(0)), jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
