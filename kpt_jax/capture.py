@@ -1,7 +1,7 @@
 """jaxpr -> neutral graph.
 
 Calls to sub-functions (`jit` without shardings of its own) are flattened, custom_jvp functions without
-a matrix product become regions, everything with control flow keeps its body as a graph. So does what was traced under another mesh
+products or control flow become regions, everything with control flow keeps its body as a graph. So does what was traced under another mesh
 than what stands around it (`jax.sharding.auto_axes`, `explicit_axes`): no value of the one may be taken for an equal one of the other.
 """
 
@@ -229,7 +229,7 @@ class _Capture:
             self._inline(eqn.params["jaxpr"], inputs, eqn, env, region)
         elif name in ("closed_call", "core_call"):
             self._inline(eqn.params["call_jaxpr"], inputs, eqn, env, region)
-        elif name == "custom_jvp_call" and not _has_product(eqn.params["call_jaxpr"]):
+        elif name == "custom_jvp_call" and not _keeps_a_body(eqn.params["call_jaxpr"]):
             inner = Region(str(eqn.params.get("name", "custom_jvp")), inputs, (), eqn, region)
             self._inline(eqn.params["call_jaxpr"], inputs, eqn, env, inner)
             inner.outputs = tuple(env[v] for v in eqn.outvars)
@@ -304,12 +304,13 @@ def _plain_jit(params: dict) -> bool:
     return unset and layouts and not params.get("compiler_options_kvs")
 
 
-def _has_product(inner: Any) -> bool:
+def _keeps_a_body(inner: Any) -> bool:
+    """Whether a function holds what is no part of an elementwise region: a product, control flow, another mesh."""
     jaxpr, _ = _compat.open_jaxpr(inner)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "scan", "while", "cond", "shard_map", "conv_general_dilated", "reshard", "mesh_cast"):
             return True
         for v in eqn.params.values():
-            if (hasattr(v, "eqns") or hasattr(v, "jaxpr")) and _has_product(v):
+            if (hasattr(v, "eqns") or hasattr(v, "jaxpr")) and _keeps_a_body(v):
                 return True
     return False

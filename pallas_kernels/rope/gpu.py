@@ -123,8 +123,11 @@ def pair(
     """`rope` of two arrays by one launch, a layer's queries and keys.
 
     Args:
-      x, other: `[B, T, N, H]` and `[B, T, K, H]`, of one dtype.
+      x, other: `[B, T, N, H]` and `[B, T, K, H]` of one dtype, float16, bfloat16 or float32, each of which `refusal` lets pass.
       cos, sin, interleaved, out_dtype: as `rope` takes them.
+
+    Returns:
+      What `rope` gives of each, to the bit, in their shapes and in `out_dtype`.
     """
     y, z = _of(interleaved, out_dtype, cos, sin, x, other)
     return y, z

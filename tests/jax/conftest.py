@@ -1,6 +1,8 @@
 import jax
 import pytest
 
+from kpt_jax import pairs
+
 
 @pytest.fixture
 def x64():
@@ -17,3 +19,11 @@ def on_hopper():
     gpu = jax.devices()[0]
     if getattr(gpu, "compute_capability", None) != "9.0":
         pytest.skip(f"needs a GPU of compute capability 9.0, and this is {gpu.device_kind}")
+
+
+@pytest.fixture
+def unproved():
+    """No site was held to what runs beside it before this test, nor is what the test says of one kept."""
+    pairs._agrees.cache_clear()
+    yield
+    pairs._agrees.cache_clear()

@@ -47,13 +47,6 @@ def kernel(monkeypatch):
     return fn
 
 
-@pytest.fixture
-def unproved():
-    pairs._agrees.cache_clear()
-    yield
-    pairs._agrees.cache_clear()
-
-
 def given(t=T, dtype="float32"):
     rng = np.random.default_rng(0)
 

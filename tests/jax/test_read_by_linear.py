@@ -87,13 +87,6 @@ def kernel(monkeypatch):
     return fn
 
 
-@pytest.fixture
-def unproved():
-    pairs._agrees.cache_clear()
-    yield
-    pairs._agrees.cache_clear()
-
-
 def given(dtype="float32"):
     rng = np.random.default_rng(0)
 
