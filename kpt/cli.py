@@ -151,7 +151,9 @@ def plan(
 @app.command()
 def bench(
     context: typer.Context,
-    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="What to measure; everything unless given.")] = None,
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="What to measure, such as attention or glu; everything unless given.")
+    ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Other libraries' kernels too, where they are installed.")] = False,
     shapes: Annotated[str | None, typer.Option(help="16384x4096,32768x8192 instead of the table's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 unless given; float32 on a CPU.")] = None,
@@ -165,6 +167,8 @@ def bench(
     Every kernel that can run here, plain JAX code and with --peers other libraries' kernels, in one process and in turn,
     on inputs larger than the caches; each is checked against float64 first. On an NVIDIA GPU the times are those of
     the kernels, by CUPTI.
+
+    Example: kpt bench rms_norm glu --peers --plot rates.svg
     """
     with answering(context, as_json):
         from kpt.report import drawable, writable
@@ -271,19 +275,25 @@ def hardware_detect(context: typer.Context, as_json: AsJson = False) -> None:
 
 
 @kernels_app.command("list")
-def kernels_list(context: typer.Context, as_json: AsJson = False) -> None:
+def kernels_list(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[OP]", help="Of one op, such as attention; of all unless given.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """The kernels that kpt and the installed packages offer."""
     with answering(context, as_json):
         from kpt.kernels import registry
+        from kpt.ops import op
 
+        kernels = registry.kernels(op(name).name if name else None)
         if as_json:
-            _print_json([_kernel(k) for k in registry.kernels()])
+            _print_json([_kernel(k) for k in kernels])
             return
         _print_table(
             ("kernel", "version", "framework", "platforms", "dtypes", "from level"),
             [
                 (k.name, str(k.version), k.framework, ", ".join(k.platforms), ", ".join(k.dtypes), k.level)
-                for k in registry.kernels()
+                for k in kernels
             ],
         )
 

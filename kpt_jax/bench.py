@@ -9,6 +9,7 @@ run.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import statistics
@@ -41,6 +42,10 @@ DOCUMENTS = 8
 """Packed into a sequence, where there are segment ids."""
 FORWARD, BOTH = "forward", "forward+backward"
 UNMEASURED = float("nan")
+HEADS = (
+    "The fastest first: contender, median time [quartiles], median wall time, rate and its part of the measured ceiling,"
+    " against plain JAX code, temporaries and outputs, worst error against float64."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +301,9 @@ def run(
     names = list(names) or list(BENCHES)
     for name in names:
         if name not in BENCHES:
-            raise KptError(f"{name!r} was to be measured", f"Known are {', '.join(BENCHES)}", "Name some of them")
+            near = difflib.get_close_matches(name, BENCHES, n=1)
+            advice = f"Did you mean {near[0]!r}?" if near else "Name some of them"
+            raise KptError(f"{name!r} was to be measured", f"Known are {', '.join(BENCHES)}", advice)
         for shape in shapes:
             if len(shape) != len(BENCHES[name].dims.split()):
                 asked = f"{name} was to be measured at {'x'.join(map(str, shape))}"
@@ -382,6 +389,8 @@ def main(names: Sequence[str], shapes: str | None, peers: bool, dtype: str | Non
         raise KptError(f"Shapes {shapes!r} were given", "A shape is numbers with x between", "Write 16384x4096,32768x8192") from None
 
     def report(rows: list[Row], so_far: dict[str, Any]) -> None:
+        if len(rows) == len(so_far["rows"]):
+            say(HEADS)
         say("\n".join(lines(rows)))
         if out:  # after each shape: what was measured outlives a run that is cut short
             part = out.with_name(f"{out.name}.part")

@@ -94,6 +94,7 @@ ANSWERS = [
     (("hardware", "show", "h100"), ["NVIDIA H100 SXM", "sm90"], lambda d: d["name"] == "h100-sxm"),
     (("hardware", "detect"), ["platform", "cores"], lambda d: d["cores"] >= 1),
     (("kernels", "list"), ["attention.xla", "float32"], lambda d: "attention.xla" in {k["name"] for k in d}),
+    (("kernels", "list", "rope"), ["rope.xla"], lambda d: {k["op"] for k in d} == {"rope"}),
     (
         ("kernels", "show", "attention.xla"),
         ["causal", "loader"],
@@ -120,8 +121,9 @@ def test_answers_in_words_and_in_json(command, words, holds):
 
 # (arguments, exit code, what the message must contain)
 ERRORS = [
-    (("hardware", "show", "h10x"), REFUSED, ["h10x", "h100-sxm"]),
+    (("hardware", "show", "h10x"), REFUSED, ["h10x", "h100-sxm", "kpt hardware list"]),
     (("kernels", "show", "nonsense"), REFUSED, ["nonsense", "kpt kernels list"]),
+    (("kernels", "list", "atention"), REFUSED, ["Did you mean 'attention'?"]),
     (("plan", "nocolon"), REFUSED, ["MODULE:FUNCTION"]),
     (("plan", "no_such_module:f"), REFUSED, ["no_such_module"]),
     (("plan", "users:nothing"), REFUSED, ["nothing", "double"]),

@@ -145,3 +145,5 @@ def test_every_op_is_measured():
     assert {b.op for b in BENCHES.values()} == set(ops.OPS)
     with pytest.raises(KptError, match="Known are"):
         bench.run(["no such op"])
+    with pytest.raises(KptError, match="Did you mean 'cross_entropy'"):
+        bench.run(["crossentropy"])
