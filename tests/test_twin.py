@@ -26,7 +26,7 @@ def both(twin: Twin, *, optimized: bool = False, steps: int = 0):
     return compare(twin, JaxSide(twin, optimized), TorchSide(twin), steps=steps)
 
 
-@pytest.mark.parametrize("optimized", [False, True], ids=["as written", "through kpt"])
+@pytest.mark.parametrize("optimized", [pytest.param(False, id="as written", marks=pytest.mark.slow), pytest.param(True, id="through kpt")])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_frameworks_agree_and_a_hundred_losses_coincide(model, optimized):
     found = both(MODELS[model], optimized=optimized, steps=100)

@@ -311,6 +311,7 @@ def rms_norm_kernel(name, function, efficiency):
                       arrays=frozenset({"x", "weight"}), efficiency=efficiency)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_kernel_that_loses_beside_one_that_wins_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setenv("KPT_CACHE_DIR", str(tmp_path))
     # It loses tenfold at the least; what a busy machine does to a median is less than threefold.

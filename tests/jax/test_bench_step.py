@@ -16,6 +16,7 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setattr(bench_step, name, value)
 
 
+@pytest.mark.slow
 def test_each_contender_is_a_row_as_soon_as_it_is_there():
     said = []
     found = [json.loads(json.dumps(f)) for f in bench_step.measure(1, budget="0", say=said.append)]

@@ -106,6 +106,7 @@ def in_chunks(monkeypatch):
     monkeypatch.setattr(gpu, "add_product", lambda total, a, b: total + (a.T @ b).astype(total.dtype))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64(case, interpreted, request, monkeypatch):
     if "chunks" in case:
@@ -158,6 +159,7 @@ def test_a_short_call_goes_the_way_of_the_long_one_that_it_stands_for(name, long
     assert tuple(found) == kernels and kernels_of(name, long) == kernels[1]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("transposed", ["neither", "left", "right", "both"])
 @pytest.mark.parametrize("tiles", [{}, {"split": "n"}, {"m": 256, "n": 128}, {"along": "n", "width": 2, "stages": 2}])
 def test_products_of_transposed_factors(transposed, tiles, interpreted):
@@ -182,6 +184,7 @@ def test_the_rule_takes_tiles_that_were_among_the_fastest(found):
     assert tiled[rule(found["op"], found["shape"])] <= 1.03 * min(tiled.values())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("factors", [1, 2])
 def test_every_tiling(factors, interpreted):
     from pallas_kernels import hopper_gemm
@@ -195,6 +198,7 @@ def test_every_tiling(factors, interpreted):
         assert error < kpt.validation.tolerance("bfloat16", 192).rtol_l2, tiles
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("tiles", [{}, {"split": "n"}, {"m": 256, "n": 128}, {"m": 64, "n": 256, "split": "n", "stages": 2}])
 @pytest.mark.parametrize(("m", "n"), [(72, 320), (264, 64), (8, 128), (264, 576)])
 def test_an_epilogue_reads_what_lies_beside_the_sums(m, n, tiles, interpreted, monkeypatch):
@@ -301,6 +305,7 @@ def test_lowers_for_cuda_in_both_passes(case):
     assert text.count("@mosaic_gpu_v2") == kernels
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("name", "specs", "kernels"),
@@ -311,6 +316,7 @@ def test_every_activation_lowers_for_cuda(name, specs, kernels, activation):
     assert kernels_of(name, specs, {"activation": activation}) == kernels
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("transform", ["shard_map", "vmap", "remat", "scan"])
 @pytest.mark.parametrize("case", ["linear_act", "glu", "glu_linear", "matmul", "linear_cross_entropy"])
 def test_lowers_under_transformations(case, transform, monkeypatch):

@@ -124,6 +124,7 @@ def interpreted(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.sampled(3)
 @needs_mosaic
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64(case, interpreted, monkeypatch):

@@ -191,6 +191,7 @@ def one_call(plan):
     return SAYS in plan.notes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_one_call_where_it_can_be(name):
     program, together = PROGRAMS[name]

@@ -54,5 +54,5 @@ def test_a_case(op):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", CASES)
-def test_a_dozen_cases(op):
-    assert failures(op, 12) == []
+def test_six_cases(op):
+    assert failures(op, 6) == []

@@ -39,14 +39,14 @@ def interpreted(op: str, cases: int, seed: int) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_numbers(op):
-    interpreted(op, cases=3, seed=1)
+    interpreted(op, cases=1, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_numbers_of_more_cases(op):
     """Case 51 of layer_norm has rows of two nearly equal numbers, whose mean float32 cannot hold."""
-    interpreted(op, cases=60 if op == "layer_norm" else 20, seed=2)
+    interpreted(op, cases=60 if op == "layer_norm" else 10, seed=2)
 
 
 def target(architecture: str) -> GPUTarget:
@@ -81,7 +81,7 @@ def test_products_whose_mean_is_taken_off_are_rounded():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "gfx942"])  # one of each way to compute a product
 def test_every_kernel_compiles_without_spills(architecture, tmp_path):
     compile_without_spills(NAMES, architecture, tmp_path)
 
