@@ -41,33 +41,34 @@ Site = tuple[Match, Callable[..., Any]]
 Kept = Sequence[Site]
 Named = tuple[tuple[str, Spec], ...]
 Compared = Callable[[Any, dict[str, Spec], dict[str, Any]], str]
-ProvedAt = Callable[[int, Match], Mapping[str, Spec] | None]
+Differs = Callable[[Mapping[str, Spec]], str]
+Proved = Callable[[int, Match, Differs], bool]
 
 
-def read_by_linear(program: Program, kept: Kept, proved_at: ProvedAt | None = None) -> dict[int, Site]:
+def read_by_linear(program: Program, kept: Kept, proved: Proved | None = None) -> dict[int, Site]:
     """The sites, by their places in `kept`, that run with the product that alone reads them: what they are with it, and its kernel.
 
     Args:
-      proved_at: the arrays, by a place in `kept` and what the site is with its product, on which it is held to the two apart; only those
-        that agree are given. None where nothing is proved, and of a site that cannot be.
+      proved: whether a site, by its place in `kept`, may run as what it is with its product, by what says of arrays on which the one call
+        is held to the two how they differ, "" where they do not. None where nothing is proved.
     """
     inside = {id(n) for m, _ in kept for n in program.consumed(m)}
     found: dict[int, Site] = {}
     for i, (match, kernel) in enumerate(kept):
         together = _with_reader(program, match, inside) if hasattr(kernel, "then_linear") else None
-        if together is not None and (proved_at is None or _proved(_compared, kernel, together, proved_at(i, together))):
+        if together is not None and (proved is None or proved(i, together, _differs(_compared, kernel, together))):
             found[i] = together, kernel.then_linear  # type: ignore[attr-defined]
     return found
 
 
-def beside(program: Program, kept: Kept, proved_at: ProvedAt | None = None) -> dict[tuple[int, int], Site]:
+def beside(program: Program, kept: Kept, proved: Proved | None = None) -> dict[tuple[int, int], Site]:
     """Pairs of sites, by their places in `kept`, that run as one call: what they are together, and its kernel.
 
     Of the sites that share their tables, in the order of the program, one and the next, the nearest first; where neither is computed from
     the other, by way of other pairs either, and none from what has an effect, whose order stays.
 
     Args:
-      proved_at: as in `read_by_linear`; of a pair, by the place of its first site.
+      proved: as in `read_by_linear`; of a pair, by the place of its first site.
     """
     place = {i: min(m.results) for i, (m, kernel) in enumerate(kept) if hasattr(kernel, "pair")}
     groups: list[list[int]] = []
@@ -87,7 +88,7 @@ def beside(program: Program, kept: Kept, proved_at: ProvedAt | None = None) -> d
         (match, kernel), (behind, _) = kept[i], kept[j]
         both, read = 1 << i | 1 << j, above[i] | above[j]
         together = None if read & both or read >> len(kept) else _both(program, match, behind)
-        if together is None or (proved_at is not None and not _proved(_compared_pair, kernel, together, proved_at(i, together))):
+        if together is None or (proved is not None and not proved(i, together, _differs(_compared_pair, kernel, together))):
             continue
         found[i, j] = together, kernel.pair  # type: ignore[attr-defined]
         taken |= {i, j}
@@ -180,15 +181,15 @@ def _rows(n: Node, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     return (adds or n.op == "reshape") and before[-1:] == after[-1:] and n.payload.params.get("sharding") is None
 
 
-def _proved(compared: Compared, kernel: Any, together: Match, short: Mapping[str, Spec] | None) -> bool:
-    """Whether one call gives what two give, of these arrays, that stand for those of the program; of None it cannot be said."""
-    long = {n: e.spec for n, e in together.arrays.items()}
+def _differs(compared: Compared, kernel: Any, together: Match) -> Differs:
+    """How one call differs from two, on arrays that stand for those of the program."""
+    long = tuple((n, e.spec) for n, e in together.arrays.items())
     under = tuple(sorted(together.params.items())), jax.default_backend(), repr(settings(SETTINGS))
-    return short is not None and _agrees(compared, kernel, tuple(short.items()), tuple(long.items()), *under)
+    return lambda short: _difference_of(compared, kernel, tuple(short.items()), long, *under)
 
 
 @functools.cache
-def _agrees(compared: Compared, kernel: Any, specs: Named, long: Named, params: tuple[tuple[str, Any], ...], *under: str) -> bool:
+def _difference_of(compared: Compared, kernel: Any, specs: Named, long: Named, params: tuple[tuple[str, Any], ...], *under: str) -> str:
     try:
         with standing_for(dict(long)):
             why = compared(kernel, dict(specs), dict(params))
@@ -196,7 +197,7 @@ def _agrees(compared: Compared, kernel: Any, specs: Named, long: Named, params: 
         why = f"{type(error).__name__}: {error}"
     if why:
         log.warning("%s runs alone: %s", getattr(kernel, "__name__", kernel), why)
-    return not why
+    return why
 
 
 def _compared(kernel: Any, specs: dict[str, Spec], params: dict[str, Any]) -> str:

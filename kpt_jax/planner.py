@@ -30,7 +30,7 @@ from kpt_jax.apply import REBUILT, Rewrite, run
 from kpt_jax.capture import uncollected
 from kpt_jax.certify import certify_site, rules_text, uncertifiable
 from kpt_jax.on_device import ROOM
-from kpt_jax.pairs import ProvedAt, beside, read_by_linear
+from kpt_jax.pairs import Differs, Proved, beside, read_by_linear
 from kpt_jax.settings import SETTINGS
 
 
@@ -93,19 +93,21 @@ class Planner(core.Planner):
 
         program, kept = self.sites_of(graph, path, Example(graph, example).leaves, uncollected, woven)
 
-        def proved_at(beside_what: str) -> ProvedAt | None:
-            def specs(i: int, together: Match) -> dict[str, Spec] | None:
+        def proved(beside_what: str) -> Proved | None:
+            def held(i: int, together: Match, differs: Differs) -> bool:
                 try:
-                    return self.proved_at(program, together, self.kernels[id(kept[i][0])])
+                    why = differs(self.proved_at(program, together, self.kernels[id(kept[i][0])]))
                 except KernelError as error:
-                    self.notes.append(f"A site runs apart from {beside_what}: {one_line(error)}")
-                    return None
+                    why = one_line(error)
+                if why:
+                    self.notes.append(f"A site of {kept[i][0].op} runs apart from {beside_what}: {why}")
+                return not why
 
-            return specs if self.certify != "off" else None
+            return held if self.certify != "off" else None
 
-        read = read_by_linear(program, kept, proved_at("the linear layer that reads it"))
+        read = read_by_linear(program, kept, proved("the linear layer that reads it"))
         sites = [read.get(i, site) for i, site in enumerate(kept)]
-        pairs = beside(program, sites, proved_at("the one that shares its tables"))
+        pairs = beside(program, sites, proved("the one that shares its tables"))
         self.notes += [words(len(found)) for words, found in ((joined, read), (paired, pairs)) if found]
         if self.elsewhere:
             there, first = [*self.elsewhere, *kept], len(self.elsewhere)

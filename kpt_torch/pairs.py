@@ -107,10 +107,12 @@ def _same_bits_with_linear(kernel: Any, specs: Any, params: Any, weight: tuple[i
 
 def _tried(kernel: Any, compared: Callable[[], bool]) -> bool:
     try:
-        return compared()
+        why = "" if compared() else "its results or gradients have other bits"
     except Exception as error:  # what fails costs a launch, never the user's run
-        log.warning("%s runs alone: %s: %s", getattr(kernel, "__name__", kernel), type(error).__name__, error)
-        return False
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        log.warning("%s runs alone: %s", getattr(kernel, "__name__", kernel), why)
+    return not why
 
 
 def _compared(kernel: Any, specs: Any, params: Any, other: Any, device: torch.device) -> bool:

@@ -24,6 +24,6 @@ def on_hopper():
 @pytest.fixture
 def unproved():
     """No site was held to what runs beside it before this test, nor is what the test says of one kept."""
-    pairs._agrees.cache_clear()
+    pairs._difference_of.cache_clear()
     yield
-    pairs._agrees.cache_clear()
+    pairs._difference_of.cache_clear()

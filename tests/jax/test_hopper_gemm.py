@@ -106,7 +106,7 @@ def in_chunks(monkeypatch):
     monkeypatch.setattr(gpu, "add_product", lambda total, a, b: total + (a.T @ b).astype(total.dtype))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_float64(case, interpreted, request, monkeypatch):
     if "chunks" in case:

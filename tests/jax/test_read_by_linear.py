@@ -394,7 +394,8 @@ def test_a_plan_for_other_hardware_says_what_will_be_there(proofs, monkeypatch):
 
 def test_other_numbers_run_apart(kernel, unproved, monkeypatch, caplog):
     monkeypatch.setattr(kernel, "then_linear", lambda **a: 1.001 * then_linear(**a))
-    assert not one_call(kpt_jax.plan(mlp, *given())) and "runs alone" in caplog.text
+    plan = kpt_jax.plan(mlp, *given())
+    assert not one_call(plan) and "A site of glu runs apart from" in plan.explain() and "runs alone" in caplog.text
 
 
 def test_what_raises_runs_apart(kernel, unproved, monkeypatch, caplog):

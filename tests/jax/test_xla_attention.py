@@ -153,7 +153,7 @@ CASES = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("case", "block_q", "block_kv"),
     [(c, 16, 12) for c in CASES] + [("everything", 64, 64), ("causal", 8, 8), ("one block of keys, which many do not see", 16, 24)],

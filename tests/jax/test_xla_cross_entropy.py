@@ -100,7 +100,7 @@ COTANGENTS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("shape", "chunks", "cotangents"), [
     *((shape, 1, "each its own") for shape in SHAPES),
     *(("batch", 4, name) for name in COTANGENTS),
@@ -152,7 +152,7 @@ MEANS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("case", ["invalid is zero, smoothed", "invalid is dropped"])

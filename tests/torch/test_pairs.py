@@ -85,13 +85,13 @@ def test_two_rotations_are_one_launch_where_they_can_be(how, paired, launches):
     torch.testing.assert_close(got, want)
 
 
-def test_a_pair_of_other_numbers_is_not_made(launches, monkeypatch):
+def test_a_pair_of_other_numbers_is_not_made(launches, monkeypatch, caplog):
     kernel = kpt.registry.load("rope.torch")
     right = kernel.pair
     monkeypatch.setattr(kernel, "pair", lambda **given: tuple(y * (1 + 1e-6) for y in right(**given)))
     torch._dynamo.reset()
     plan = kpt_torch.plan(Layer("side by side"), torch.randn(B, T, WIDTH), torch.randn(1, 1, T, H), torch.randn(1, 1, T, H))
-    assert len(plan.sites) == 2 and not any("one launch" in n for n in plan.notes)
+    assert len(plan.sites) == 2 and not any("one launch" in n for n in plan.notes) and "have other bits" in caplog.text
 
 
 def test_a_pair_that_raises_costs_a_launch_and_no_site(launches, monkeypatch):
