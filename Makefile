@@ -2,6 +2,8 @@
 python := .venv/bin/python
 # One process a core; the tests of a file share what they set up.
 pytest := $(python) -m pytest -n logical --dist loadfile
+# Few and long: whoever is idle takes the next one, of whatever file.
+stealing := $(python) -m pytest -n logical --dist worksteal
 # LLVM does as little as it can: programs are compiled in two thirds of the time. What the slow tests run is compiled as for users.
 quick := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -27,9 +29,8 @@ demo: setup
 test: setup
 	$(quick) $(pytest) $(ARGS)
 
-# Few and long: whoever is idle takes the next one, of whatever file.
 test-slow: setup
-	$(python) -m pytest -n logical --dist worksteal -m slow $(ARGS)
+	$(stealing) -m slow $(ARGS)
 
 test-gpu: setup
 	$(python) -m pytest -m 'gpu and not sanitizer' $(ARGS)
@@ -39,7 +40,7 @@ test-gpu: setup
 libtpu := .venv-libtpu
 test-tpu: setup
 	@test -d $(libtpu)/libtpu || $(python) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-deps --target $(libtpu) libtpu
-	PYTHONPATH=$(CURDIR)/$(libtpu) JAX_PLATFORMS=cpu $(pytest) -m tpu $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(libtpu) JAX_PLATFORMS=cpu $(stealing) -m tpu tests/jax tests/test_docs.py $(ARGS)
 
 test-xla: setup
 	PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(pytest) -m xla tests/torch $(ARGS)
