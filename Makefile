@@ -5,7 +5,7 @@ pytest := $(python) -m pytest -n logical --dist loadfile
 # Few and long: whoever is idle takes the next one, of whatever file.
 stealing := $(python) -m pytest -n logical --dist worksteal
 # LLVM does as little as it can: programs are compiled in two thirds of the time. What the slow tests run is compiled as for users.
-quick := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+quick := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
 
 .PHONY: help setup demo test test-slow test-gpu test-tpu test-xla lint docs clean
 

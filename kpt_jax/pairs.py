@@ -29,6 +29,7 @@ from kpt.graph.graph import Node
 from kpt.kernels.stand_in import standing_for
 from kpt.ops.base import Spec
 from kpt.strategy.certify import draw, narrowest
+from kpt.strategy.planner import one_line
 from kpt.tuning.settings import found as settings
 from kpt.validation import compare
 from kpt_jax.apply import Rewrite, axes, schedule
@@ -194,7 +195,7 @@ def _difference_of(compared: Compared, kernel: Any, specs: Named, long: Named, p
         with standing_for(dict(long)):
             why = compared(kernel, dict(specs), dict(params))
     except Exception as error:  # what fails costs memory or a launch, never the user's run
-        why = f"{type(error).__name__}: {error}"
+        why = one_line(error)
     if why:
         log.warning("%s runs alone: %s", getattr(kernel, "__name__", kernel), why)
     return why

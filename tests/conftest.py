@@ -1,7 +1,6 @@
 """What holds for every test."""
 
 import atexit
-import collections
 import os
 import shutil
 import tempfile
@@ -20,37 +19,35 @@ if "KPT_CACHE_DIR" not in os.environ:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth of a test's cases, of those that the marks select")
-    parser.addoption("--until", type=int, metavar="EPOCH", help="begin no test after this time, in seconds since 1970, and begin with another one"
-                     " each time: where there is too little for all tests, it is not the same ones that are left out")  # fmt: skip
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth of the tests that were selected")
+    parser.addoption("--until", type=int, default=0, metavar="EPOCH", help="begin no test after this time, in seconds since 1970, and begin with"
+                     " another one each time: where there is too little for all tests, it is not the same ones that are left out; nor by --every")  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+    """Of a test that is marked `sampled(n)`, the first of every n cases is quick, and the others are slow."""
+    made = yield
+    for place, item in enumerate(made if isinstance(made, list) else []):
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and place % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+    return made
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
-    """Of a test that is marked `sampled(n)`, the first of every n cases is quick, and the others are slow."""
-    for item, place in _places(items):
-        if (mark := item.get_closest_marker("sampled")) is not None and place % mark.args[0]:
-            item.add_marker(pytest.mark.slow)
     result = yield  # tests are selected by their marks
-    if (every := config.option.every) > 1:
-        kept = [item for item, place in _places(items) if place % every == 0]
-        config.hook.pytest_deselected(items=[item for item, place in _places(items) if place % every])
-        items[:] = kept
-    if (until := config.option.until) is not None and items:
+    every, until = config.option.every, config.option.until
+    if every > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if (i - until) % every])
+        items[:] = items[until % every :: every]
+    if until and items:
         first = until % len(items)
         items[:] = items[first:] + items[:first]
     return result
 
 
 def pytest_runtest_setup(item):
-    if (until := item.config.option.until) is not None and time.time() > until:
+    if 0 < item.config.option.until < time.time():
         pytest.skip("there was no time left for it")
-
-
-def _places(items):
-    """Tests, each with how many cases of the same one came before it."""
-    met = collections.Counter()
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        yield item, met[test]
-        met[test] += 1

@@ -20,7 +20,7 @@ from kpt.kernels.stand_in import stood_for
 from kpt_jax import pairs
 from kpt_jax.capture import capture
 from pallas_kernels.manual_axes import vary_alike
-from tests.jax.certified import mesh_of_one
+from tests.jax.certified import mesh_of_one, rest_slow
 
 B, T, H, WIDTH = 2, 6, 8, 16
 SAYS = {0: [], 1: ["1 pair of sites that share their tables runs as one launch."],
@@ -204,11 +204,6 @@ def paired(plan):
 
 def calls(fn, *args):
     return str(jax.make_jaxpr(fn)(*args)).count("name=pair")
-
-
-def rest_slow(cases, *quick):
-    """The names of cases, of which all but some are among the slow tests."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in cases]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

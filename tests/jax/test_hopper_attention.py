@@ -20,7 +20,7 @@ from kpt.kernels.spec import refusal, unmet
 from kpt.ops import Spec
 from kpt.ops.mask import Bias, Causal, Explicit, Lengths, Mask, Segments, Window, visible
 from kpt.strategy import choose
-from tests.jax.certified import mesh_of_one, specs_of
+from tests.jax.certified import mesh_of_one, rest_slow, specs_of
 
 H100, A100 = hardware_profile("h100-sxm"), hardware_profile("a100-sxm-80gb")
 TOO_OLD = unmet("jax>=0.11.2")
@@ -209,6 +209,8 @@ SHAPES = {
     "256, many": {"b": 4, "t": 4096, "n": 8, "k": 8, "h": 256},
 }
 WIDTHS = ("96", "128", "256")
+OTHERS = [s for s in SHAPES if s not in WIDTHS]
+EACH = ("full", "causal", "segments", "lengths")
 
 
 def both(mask, **params):
@@ -227,11 +229,13 @@ def lowered(fn, specs):
 
 @pytest.mark.parametrize(
     ("mask", "shape"),
-    # Every mask at the width that most have, every other shape under one mask and the next.
-    [(m, "128") for m in MASKS]
-    + [pytest.param(m, s, marks=pytest.mark.slow, id=f"{m}-{s}") for m in MASKS for s in WIDTHS if s != "128"]
-    + [*zip(itertools.cycle(("full", "causal", "segments", "lengths")), (s for s in SHAPES if s not in WIDTHS))],
-)  # fmt: skip
+    rest_slow(
+        [(m, s) for m in MASKS for s in WIDTHS] + [(m, s) for m in EACH for s in OTHERS],
+        # Every mask at the width that most have, and every other shape under one mask and the next.
+        *((m, "128") for m in MASKS),
+        *zip(itertools.cycle(EACH), OTHERS),
+    ),
+)
 def test_lowers_for_cuda_in_both_passes(mask, shape):
     specs = attended(mask=MASKS[mask], **SHAPES[shape])
     assert lowered(both(MASKS[mask]), specs).as_text().count("@mosaic_gpu_v2") == 3
@@ -255,7 +259,7 @@ def test_layers_that_are_alike_share_their_kernels():
     assert lowered(jax.grad(loss), attended()).as_text().count("@mosaic_gpu_v2") == 3
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("params", [{"logits_soft_cap": 30.0}, {"scale": -0.5}, {"scale": 0.0}, {"out_dtype": "float16"}], ids=str)
 @pytest.mark.parametrize("shape", WIDTHS)
 def test_parameters_lower_for_cuda(params, shape):

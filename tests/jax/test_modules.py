@@ -140,7 +140,7 @@ def cloned(m, x):
 USES = [calls, under_jit, gradients, trained, split_and_merged, updated, vmapped, through_a_method, cloned]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("use", USES, ids=lambda f: f.__name__)
 def test_nnx(use, mode):

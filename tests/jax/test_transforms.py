@@ -115,7 +115,6 @@ TRANSFORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transformed_from_outside(transform):
     same(transform(kpt_jax.optimize(loss))(weights(), tokens(B)), transform(loss)(weights(), tokens(B)))
@@ -193,7 +192,7 @@ CONTAINING = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fn", CONTAINING.values(), ids=CONTAINING)
 def test_transformations_inside(fn):
     args = weights(2), tokens(B)
@@ -206,7 +205,7 @@ def test_transformations_inside(fn):
 DIFFERENTIABLE = [n for n in CONTAINING if n not in ("while",)]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_through_transformations_inside(name):
     def total(f):
@@ -246,7 +245,7 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("step", [s for n, s in STEPS.items() if n != "aux that is no array"],
                          ids=[n for n in STEPS if n != "aux that is no array"])  # fmt: skip
 def test_gradients_taken_inside(step):
@@ -320,7 +319,7 @@ FORWARD = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("transform", FORWARD.values(), ids=FORWARD)
 def test_forward_derivatives_of_a_traced_kernel(transform):
     same(transform(jax.jit(kpt_jax.optimize(loss)))(weights(), tokens(B)), transform(loss)(weights(), tokens(B)))

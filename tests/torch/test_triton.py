@@ -81,7 +81,7 @@ def test_products_whose_mean_is_taken_off_are_rounded():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm80", "sm90", "sm100", "gfx942"])  # one of each way to compute a product
+@pytest.mark.parametrize("architecture", TARGETS)
 def test_every_kernel_compiles_without_spills(architecture, tmp_path):
     compile_without_spills(NAMES, architecture, tmp_path)
 
