@@ -389,7 +389,7 @@ def main(names: Sequence[str], shapes: str | None, peers: bool, dtype: str | Non
         raise KptError(f"Shapes {shapes!r} were given", "A shape is numbers with x between", "Write 16384x4096,32768x8192") from None
 
     def report(rows: list[Row], so_far: dict[str, Any]) -> None:
-        if len(rows) == len(so_far["rows"]):
+        if len(rows) == len(so_far["rows"]):  # the first ones
             say(HEADS)
         say("\n".join(lines(rows)))
         if out:  # after each shape: what was measured outlives a run that is cut short

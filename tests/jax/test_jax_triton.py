@@ -158,8 +158,7 @@ def interpreted(op: str, cases: int, seed: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("attention", "rope")])  # these take a minute, and are below
+@pytest.mark.parametrize("op", ["rms_norm", "linear_act"])  # one of rows and one of products; all are below
 def test_numbers(op):
     interpreted(op, cases=1, seed=1)
 
