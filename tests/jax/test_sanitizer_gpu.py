@@ -11,6 +11,8 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import pytest
 
 import kpt
@@ -19,6 +21,7 @@ from kpt.kernels.stand_in import standing_for
 from tests.jax import test_hopper_attention as attention
 from tests.jax import test_hopper_gemm as gemm
 from tests.jax.certified import certify, specs_of
+from tests.jax.test_hopper_rows import pair_and_two_calls, queries_and_keys
 
 TOO_OLD = unmet("jax>=0.11.2")
 
@@ -56,12 +59,23 @@ CASES = {
     "rope.pallas_gpu_interleaved": Case(TURNED, 2, {"interleaved": True}),
 }  # fmt: skip
 
+OF_TWO_ARRAYS: dict[str, dict[str, Any]] = {"rope of two arrays": {}, "rope of two arrays, neighbours": {"interleaved": True}}
+"""Parameters of calls beside those of one array, whose bits they have to have."""
+
 
 def call(name: str) -> None:
+    if name in OF_TWO_ARRAYS:
+        specs = queries_and_keys(t=35, n=17, k=2, h=96, r=64)
+        jax.tree.map(np.testing.assert_array_equal, *pair_and_two_calls(specs, OF_TWO_ARRAYS[name]))
+    else:
+        _certify(name)
+    print("certified", name)
+
+
+def _certify(name: str) -> None:
     case, kernel = CASES[name], name.split(",")[0]
     with standing_for(case.long) if case.long else contextlib.nullcontext():
         certify(kpt.registry.get(kernel).op, case.specs, case.params, fn=kpt.registry.load(kernel), seeds=(0,))
-    print("certified", name)
 
 
 @pytest.mark.skipif(TOO_OLD is not None, reason=TOO_OLD or "")
@@ -80,7 +94,7 @@ def test_every_kernel_for_hopper_has_a_case():
 @pytest.mark.gpu
 @pytest.mark.sanitizer
 @pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *OF_TWO_ARRAYS])
 def test_memory_is_used_as_it_was_given(name, monkeypatch):
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
