@@ -215,10 +215,10 @@ KERNELS: tuple[KernelSpec, ...] = (
     _xla("attention", version=2, masks=EVERY_MASK, additive=True, efficiency_on={"cuda": 0.02}),
     # Beside cuDNN, which is taken where it can compute a call, neither is faster at all lengths. What cuDNN cannot, such as documents that
     # are packed together, was 35 times as fast as plain code on an H100, both passes (docs/benchmarks/hopper-attention.json).
-    _hopper_attention("attention.pallas_gpu", "refusal", 0.55, version=2),
-    # Causal at head dim 256 it was 1.13 and 1.19 times as fast as cuDNN's in both passes on an H200. Narrower heads are padded to 256, and
+    _hopper_attention("attention.pallas_gpu", "refusal", 0.55, version=3),
+    # Causal at head dim 256 it was 1.20 times as fast as cuDNN's in both passes on an H200. Narrower heads are padded to 256, and
     # none was timed: it is left to a measurement too, where cuDNN can compute a call.
-    _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.55),
+    _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.55, version=2),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refused_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refused_to_256"),
     # On a CPU its forward pass is no faster than plain code's: XLA compiles both to the same. A loss with gradients was 1.14 and 1.32 times
@@ -323,7 +323,7 @@ KERNELS: tuple[KernelSpec, ...] = (
     KernelSpec(
         name="attention.mosaic",
         op="attention",
-        version=2,
+        version=3,
         provider="mosaic",
         framework="torch",
         platforms=("cuda",),

@@ -52,6 +52,12 @@ class Span:
     def steps(self) -> Any:
         return self.last - self.first
 
+    def within(self, span: Span) -> Span:
+        """Of these steps those in `span`, and one of it where there is none."""
+        first = jnp.clip(self.first, span.first, span.last - 1)
+        last = jnp.clip(self.last, first + 1, span.last)
+        return dataclasses.replace(self, first=first, last=last, whole=jnp.maximum(self.whole, first))
+
     def needs_mask(self, step: Any) -> Any:
         return (step < self.whole) | (step >= self.end)
 
@@ -116,9 +122,7 @@ def numbers_of(
 def numbers_in_tiles(numbers: Numbers, q: jax.Array, k: jax.Array, rows: int, keys: int) -> Numbers:
     """As long as the tiles of `q` and `k` are, which may be padded beyond what is seen."""
     q_numbers, kv_numbers = numbers
-    more_rows, more_keys = (
-        pl.cdiv(a.shape[1], tile) * tile - of.shape[1] for a, tile, of in ((q, rows, q_numbers), (k, keys, kv_numbers))
-    )
+    more_rows, more_keys = (pl.cdiv(a.shape[1], tile) * tile - of.shape[1] for a, tile, of in ((q, rows, q_numbers), (k, keys, kv_numbers)))
     kv_numbers = jnp.pad(kv_numbers, ((0, 0), (0, more_keys)), constant_values=HIDDEN_KEY)
     return jnp.pad(q_numbers, ((0, 0), (0, more_rows)), mode="edge"), kv_numbers
 
@@ -188,11 +192,9 @@ def _within(s: jax.Array, rows_axis: int, bounds: list[jax.Array], has_least: bo
         def number(x: int) -> Any:
             return utils.c(x, i32)
 
-        thread = arith.remui(utils.thread_idx(), number(WARPGROUP))
         # Of an element in half `h` of 8 rows, and column `e` of group `g` of 8: row `first_row + 8 h`, column `first_column + 8 g + e`.
-        first_row = arith.addi(arith.muli(arith.divui(thread, number(WARP)), number(16)),
-                               arith.divui(arith.remui(thread, number(WARP)), number(4)))  # fmt: skip
-        first_column = arith.muli(arith.remui(thread, number(4)), number(2))
+        first_row, quarter = _place_in_block()
+        first_column = arith.muli(quarter, number(2))
         ahead = arith.subi(first_column, first_row)
         if rows_axis == 1:
             ahead = arith.subi(first_row, first_column)
@@ -220,6 +222,59 @@ def _within(s: jax.Array, rows_axis: int, bounds: list[jax.Array], has_least: bo
         return FragmentedArray(_registers=made.reshape(s.registers.shape), _layout=s.layout, _is_signed=None)
 
     return emit(s, *bounds)
+
+
+def _place_in_block() -> tuple[Any, Any]:
+    """Of the elements of a thread in a block of 64 rows: the first row, and which two columns of each eight."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    def number(x: int) -> Any:
+        return utils.c(x, ir.IntegerType.get_signless(32))
+
+    thread = arith.remui(utils.thread_idx(), number(WARPGROUP))
+    of_warp = arith.muli(arith.divui(thread, number(WARP)), number(16))
+    row = arith.addi(of_warp, arith.divui(arith.remui(thread, number(WARP)), number(4)))
+    return row, arith.remui(thread, number(4))
+
+
+def write(x: jax.Array, ref: Any, rows: Any) -> None:
+    """Writes the first `rows` of 64 rows of 16-bit numbers to device memory from registers: no shared memory is taken, and nothing waits.
+
+    A thread has two columns of each eight. Neighbours exchange those of every second eight, so that each has four, and writes 8 bytes of
+    32 that are beside each other.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def emit(_: Any, x: Any, ref: Any, rows: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith
+
+        i32 = ir.IntegerType.get_signless(32)
+
+        def number(x: int) -> Any:
+            return utils.c(x, i32)
+
+        first_row, quarter = _place_in_block()
+        odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(quarter, number(1)), number(0))
+        column = arith.addi(arith.select(odd, number(8), number(0)), arith.muli(arith.divui(quarter, number(2)), number(4)))
+        (stride, _), _ = ref.type.get_strides_and_offset()
+        registers = x.registers.reshape(-1, 2)
+        for half in range(2):
+            row = arith.addi(first_row, number(8 * half))
+            inside = arith.cmpi(arith.CmpIPredicate.slt, row, rows.registers[()])
+            element = arith.addi(arith.muli(row, number(stride)), column)
+            start = utils.getelementptr(utils.memref_ptr(ref), [element], x.mlir_dtype)
+            for group in range(0, len(registers), 2):
+                mine, next_ = (utils.bitcast(register, i32) for register in registers[group : group + 2, half])
+                got = utils.shfl_bfly(arith.select(odd, mine, next_), 1)
+                place = utils.getelementptr(start, [8 * group], x.mlir_dtype)
+                words = arith.select(odd, got, mine), arith.select(odd, next_, got)
+                utils.inline_ptx("st.global.v2.b32 [$0], {$1, $2};", place, *words, predicate=inside, has_side_effects=True)
+
+    emit(x, ref, jnp.asarray(rows, jnp.int32))
 
 
 def plan(tiles: int, outer: int, inner: int, bytes_of_outer: int, costs: np.ndarray) -> np.ndarray:

@@ -44,6 +44,7 @@ from pallas_kernels.attention.hopper import (
     read,
     span_of_queries,
     spans_by_data,
+    write,
 )
 from pallas_kernels.hopper_gemm import SHARED_BYTES
 
@@ -102,10 +103,11 @@ def gradients_of_keys(
     Returns:
       `[B, S, K, H]` and `[B, S, K, Hv]`.
     """
-    (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
+    (b, t, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
     steps_ = steps_of_queries(head, head_v)
     rows, stages = steps_.queries, steps_.stages
-    group, key_tiles = n // kv_heads, pl.cdiv(s, TILE)
+    group, key_tiles = n // kv_heads, pl.cdiv(length, TILE)
+    apart = numbers is None and rows < TILE and static.masks(TILE)
     if numbers is None:
         spans = span_of_queries(static, np.arange(key_tiles) * TILE, TILE, rows)
         table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
@@ -115,8 +117,8 @@ def gradients_of_keys(
     blocks, width = table.shape
     shape = (ROWS, rows)
     writers = feeders()
-    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)  # barrier 0 is the block's, and each warpgroup has one
-    free_queries = Buffers(free_tile.index + 1, READERS, writers)
+    free_tile = Buffers(WARPGROUPS + 2, WARPGROUP, writers)  # barrier 0 is the block's, and each warpgroup has one
+    free_queries = Buffers(free_tile.index + WARPGROUPS, READERS, writers)
     free_cotangents = Buffers(free_queries.index + stages, READERS, writers)
 
     def body(*given: Any) -> None:
@@ -129,9 +131,9 @@ def gradients_of_keys(
         numbers_ring: Any = refs[0] if refs else None
         warpgroup = lax.axis_index("warpgroup")
         work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
+        item = functools.partial(work.item, fields=1 if numbers is None else 5)
 
-        def item(i: Any) -> tuple[Any, Any, Any, Span]:
-            batch, kv_head, tile, behind = work.item(i, 1 if numbers is None else 5)
+        def located(batch: Any, kv_head: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
             key = tile * TILE
             return batch, kv_head, key, Span(*behind) if behind else span_of_queries(static, key, TILE, rows)
 
@@ -153,7 +155,7 @@ def gradients_of_keys(
                     plgpu.copy_gmem_to_smem(q_numbers_ref.at[batch, at], numbers_ring.at[slot], q_full.at[slot])
 
             def feed(i: Any, before: Any) -> Any:
-                batch, kv_head, key, span = item(i)
+                batch, kv_head, key, span = located(*item(i))
                 steps = group * span.steps
 
                 @fed_by(writers)
@@ -162,18 +164,19 @@ def gradients_of_keys(
                         head_of, step = place
                         slot = lax.rem(before + j, stages)
                         copy_queries(batch, head_of, step, slot)
-
-                        @pl.when(j == 0)
-                        def _() -> None:
-                            free_tile.wait()
-                            at = pl.ds(key, TILE)
-                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
-                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
-
                         at = pl.ds(step * rows, rows)
                         free_cotangents.wait(slot)
                         plgpu.copy_gmem_to_smem(g_ref.at[batch, at, head_of], g_ring.at[slot], g_full.at[slot])
                         plgpu.copy_gmem_to_smem(delta_ref.at[batch, head_of, at], delta_ring.at[slot], g_full.at[slot])
+
+                        @pl.when(j == 0)
+                        def _() -> None:
+                            for half in range(WARPGROUPS):
+                                at, place = pl.ds(key + half * ROWS, ROWS), pl.ds(half * ROWS, ROWS)
+                                free_tile.wait(half)
+                                plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile.at[place], tile_full.at[half])
+                                plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile.at[place], tile_full.at[half])
+
                         return following(span, head_of, step)
 
                     lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
@@ -193,16 +196,18 @@ def gradients_of_keys(
             for slot in range(stages):
                 free_queries.free(slot)
                 free_cotangents.free(slot)
-            free_tile.free()
-            mine = pl.ds(warpgroup * ROWS, ROWS)
-            keys, values = k_tile.at[mine], v_tile.at[mine]
+            free_tile.free(warpgroup)
+            my_rows = pl.ds(warpgroup * ROWS, ROWS)
+            keys, values = k_tile.at[my_rows], v_tile.at[my_rows]
 
             def wide(x: jax.Array) -> jax.Array:
                 return lax.broadcast_in_dim(x, shape, [1])
 
-            def differentiate(i: Any, before: Any) -> Any:
-                batch, kv_head, first_key, span = item(i)
+            def differentiate(i: Any, carry: Any) -> Any:
+                before, of_table = carry
+                batch, kv_head, first_key, span = located(*of_table)
                 steps, key = group * span.steps, first_key + warpgroup * ROWS
+                mine = span_of_queries(static, key, ROWS, rows).within(span) if apart else span
                 if numbers is not None:
                     kv_numbers = read(kv_numbers_ref.at[batch, pl.ds(key, ROWS)], OF_ROWS)
 
@@ -212,13 +217,16 @@ def gradients_of_keys(
                         same = lax.broadcast_in_dim(kv_numbers, shape, [0]) == wide(plgpu.load(numbers_ring.at[slot], layout=OF_COLUMNS))
                     return masked(static, s, step * rows, key, 1, same)
 
-                plgpu.barrier_wait(tile_full)
+                plgpu.barrier_wait(tile_full.at[warpgroup])
 
-                def first_scores(scores: Any) -> jax.Array:
-                    plgpu.wgmma(scores, keys, q_ring.at[lax.rem(before, stages)].transpose((1, 0)))
-                    return scores[...]
+                def first_scores(place: Any) -> jax.Array:
+                    def multiply(scores: Any) -> jax.Array:
+                        plgpu.wgmma(scores, keys, q_ring.at[lax.rem(place, stages)].transpose((1, 0)))
+                        return scores[...]
 
-                s = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
+                    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+                s = None if apart else first_scores(before)
 
                 def all_steps(dk_sum: Any, dv_sum: Any) -> tuple[jax.Array, jax.Array]:
                     def turn(hides: bool, step: Any, carry: Any) -> Any:
@@ -257,33 +265,45 @@ def gradients_of_keys(
                     # A branch around the mask costs more than the mask, so that steps with and without one are loops of their own. Without
                     # a barrier behind each, one register of the scores is another in the next loop, and ptxas serializes products.
                     def of_head(_: Any, carry: Any) -> Any:
-                        for first, last, hides in span.parts(static):
+                        for first, last, hides in mine.parts(static):
                             carry = lax.optimization_barrier(lax.fori_loop(first, last, functools.partial(turn, hides), carry))
                         return carry
 
-                    if static.masks(TILE):
+                    def pass_by(_: Any, place: Any) -> Any:
+                        slot = lax.rem(place, stages)
+                        plgpu.barrier_wait(g_full.at[slot])
+                        free_cotangents.free(slot)
+                        free_queries.free(slot)
+                        plgpu.barrier_wait(q_full.at[lax.rem(place + 1, stages)])
+                        return place + 1
+
+                    def of_head_apart(j: Any, place: Any) -> Any:
+                        place = lax.fori_loop(span.first, mine.first, pass_by, place)
+                        _, place = of_head(j, (first_scores(place), place))
+                        return lax.fori_loop(mine.last, span.last, pass_by, place)
+
+                    if apart:
+                        lax.fori_loop(0, group, of_head_apart, before)
+                    elif static.masks(TILE):
                         lax.fori_loop(0, group, of_head, (s, before))
                     else:
                         lax.fori_loop(0, steps, functools.partial(turn, False), (s, before))
                     return dk_sum[...], dv_sum[...]
 
                 dk, dv = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32), plgpu.ACC((ROWS, head_v), jnp.float32))
-                plgpu.commit_smem()  # all warps have multiplied with what is written over
-                keys[...] = (dk * static.scale).astype(dk_ref.dtype)
+                free_tile.free(warpgroup)
+                of_table = item(jnp.minimum(i + 1, count - 1))
+                here = batch, pl.ds(key, ROWS), kv_head
+                write((dk * static.scale).astype(dk_ref.dtype), dk_ref.at[here], length - key)
                 if blind_ref is not None:
                     share = read(blind_ref.at[batch, kv_head], OF_COLUMNS)
                     dv = dv + lax.broadcast_in_dim(share, dv.shape, [1])
-                values[...] = dv.astype(dv_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(keys, dk_ref.at[batch, pl.ds(key, ROWS), kv_head])
-                plgpu.copy_smem_to_gmem(values, dv_ref.at[batch, pl.ds(key, ROWS), kv_head])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                free_tile.free()
-                return before + steps
+                write(dv.astype(dv_ref.dtype), dv_ref.at[here], length - key)
+                return before + steps, of_table
 
+            count = work.count
             plgpu.barrier_wait(q_full.at[0])
-            lax.fori_loop(0, work.count, differentiate, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+            lax.fori_loop(0, count, differentiate, (jnp.int32(0), item(0)))
 
     def shared(*shape: int) -> Any:
         return in_groups(shape, q.dtype)
@@ -301,7 +321,7 @@ def gradients_of_keys(
             shared(stages, rows, head_v),
             ring_of_rows(jnp.float32),
             ring_of_rows(jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.Barrier(num_arrivals=2 + (numbers is not None), num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             *([] if numbers is None else [ring_of_rows(jnp.int32)]),

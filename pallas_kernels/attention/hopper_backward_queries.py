@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from pallas_kernels.attention.hopper import (
     OF_COLUMNS,
     OF_ROWS,
     PARAMS,
+    WARPGROUP,
     Buffers,
     Numbers,
     Span,
@@ -34,6 +36,7 @@ from pallas_kernels.attention.hopper import (
     read,
     span_of_keys,
     spans_by_data,
+    write,
 )
 from pallas_kernels.attention.hopper_backward import FEEDING, MULTIPLYING, READERS, TILE, TILE_COST, WARPGROUPS, WIDEST
 from pallas_kernels.hopper_gemm import SHARED_BYTES
@@ -101,8 +104,9 @@ def gradient_of_queries(
     blocks, width = table.shape
     shape, may_mask = (ROWS, keys), static.masks(keys)
     writers = feeders()
-    free_tile = Buffers(WARPGROUPS + 2, READERS, writers)
-    free_keys = Buffers(free_tile.index + 1, READERS, writers)
+    free_queries = Buffers(WARPGROUPS + 2, WARPGROUP, writers)  # barrier 0 is the block's, and each warpgroup has one
+    free_cotangents = Buffers(free_queries.index + WARPGROUPS, WARPGROUP, writers)
+    free_keys = Buffers(free_cotangents.index + WARPGROUPS, READERS, writers)
     free_values = Buffers(free_keys.index + key_stages, READERS, writers)
 
     def body(*given: Any) -> None:
@@ -112,12 +116,12 @@ def gradient_of_queries(
         (q_numbers_ref, kv_numbers_ref), refs = (refs[:2], refs[2:]) if numbers is not None else (absent, refs)
         dq_ref, *refs = refs
         (delta_ref, out_tile, delta_buffer), refs = ((refs[0], *refs[1:3]), refs[3:]) if sums else ((None,) * 3, refs)
-        q_tile, g_tile, k_ring, v_ring, tile_full, k_full, v_full = refs
+        q_tile, g_tile, k_ring, v_ring, q_full, g_full, k_full, v_full = refs
         warpgroup = lax.axis_index("warpgroup")
         work = Work(table_ref, lax.axis_index("block"), width, n, row_tiles)
+        item = functools.partial(work.item, fields=1 if numbers is None else 5)
 
-        def item(i: Any) -> tuple[Any, Any, Any, Span]:
-            batch, head_of, tile, behind = work.item(i, 1 if numbers is None else 5)
+        def located(batch: Any, head_of: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
             row = tile * TILE
             return batch, head_of, row, Span(*behind) if behind else span_of_keys(static, row, TILE, keys)
 
@@ -126,16 +130,20 @@ def gradient_of_queries(
             plgpu.set_max_registers(FEEDING, action="decrease")
 
             def feed(i: Any, before: Any) -> Any:
-                batch, head_of, row, span = item(i)
+                batch, head_of, row, span = located(*item(i))
                 kv_head = head_of // group
 
                 @fed_by(writers)
                 def _() -> None:
-                    free_tile.wait()
-                    plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(row, TILE), head_of], q_tile, tile_full)
-                    plgpu.copy_gmem_to_smem(g_ref.at[batch, pl.ds(row, TILE), head_of], g_tile, tile_full)
-                    if sums:
-                        plgpu.copy_gmem_to_smem(of_rows_ref.at[batch, pl.ds(row, TILE), head_of], out_tile, tile_full)
+                    def copy(ref: Any, tile: Any, half: int, full: Any) -> None:
+                        of_half = ref.at[batch, pl.ds(row + half * ROWS, ROWS), head_of]
+                        plgpu.copy_gmem_to_smem(of_half, tile.at[pl.ds(half * ROWS, ROWS)], full.at[half])
+
+                    for half in range(WARPGROUPS):
+                        free_queries.wait(half)
+                        copy(q_ref, q_tile, half, q_full)
+                        if sums:
+                            copy(of_rows_ref, out_tile, half, q_full)
 
                     @pl.loop(span.first, span.last)
                     def _(step: Any) -> None:
@@ -144,6 +152,13 @@ def gradient_of_queries(
                         at = pl.ds(step * keys, keys)
                         free_keys.wait(slot)
                         plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_ring.at[slot], k_full.at[slot])
+
+                        @pl.when(step == span.first)
+                        def _() -> None:
+                            for half in range(WARPGROUPS):
+                                free_cotangents.wait(half)
+                                copy(g_ref, g_tile, half, g_full)
+
                         slot = slot if value_stages == key_stages else lax.rem(place, value_stages)
                         free_values.wait(slot)
                         plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_ring.at[slot], v_full.at[slot])
@@ -155,7 +170,8 @@ def gradient_of_queries(
         @pl.when(warpgroup < WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(MULTIPLYING, action="increase")
-            free_tile.free()
+            free_queries.free(warpgroup)
+            free_cotangents.free(warpgroup)
             for slot in range(max(key_stages, value_stages)):
                 if slot < key_stages:
                     free_keys.free(slot)
@@ -171,8 +187,9 @@ def gradient_of_queries(
             def wide(x: jax.Array) -> jax.Array:
                 return lax.broadcast_in_dim(x, shape, [0])
 
-            def differentiate(i: Any, before: Any) -> Any:
-                batch, head_of, first_row, span = item(i)
+            def differentiate(i: Any, carry: Any) -> Any:
+                before, of_table = carry
+                batch, head_of, first_row, span = located(*of_table)
                 row = first_row + warpgroup * ROWS
                 at = (batch, head_of, pl.ds(row, ROWS))
                 lse = read(lse_ref.at[at], OF_ROWS)
@@ -198,12 +215,14 @@ def gradient_of_queries(
                     scores_of(span.first, scores)
                     return scores[...]
 
-                plgpu.barrier_wait(tile_full)
+                plgpu.barrier_wait(q_full.at[warpgroup])
+                plgpu.barrier_wait(g_full.at[warpgroup])
                 if sums:
                     result, cotangent = (
                         plgpu.load(tile.at[mine], layout=plgpu.Layout.WGMMA).astype(jnp.float32) for tile in (out_tile, g_tile)
                     )
                     delta = jnp.where(lse == jnp.inf, 0.0, (result * cotangent).sum(axis=1))
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     delta_buffer[warpgroup] = delta
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(delta_buffer.at[warpgroup], delta_ref.at[at])
@@ -211,7 +230,7 @@ def gradient_of_queries(
                 s = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
 
                 def all_steps(dq_sum: Any) -> jax.Array:
-                    def gradient(s: jax.Array, step: Any) -> jax.Array:
+                    def gradient(s: jax.Array, step: Any, last: bool = False) -> jax.Array:
                         slot = slot_of(step, value_stages)
                         tanh = s if static.cap is None else jnp.tanh(s * (static.scale / static.cap))
                         seen = lax.cond(span.needs_mask(step), lambda: hide(tanh, step), lambda: tanh) if may_mask else tanh
@@ -225,6 +244,8 @@ def gradient_of_queries(
 
                         ds = pl.run_scoped(weigh, plgpu.ACC(shape, jnp.float32))
                         free_values.free(slot)
+                        if last:
+                            free_cotangents.free(warpgroup)
                         return ds
 
                     def turn(step: Any, s: jax.Array) -> jax.Array:
@@ -241,22 +262,21 @@ def gradient_of_queries(
                         return pl.run_scoped(collect, plgpu.ACC(shape, jnp.float32))
 
                     last = span.last - 1
-                    ds = gradient(lax.fori_loop(span.first, last, turn, s), last)
+                    scores = lax.fori_loop(span.first, last, turn, s)
+                    free_queries.free(warpgroup)
+                    ds = gradient(scores, last, last=True)
                     plgpu.wgmma(dq_sum, ds, k_ring.at[slot_of(last)])
                     plgpu.wgmma_wait(0)
                     free_keys.free(slot_of(last))
                     return dq_sum[...]
 
                 dq = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32))
-                plgpu.commit_smem()  # all warps have multiplied with what is written over
-                queries[...] = (dq * static.scale).astype(dq_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(queries, dq_ref.at[batch, pl.ds(row, ROWS), head_of])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                free_tile.free()
-                return before + span.steps
+                of_table = item(jnp.minimum(i + 1, count - 1))
+                write((dq * static.scale).astype(dq_ref.dtype), dq_ref.at[batch, pl.ds(row, ROWS), head_of], t - row)
+                return before + span.steps, of_table
 
-            lax.fori_loop(0, work.count, differentiate, jnp.int32(0))
+            count = work.count
+            lax.fori_loop(0, count, differentiate, (jnp.int32(0), item(0)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=False)
 
     def shared(*shape: int) -> Any:
@@ -264,15 +284,15 @@ def gradient_of_queries(
 
     launch = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)]
-        + [jax.ShapeDtypeStruct((b, n, row_tiles * TILE), jnp.float32)] * sums,
+        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)] + [jax.ShapeDtypeStruct((b, n, row_tiles * TILE), jnp.float32)] * sums,
         scratch_types=[
             *([shared(TILE, head_v), plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)] if sums else []),
             shared(TILE, head),
             shared(TILE, head_v),
             shared(key_stages, keys, head),
             shared(value_stages, keys, head_v),
-            plgpu.Barrier(num_arrivals=2 + sums),
+            plgpu.Barrier(num_arrivals=1 + sums, num_barriers=WARPGROUPS),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.Barrier(num_barriers=key_stages),
             plgpu.Barrier(num_barriers=value_stages),
         ],

@@ -8,6 +8,7 @@ products, as in the kernel for smaller head dims, two to each warpgroup, and whi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ from pallas_kernels.attention.hopper import (
     read,
     span_of_queries,
     spans_by_data,
+    write,
 )
 from pallas_kernels.attention.hopper_backward import FEEDING, MULTIPLYING, READERS, TILE_COST, WARPGROUPS
 from pallas_kernels.hopper_gemm import SHARED_BYTES
@@ -75,10 +77,10 @@ def gradients_of_keys(
     blind: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """dk and dv; arguments and results as those of `hopper_backward.gradients_of_keys`, q and v of one head dim."""
-    (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
+    (b, t, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
     if head != head_v or shared_bytes(head) > SHARED_BYTES:
         raise AssertionError(f"head dims {head} and {head_v} are refused")
-    group, key_tiles = n // kv_heads, pl.cdiv(s, ROWS)
+    group, key_tiles = n // kv_heads, pl.cdiv(length, ROWS)
     if numbers is None:
         spans = span_of_queries(static, np.arange(key_tiles) * ROWS, ROWS, QUERIES)
         table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
@@ -105,9 +107,9 @@ def gradients_of_keys(
         queries, cotangents = Ring(q_ring, q_full, free_queries), Ring(g_ring, g_full, free_cotangents)
         warpgroup = lax.axis_index("warpgroup")
         work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
+        item = functools.partial(work.item, fields=1 if numbers is None else 5)
 
-        def item(i: Any) -> tuple[Any, Any, Any, Span]:
-            batch, kv_head, tile, behind = work.item(i, 1 if numbers is None else 5)
+        def located(batch: Any, kv_head: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
             key = tile * ROWS
             return batch, kv_head, key, Span(*behind) if behind else span_of_queries(static, key, ROWS, QUERIES)
 
@@ -116,7 +118,7 @@ def gradients_of_keys(
             plgpu.set_max_registers(FEEDING, action="decrease")
 
             def feed(i: Any, before: Any) -> Any:
-                batch, kv_head, key, span = item(i)
+                batch, kv_head, key, span = located(*item(i))
                 steps = group * span.steps
 
                 @fed_by(writers)
@@ -154,7 +156,7 @@ def gradients_of_keys(
             """What a warpgroup does: products of its tile with `scored` become left factors of products with `summed`, which it sums.
 
             Args:
-              tile: keys or values, which no other warpgroup reads, so that the sums are written over them.
+              tile: keys or values.
               factor: `factor(batch, key, span)(product, step, slot, place)`, the left factor; reads the rows that came with `scored`.
               finish: `finish(sums, batch, kv_head)`, what is written.
             """
@@ -164,8 +166,9 @@ def gradients_of_keys(
                 free_cotangents.free(slot)
             free_tile.free()
 
-            def differentiate(i: Any, before: Any) -> Any:
-                batch, kv_head, key, span = item(i)
+            def differentiate(i: Any, carry: Any) -> Any:
+                before, of_table = carry
+                batch, kv_head, key, span = located(*of_table)
                 steps, factor_of = group * span.steps, factor(batch, key, span)
 
                 def slot_of(j: Any) -> Any:
@@ -204,23 +207,22 @@ def gradients_of_keys(
                         return pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
 
                     last = steps - 1
-                    made = left(lax.fori_loop(0, last, turn, product), last)
+                    product_of_last = lax.fori_loop(0, last, turn, product)
+                    free_tile.free()
+                    made = left(product_of_last, last)
                     plgpu.wgmma(sums, made, summed.tiles.at[slot_of(last)])
                     plgpu.wgmma_wait(0)
                     summed.free.free(slot_of(last))
                     return sums[...]
 
                 sums = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32))
-                plgpu.commit_smem()  # all warps have multiplied with what is written over
-                tile[...] = finish(sums, batch, kv_head).astype(out_ref.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(tile, out_ref.at[batch, pl.ds(key, ROWS), kv_head])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                free_tile.free()
-                return before + steps
+                of_table = item(jnp.minimum(i + 1, count - 1))
+                made = finish(sums, batch, kv_head).astype(out_ref.dtype)
+                write(made, out_ref.at[batch, pl.ds(key, ROWS), kv_head], length - key)
+                return before + steps, of_table
 
-            lax.fori_loop(0, work.count, differentiate, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=False)
+            count = work.count
+            lax.fori_loop(0, count, differentiate, (jnp.int32(0), item(0)))
 
         @pl.when(warpgroup == 0)
         def _() -> None:

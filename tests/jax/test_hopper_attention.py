@@ -100,6 +100,28 @@ def test_spans_hold_what_is_visible(name, sizes, tile):
             held_to_parts(span, static, np.array(whole))
 
 
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("sizes", [(512, 512), (300, 700), (700, 300), (37, 37)])
+def test_a_warpgroup_takes_what_of_a_tile_its_own_keys_are_seen_by(name, sizes):
+    from pallas_kernels.attention.calls import ROWS, Static
+    from pallas_kernels.attention.hopper import span_of_queries
+    from pallas_kernels.attention.hopper_backward import TILE
+
+    static = Static(POSITIONS[name], 1.0, None, *sizes)
+    see = visible(static.mask, 1, 1, *sizes, {})[0, 0]
+    for key in range(0, -(-sizes[1] // TILE) * TILE, ROWS):
+        of_tile = span_of_queries(static, key // TILE * TILE, TILE, ROWS)
+        mine = span_of_queries(static, key, ROWS, ROWS).within(of_tile)
+        assert of_tile.first <= mine.first < mine.last <= of_tile.last
+        keys = see[:, key : key + ROWS].T
+        steps = range(0, sizes[0], ROWS)
+        some = np.array([keys[:, q : q + ROWS].any() for q in steps])
+        whole = np.array([keys[:, q : q + ROWS].all() and key + ROWS <= sizes[1] for q in steps])
+        held_to(mine, some, whole)
+        if static.masks(TILE):
+            held_to_parts(mine, static, whole)
+
+
 def ids(rng, kind, batch, length):
     many = rng.integers(0, 5, (batch, length))
     return np.sort(many, -1) if kind == "sorted" else many
