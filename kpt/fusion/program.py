@@ -114,6 +114,14 @@ class Program:
         """`results` of a match: every program value that `e` is becomes `out`."""
         return dict.fromkeys(e.origins, out)
 
+    def viewed(self, e: Expr) -> tuple[Expr, ...]:
+        """The reshapes and transposes, one after the other, that are all that becomes of `e`."""
+        views: list[Expr] = []
+        while len(users := self.users(e)) == 1 and not set(e.origins) & self._outputs and users[0].op in ("reshape", "transpose"):
+            (e,) = users
+            views.append(e)
+        return tuple(views)
+
     def rounded(self, e: Expr) -> Expr | None:
         """The cast to a narrower float dtype that is all that becomes of `e`: a kernel may write its result in that dtype."""
         users = self.users(e)

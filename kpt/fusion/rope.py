@@ -207,7 +207,7 @@ def _halves(p: Program, e: Expr) -> Match | None:
     cos, sin = top["first"][2], top["second"][2]
     if not (ax.same(cos, bottom["second"][2]) and ax.same(sin, bottom["first"][2])):
         return None
-    return _build(p, ax, e, out, Ref(src, out.dims), cos, sin, out.dims[axis], False, half=half_axis)
+    return _build(p, ax, e, out, _uncast(Ref(src, out.dims)), cos, sin, out.dims[axis], False, half=half_axis)
 
 
 def _build(
@@ -248,16 +248,19 @@ def _build(
             return None
         arrays[name] = small
 
-    def written(made: Expr, inner: tuple[Expr, ...]) -> Match | None:
+    def written(made: Expr, inner: tuple[Expr, ...], views: tuple[Expr, ...] = ()) -> Match | None:
         leaf = xs.out(0, Spec(got.shape, made.dtype))
         result = ax.arrange(Ref(leaf, target), ax.resolve(out).dims, xs)
         if result is None:
             return None
+        for view in views:
+            result = xs.reshape(result, view.shape) if view.op == "reshape" else xs.transpose(result, view["perm"])
         params = {"interleaved": interleaved, "out_dtype": made.dtype}
         return Match("rope", arrays, params, p.result(made, result), inner, p.source(e))
 
-    cast = p.rounded(e)
-    match = written(cast, (*e.args, e)) if cast is not None else None
+    views = p.viewed(e)  # pairs are flattened before they are rounded
+    cast = p.rounded(views[-1] if views else e)
+    match = written(cast, (*e.args, e, *views), views) if cast is not None else None
     return match if match is not None and p.unsafe(match) is None else written(e, e.args)
 
 

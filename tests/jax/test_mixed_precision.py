@@ -187,6 +187,37 @@ def test_a_rematerialised_block_has_the_sites_of_the_block():
     assert not plans[1].skipped
 
 
+def _halves(x, cos, sin):
+    (a, b), half = jnp.split(x, 2, -1), x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _neighbours(x, cos, sin):
+    (a, b), half = (x[..., ::2], x[..., 1::2]), x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("f", [rope, _halves, _neighbours])
+def test_what_is_widened_to_be_turned_is_read_as_it_is(f):
+    """The kernel computes in float32 anyway: a copy of float32, and a gradient of it, would be read and written for nothing."""
+
+    def turned(x, cos, sin):
+        return f(x.astype(jnp.float32), cos, sin).astype(x.dtype)
+
+    fast = kpt_jax.optimize(turned)
+    x = normal(2, 48, 2, 32).astype(HALF)
+    (site,) = fast.plan(x, TABLE, TABLE + 1).sites
+    assert (site.specs["x"].dtype, site.params["out_dtype"]) == ("bfloat16", "bfloat16")
+
+    def loss(g):
+        return lambda x: jnp.square(g(x, TABLE, TABLE + 1).astype(jnp.float32)).sum()
+
+    got, want = (np.asarray(jax.grad(loss(g))(x), np.float32) for g in (fast, turned))
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+
+
 def test_what_is_rounded_on_the_way_is_rounded_by_kernels():
     """Float32 rotations that are rounded, and products in float32 of what is rounded."""
     shape = (2, 48, 2, 32)
