@@ -221,14 +221,16 @@ def _build(
         tables.append(t)
     over = [a for a in ax.of(out) if any(a in ax.of(t) for t in tables) and a not in rot]
     # Positions are the axes that the tables run over; a table that also runs over the batch keeps it.
-    dims = [d for d in (tuple(a for a in d if a not in rot) for d in ax.resolve(out).dims) if d]
+    each = [d for d in ax.resolve(out).dims if not d or not set(d) <= set(rot)]
+    dims = [d for d in (tuple(a for a in d if a not in rot) for d in each) if d]
     with_table = [d for d in dims if set(d) <= set(over)]
     plain = [d for d in dims if not set(d) & set(over)]
     if len(with_table) + len(plain) != len(dims) or len(with_table) > 2:
         return None
     seq = with_table[-1] if with_table else ()
     table_batch = with_table[0] if len(with_table) == 2 else ()
-    batch = table_batch if table_batch else (plain[0] if len(plain) > 1 else ())
+    one_head = len(plain) == 1 and plain[0] in each and () in each[each.index(plain[0]) :]  # `[B, T, 1, H]`
+    batch = table_batch if table_batch else (plain[0] if len(plain) > 1 or one_head else ())
     heads = tuple(a for d in plain if d is not batch and d != batch for a in d)
     target = (batch, seq, heads, rot)
     arrays: dict[str, Expr] = {}

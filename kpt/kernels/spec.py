@@ -216,7 +216,8 @@ def refusal(
     if kernel.framework != framework:
         return f"takes {kernel.framework} arrays, and this is {framework} code"
     if hardware.platform not in kernel.platforms:
-        return OtherHardware(f"runs on {' or '.join(kernel.platforms)}, and {hardware.name} is {hardware.platform}")
+        chip = "this" if hardware.name == hardware.platform else hardware.name
+        return OtherHardware(f"runs on {' or '.join(kernel.platforms)}, and {chip} is {hardware.platform}")
     if kernel.architectures and hardware.architecture not in kernel.architectures:
         return OtherHardware(f"is built for {', '.join(kernel.architectures)}, and {hardware.name} is {hardware.architecture}")
     if LEVELS.index(kernel.level) > LEVELS.index(level):

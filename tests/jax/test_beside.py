@@ -98,6 +98,10 @@ def heads_first(w, x, cos, sin):
     return attend(x, q, k)
 
 
+def one_head_of_keys(body):
+    return lambda w, *args: body({**w, "k": w["k"][:, :H]}, *args)
+
+
 def several_layers(w, x, cos, sin):
     return layer(w, one_after_the_other(w, x, cos, sin), cos, sin)
 
@@ -167,6 +171,8 @@ PROGRAMS = {
     "one after the other": (one_after_the_other, 1),
     "keys first": (keys_first, 1),
     "heads first": (heads_first, 1),
+    "one head of keys": (one_head_of_keys(layer), 1),
+    "one head of keys, heads first": (one_head_of_keys(heads_first), 1),
     "two layers": (several_layers, 2),
     "equal heads": (lambda w, x, *t: (turn(heads(w["q"], x), *t), turn(heads(w["v"], x), *t)), 1),
     "three": (three, 1),

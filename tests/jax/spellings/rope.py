@@ -44,6 +44,11 @@ def two_halves_by_slices(q, angles):
     a, b = q[..., : H // 2], q[..., H // 2 :]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
+@table(site("rope", x=(2, T, 1, H), cos=(1, T, H)))
+def one_head(q, angles):
+    cos, sin = tables(angles)
+    return q[:, :, :1] * cos + rotate_half(q[:, :, :1]) * sin
+
 @table(site("rope", x=(2, T, N, H), cos=(1, T, H)))
 def heads_before_time(q, angles):
     cos, sin = (t[:, 0] for t in tables(angles))
