@@ -7,6 +7,9 @@ of keys, in float32, and the L2 takes longer for that than the two products (doc
 A thread block stays on its multiprocessor and takes one tile after another. One warp feeds it through the copy engine; two warpgroups own
 64 keys each, or 64 queries, and multiply independently of each other: while one computes weights, the tensor cores are the other's.
 
+At a tile's end nothing waits: a warpgroup frees its half of the tile behind its last product, so that the next is on its way, and writes
+sums from registers. Of a tile of keys it takes the steps that see its own 64, and leaves the others by.
+
 ptxas keeps products in flight only where no branch is between their start and their end, not even that of a wait for a barrier. So all
 that a product needs is waited for before the first of a group is started.
 """
