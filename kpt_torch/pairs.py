@@ -26,9 +26,13 @@ from kpt_torch.lower import aten, effectful
 log = logging.getLogger("kpt")
 
 Kept = Sequence[tuple[Match, Callable[..., Any]]]
+Apart = Callable[[int, str], None]
+"""Is told of a site, by its place in `kept`, that it runs apart from what stands beside it, and why."""
 
 
-def found(captured: Captured, program: Program, kept: Kept, order: Mapping[fx.Node, int], device: torch.device) -> list[tuple[int, int]]:
+def found(
+    captured: Captured, program: Program, kept: Kept, order: Mapping[fx.Node, int], device: torch.device, apart: Apart
+) -> list[tuple[int, int]]:
     """Pairs of sites, by their places in `kept`, in which the second one can run where the first one does.
 
     That is: what the second one reads is there before the first one's result, and nothing is written, drawn or switched between the two.
@@ -45,14 +49,16 @@ def found(captured: Captured, program: Program, kept: Kept, order: Mapping[fx.No
             between = [n for n, place in order.items() if first <= place <= second]
             if reads >= first or any(first <= m <= second for m in captured.marks) or any(effectful(n) for n in between):
                 continue
-            if _same_bits(kept[i][1], *_call(kept[i][0]), kept[j][0].arrays["x"].spec, device):
-                pairs.append((i, j))
-                taken |= {i, j}
+            if why := _differs(kept[i][1], *_call(kept[i][0]), kept[j][0].arrays["x"].spec, device):
+                apart(i, why)
+                continue
+            pairs.append((i, j))
+            taken |= {i, j}
     return pairs
 
 
 def read_by_linear(
-    captured: Captured, program: Program, kept: Kept, order: Mapping[fx.Node, int], device: torch.device
+    captured: Captured, program: Program, kept: Kept, order: Mapping[fx.Node, int], device: torch.device, apart: Apart
 ) -> dict[fx.Node, int]:  # fmt: skip
     """Linear layers without bias that alone read a site's result, where nothing is written, drawn or switched in between; the site's place
     in `kept` by the layer's node."""
@@ -76,7 +82,9 @@ def read_by_linear(
         dtype, x = captured.autocast.get(layer, {}).get(device.type) or weight.dtype, match.arrays["x"].spec.dtype
         if dtype != torch_dtype(x) or e.spec.dtype != x:
             continue
-        if _same_bits_with_linear(fn, *_call(match), tuple(map(int, weight.shape)), device):
+        if why := _differs_with_linear(fn, *_call(match), tuple(map(int, weight.shape)), device):
+            apart(i, why)
+        else:
             layers[layer] = i
     return layers
 
@@ -94,25 +102,25 @@ def _call(match: Match) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _same_bits(kernel: Any, specs: Any, params: Any, other: Any, device: torch.device) -> bool:
-    """Whether the pair gives what two calls give, results and gradients of both, to the bit."""
+def _differs(kernel: Any, specs: Any, params: Any, other: Any, device: torch.device) -> str:
+    """How the pair differs from two calls in results and gradients of both, "" where it has their bits."""
     return _tried(kernel, lambda: _compared(kernel, specs, params, other, device))
 
 
 @functools.cache
-def _same_bits_with_linear(kernel: Any, specs: Any, params: Any, weight: tuple[int, ...], device: torch.device) -> bool:
-    """Whether the kernel and a linear layer give in one call what two give, result and gradients, to the bit."""
+def _differs_with_linear(kernel: Any, specs: Any, params: Any, weight: tuple[int, ...], device: torch.device) -> str:
+    """How one call of the kernel and a linear layer differs from two, in result and gradients, "" where it has their bits."""
     return _tried(kernel, lambda: _compared_with_linear(kernel, specs, params, weight, device))
 
 
-def _tried(kernel: Any, compared: Callable[[], bool]) -> bool:
+def _tried(kernel: Any, compared: Callable[[], bool]) -> str:
     try:
         why = "" if compared() else "its results or gradients have other bits"
     except Exception as error:  # what fails costs a launch, never the user's run
         why = f"{type(error).__name__}: {error}"
     if why:
         log.warning("%s runs alone: %s", getattr(kernel, "__name__", kernel), why)
-    return not why
+    return why
 
 
 def _compared(kernel: Any, specs: Any, params: Any, other: Any, device: torch.device) -> bool:

@@ -203,12 +203,17 @@ def rewritten(
     if not kept:
         return None
     sites = [(m, _bound(fn, m)) for m, fn in kept]
+
+    def apart(beside_what: str, i: int, why: str) -> None:
+        planner.notes.append(f"A site of {kept[i][0].op} runs apart from {beside_what}: {why}")
+
     pairs: dict[int, tuple[int, int, Any]] = {}
-    for i, j in kept_together(front.captured, program, kept, order, front.device):
+    one_of = functools.partial(apart, "the one that shares its tables")
+    for i, j in kept_together(front.captured, program, kept, order, front.device, one_of):
         pairs[i] = pairs[j] = i, j, _bound(kept[i][1].pair, kept[i][0])  # type: ignore[attr-defined]
     if pairs:
         planner.notes.append(paired(len(pairs) // 2))
-    layers = read_by_linear(front.captured, program, kept, order, front.device)
+    layers = read_by_linear(front.captured, program, kept, order, front.device, functools.partial(apart, "the linear layer that reads it"))
     if layers:
         planner.notes.append(joined(len(layers)))
     read = {n: (i, _bound(kept[i][1].then_linear, kept[i][0])) for n, i in layers.items()}  # type: ignore[attr-defined]

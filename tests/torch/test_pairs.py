@@ -54,9 +54,9 @@ def launches(monkeypatch):
         return kernel(x=x, **rest), kernel(x=other, **rest)
 
     monkeypatch.setattr(kernel, "pair", pair, raising=False)
-    pairs._same_bits.cache_clear()
+    pairs._differs.cache_clear()
     yield seen
-    pairs._same_bits.cache_clear()
+    pairs._differs.cache_clear()
 
 
 def stepped(module, how):
@@ -92,6 +92,7 @@ def test_a_pair_of_other_numbers_is_not_made(launches, monkeypatch, caplog):
     torch._dynamo.reset()
     plan = kpt_torch.plan(Layer("side by side"), torch.randn(B, T, WIDTH), torch.randn(1, 1, T, H), torch.randn(1, 1, T, H))
     assert len(plan.sites) == 2 and not any("one launch" in n for n in plan.notes) and "have other bits" in caplog.text
+    assert "A site of rope runs apart from the one that shares its tables: its results or gradients have other bits" in plan.notes
 
 
 def test_a_pair_that_raises_costs_a_launch_and_no_site(launches, monkeypatch):

@@ -35,10 +35,10 @@ def by_formula(monkeypatch):
     monkeypatch.setattr(registry, "_kernels", dict(registry._kernels))
     registry.register(KernelSpec("glu.formula", "glu", 1, "test", "torch", ("cpu",), "kpt_torch.triton_kernels.glu:glu",
                                  ("float32", "bfloat16"), efficiency=1.0))  # fmt: skip
-    pairs._same_bits_with_linear.cache_clear()
+    pairs._differs_with_linear.cache_clear()
     torch._dynamo.reset()
     yield
-    pairs._same_bits_with_linear.cache_clear()
+    pairs._differs_with_linear.cache_clear()
 
 
 class MLP(torch.nn.Module):
@@ -73,7 +73,7 @@ def stepped(module, x):
 
 
 def joined(plan):
-    return [n for n in plan.notes if "linear layer that reads" in n]
+    return [n for n in plan.notes if "in one call with the linear layer" in n]
 
 
 @pytest.mark.parametrize("how,one_call", [("alone", True), ("a bias", False), ("a write between", False), ("read twice", False),
@@ -231,7 +231,9 @@ def test_what_raises_runs_apart(monkeypatch, caplog):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(glu.glu, "then_linear", broken)
-    assert not joined(kpt_torch.plan(MLP(), given())) and "out of memory" in caplog.text
+    plan = kpt_torch.plan(MLP(), given())
+    assert not joined(plan) and "out of memory" in caplog.text
+    assert "A site of glu runs apart from the linear layer that reads it: RuntimeError: out of memory" in plan.notes
 
 
 @pytest.mark.parametrize("how", ["optimize", "backend"])
