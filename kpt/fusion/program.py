@@ -19,7 +19,13 @@ EMITTABLE = (ELEMENTWISE | frozenset("reshape transpose broadcast slice concaten
 
 # What tells one value in other words: the code may read the one, and the rest of the program make the other.
 _WORDS = frozenset("reshape transpose broadcast slice convert not".split())
+_VIEWS = ("reshape", "transpose", "broadcast", "slice")
 _READ = ("bfloat16", "float16", "float32")  # what ops take; rounding to 8 bits is no cast that a kernel could make up for
+
+
+def widened(e: Expr) -> bool:
+    """Whether `e` is another value in float32, of a narrower dtype that ops take: a kernel that computes in float32 may read that one."""
+    return e.op == "convert" and e.dtype == "float32" and e.args[0].dtype in _READ and e.args[0].dtype != e.dtype
 
 
 class Refuse(Exception):
@@ -117,7 +123,7 @@ class Program:
     def viewed(self, e: Expr) -> tuple[Expr, ...]:
         """The reshapes and transposes, one after the other, that are all that becomes of `e`."""
         views: list[Expr] = []
-        while len(users := self.users(e)) == 1 and not set(e.origins) & self._outputs and users[0].op in ("reshape", "transpose"):
+        while len(users := self.users(e)) == 1 and users[0].op in ("reshape", "transpose"):
             (e,) = users
             views.append(e)
         return tuple(views)
@@ -218,7 +224,7 @@ class Program:
                 made = self.env[n.outputs[0]]
                 if made.op == "convert" and made is not self.env[v]:
                     found.add(made.dtype)
-                elif made is self.env[v] or made.op in ("reshape", "transpose", "broadcast", "slice"):
+                elif made is self.env[v] or made.op in _VIEWS:
                     todo.extend(n.outputs)
                 else:
                     return None
@@ -233,7 +239,7 @@ class Program:
 def validate_fusion_safety(p: Program, match: Match) -> str | None:
     """Why replacing `match` would change more than the values it names, or None where it is safe.
 
-    No other user of an inner value; no effect crossed; no derivative rule cut in two; the result keeps
+    No other user of an inner value, nor of an input that is widened; no effect crossed; no derivative rule cut in two; the result keeps
     its dtype and shape; every array can be computed from the program.
     """
     for name, a in match.arrays.items():
@@ -260,6 +266,20 @@ def validate_fusion_safety(p: Program, match: Match) -> str | None:
             if id(user) not in inside:
                 where = f" at {user.source}" if user.source else ""
                 return f"an inner value ({p.env[v].op}) is also used by {user.op}{where}"
+    for e in (p.env[v] for n in nodes for v in n.outputs if v not in results):
+        if e.op == "convert" and _misrounds(e.args[0].dtype, e.dtype):
+            return f"{e.args[0].dtype} is rounded to {e.dtype} on the way, which no kernel does"
+    wide: set[int] = set()  # what is an array in float32, and views of it
+    for n in nodes if match.op != "cross_entropy" else ():  # a copy of logits would cost more than their gradient's rounding
+        e = p.env[n.outputs[0]]
+        if n.outputs[0] in results or not (widened(e) or e.op in _VIEWS and wide.intersection(n.inputs)):
+            continue
+        wide.update(n.outputs)
+        for user in p._users.get(n.outputs[0], ()):
+            if id(user) not in inside and any(p.graph.specs[u].dtype.startswith(("float", "bfloat")) for u in user.outputs):
+                where = f" at {user.source}" if user.source else ""
+                return (f"one of its inputs is widened to float32 and read so by {user.op}{where} too: what comes back from both is summed"
+                        " before it is rounded, and a kernel would round first")  # fmt: skip
     leaf_nodes = {id(p.node_of[v]): v for a in match.arrays.values() for v in p.leaves(a) if v in p.node_of}
     for n in nodes:
         r = n.region
@@ -275,6 +295,12 @@ def validate_fusion_safety(p: Program, match: Match) -> str | None:
                 return f"one of its inputs is made inside {r.name}, which has a derivative rule of its own"
             r = r.parent
     return None
+
+
+def _misrounds(before: str, after: str) -> bool:
+    """Whether a cast between float dtypes is neither a widening nor a rounding that kernels read their arrays in."""
+    floats = all(d.startswith(("float", "bfloat")) for d in (before, after))
+    return floats and (after not in (*_READ, "float64") or {before, after} == {"bfloat16", "float16"})
 
 
 def _region_falls(p: Program, region: Any, inside: set[int], results: set[int]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kpt.fusion.formula import args, terms
 from kpt.fusion.mask import narrow
-from kpt.fusion.program import Match, NearMiss, Program
+from kpt.fusion.program import Match, NearMiss, Program, widened
 from kpt.fusion.view import Axes, Ref
 from kpt.graph.expr import Expr
 from kpt.ops.base import Spec
@@ -168,9 +168,7 @@ def _whole(p: Program, e: Expr) -> Match | None:
 
 
 def _uncast(r: Ref) -> Ref:
-    while r.expr.op == "convert" and r.expr.args[0].dtype.startswith(("float", "bfloat")):
-        r = Ref(r.expr.args[0], r.dims)
-    return r
+    return _uncast(Ref(r.expr.args[0], r.dims)) if widened(r.expr) else r
 
 
 def _halves(p: Program, e: Expr) -> Match | None:
@@ -207,14 +205,14 @@ def _halves(p: Program, e: Expr) -> Match | None:
     cos, sin = top["first"][2], top["second"][2]
     if not (ax.same(cos, bottom["second"][2]) and ax.same(sin, bottom["first"][2])):
         return None
-    return _build(p, ax, e, out, _uncast(Ref(src, out.dims)), cos, sin, out.dims[axis], False, half=half_axis)
+    return _build(p, ax, e, out, Ref(src, out.dims), cos, sin, out.dims[axis], False, half=half_axis)
 
 
 def _build(
     p: Program, ax: Axes, e: Expr, out: Ref, x: Ref, cos: Ref, sin: Ref, rot: tuple[int, ...], interleaved: bool, half: tuple[int, ...] = ()
 ) -> Match | None:
     xs = p.exprs
-    rot = ax.flat(rot)
+    rot, x = ax.flat(rot), _uncast(ax.strip(x))
     tables = []
     for t in (cos, sin):
         t = narrow(p, ax, t)

@@ -53,10 +53,8 @@ class Span:
         return self.last - self.first
 
     def within(self, span: Span) -> Span:
-        """Of these steps those in `span`, and one of it where there is none."""
-        first = jnp.clip(self.first, span.first, span.last - 1)
-        last = jnp.clip(self.last, first + 1, span.last)
-        return dataclasses.replace(self, first=first, last=last, whole=jnp.maximum(self.whole, first))
+        """These steps, which begin no sooner than those of `span`, as far as they are among them; and one where there is none."""
+        return dataclasses.replace(self, first=jnp.minimum(self.first, span.last - 1), last=jnp.minimum(self.last, span.last))
 
     def needs_mask(self, step: Any) -> Any:
         return (step < self.whole) | (step >= self.end)

@@ -100,14 +100,17 @@ def test_spans_hold_what_is_visible(name, sizes, tile):
             held_to_parts(span, static, np.array(whole))
 
 
-@pytest.mark.parametrize("name", POSITIONS)
-@pytest.mark.parametrize("sizes", [(512, 512), (300, 700), (700, 300), (37, 37)])
+UNSEEN = Mask((Window(-62, -286),))
+
+
+@pytest.mark.parametrize("name", [*POSITIONS, "no key at all"])
+@pytest.mark.parametrize("sizes", [(512, 512), (300, 700), (700, 300), (37, 37), (647, 800)])
 def test_a_warpgroup_takes_what_of_a_tile_its_own_keys_are_seen_by(name, sizes):
     from pallas_kernels.attention.calls import ROWS, Static
     from pallas_kernels.attention.hopper import span_of_queries
     from pallas_kernels.attention.hopper_backward import TILE
 
-    static = Static(POSITIONS[name], 1.0, None, *sizes)
+    static = Static(POSITIONS.get(name, UNSEEN), 1.0, None, *sizes)
     see = visible(static.mask, 1, 1, *sizes, {})[0, 0]
     for key in range(0, -(-sizes[1] // TILE) * TILE, ROWS):
         of_tile = span_of_queries(static, key // TILE * TILE, TILE, ROWS)
@@ -120,6 +123,19 @@ def test_a_warpgroup_takes_what_of_a_tile_its_own_keys_are_seen_by(name, sizes):
         held_to(mine, some, whole)
         if static.masks(TILE):
             held_to_parts(mine, static, whole)
+
+
+@pytest.mark.parametrize(("mask", "steps"), [(CAUSAL, [32, 31]), (Mask((Causal(), Window(1023, None))), [17, 17]), (Mask((Window(63, 64),)), [3, 3])])
+def test_a_warpgroup_leaves_out_what_only_the_other_needs(mask, steps):
+    """Of the steps of 64 queries of the tile of keys 2,048 to 2,175."""
+    from pallas_kernels.attention.calls import Static
+    from pallas_kernels.attention.hopper import span_of_queries
+
+    static = Static(mask, 1.0, None, 4096, 4096)
+    of_tile = span_of_queries(static, 2048, 128, 64)
+    spans = [span_of_queries(static, key, 64, 64).within(of_tile) for key in (2048, 2112)]
+    assert [int(span.steps) for span in spans] == steps
+    assert min(int(s.first) for s in spans) == of_tile.first and max(int(s.last) for s in spans) == of_tile.last
 
 
 def ids(rng, kind, batch, length):
