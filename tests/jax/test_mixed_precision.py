@@ -273,6 +273,7 @@ def test_what_is_widened_and_read_elsewhere_is_left(f):
     np.testing.assert_array_equal(jax.grad(fast)(x), jax.grad(loss)(x))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtypes", [("float8_e4m3fn", "float32"), ("float16", "bfloat16", "float32")], ids=str)
 @pytest.mark.parametrize("f", [rope, _halves, _neighbours, rms_norm])
 def test_what_kernels_cannot_round_to_is_left(f, dtypes):
