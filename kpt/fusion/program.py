@@ -125,6 +125,8 @@ class Program:
         views: list[Expr] = []
         while len(users := self.users(e)) == 1 and users[0].op in ("reshape", "transpose"):
             (e,) = users
+            if any(e is v for v in views):  # there and back: equal shapes of one value are one expression
+                break
             views.append(e)
         return tuple(views)
 

@@ -242,6 +242,18 @@ def test_what_is_rounded_behind_a_view_is_rounded_by_the_kernel(name):
     np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("rounded_last", [False, True])
+def test_views_there_and_back_have_an_end(rounded_last):
+    def f(x):
+        y = _neighbours(x, TABLE, TABLE + 1).reshape(2, 48, -1).reshape(2, 48, 2, 32).reshape(2, 48, -1)
+        return y.astype(HALF) if rounded_last else y
+
+    x = normal(2, 48, 2, 32)
+    fast = kpt_jax.optimize(f)
+    assert [s.op for s in fast.plan(x).sites] == ["rope"]
+    np.testing.assert_allclose(*(np.asarray(g(x), np.float32) for g in (fast, f)), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("returned", ["before the view", "behind the view"])
 def test_what_is_also_returned_unrounded_is_not_rounded(returned):
     def f(x):
@@ -273,7 +285,7 @@ def test_what_is_widened_and_read_elsewhere_is_left(f):
     np.testing.assert_array_equal(jax.grad(fast)(x), jax.grad(loss)(x))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtypes", [("float8_e4m3fn", "float32"), ("float16", "bfloat16", "float32")], ids=str)
 @pytest.mark.parametrize("f", [rope, _halves, _neighbours, rms_norm])
 def test_what_kernels_cannot_round_to_is_left(f, dtypes):
