@@ -21,7 +21,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.strategy import planner as core
 from kpt.strategy.arrays import Arrays
-from kpt.strategy.explain import joined, paired
+from kpt.strategy.explain import LINEAR, SHARING, apart, joined, paired
 from kpt.strategy.planner import FrontEnd, one_line, same_miss
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -100,14 +100,14 @@ class Planner(core.Planner):
                 except KernelError as error:
                     why = one_line(error)
                 if why:
-                    self.notes.append(f"A site of {kept[i][0].op} runs apart from {beside_what}: {why}")
+                    self.notes.append(apart(kept[i][0].op, beside_what, why))
                 return not why
 
             return held if self.certify != "off" else None
 
-        read = read_by_linear(program, kept, proved("the linear layer that reads it"))
+        read = read_by_linear(program, kept, proved(LINEAR))
         sites = [read.get(i, site) for i, site in enumerate(kept)]
-        pairs = beside(program, sites, proved("the one that shares its tables"))
+        pairs = beside(program, sites, proved(SHARING))
         self.notes += [words(len(found)) for words, found in ((joined, read), (paired, pairs)) if found]
         if self.elsewhere:
             there, first = [*self.elsewhere, *kept], len(self.elsewhere)

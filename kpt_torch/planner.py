@@ -22,7 +22,7 @@ from kpt.kernels.validate import validate
 from kpt.ops.base import Spec
 from kpt.ops.mask import Bias, Explicit
 from kpt.strategy.certify import Leaves, Sides, certify_site, moving_leaves, rounds_on_the_way
-from kpt.strategy.explain import joined, paired
+from kpt.strategy.explain import LINEAR, SHARING, apart, joined, paired
 from kpt.strategy.planner import Planner
 from kpt.tuning.settings import Setting
 from kpt.validation import Certificate
@@ -204,16 +204,15 @@ def rewritten(
         return None
     sites = [(m, _bound(fn, m)) for m, fn in kept]
 
-    def apart(beside_what: str, i: int, why: str) -> None:
-        planner.notes.append(f"A site of {kept[i][0].op} runs apart from {beside_what}: {why}")
+    def noted(beside: str, i: int, why: str) -> None:
+        planner.notes.append(apart(kept[i][0].op, beside, why))
 
     pairs: dict[int, tuple[int, int, Any]] = {}
-    one_of = functools.partial(apart, "the one that shares its tables")
-    for i, j in kept_together(front.captured, program, kept, order, front.device, one_of):
+    for i, j in kept_together(front.captured, program, kept, order, front.device, functools.partial(noted, SHARING)):
         pairs[i] = pairs[j] = i, j, _bound(kept[i][1].pair, kept[i][0])  # type: ignore[attr-defined]
     if pairs:
         planner.notes.append(paired(len(pairs) // 2))
-    layers = read_by_linear(front.captured, program, kept, order, front.device, functools.partial(apart, "the linear layer that reads it"))
+    layers = read_by_linear(front.captured, program, kept, order, front.device, functools.partial(noted, LINEAR))
     if layers:
         planner.notes.append(joined(len(layers)))
     read = {n: (i, _bound(kept[i][1].then_linear, kept[i][0])) for n, i in layers.items()}  # type: ignore[attr-defined]

@@ -271,8 +271,9 @@ def validate_fusion_safety(p: Program, match: Match) -> str | None:
     for e in (p.env[v] for n in nodes for v in n.outputs if v not in results):
         if e.op == "convert" and _misrounds(e.args[0].dtype, e.dtype):
             return f"{e.args[0].dtype} is rounded to {e.dtype} on the way, which no kernel does"
-    wide: set[int] = set()  # what is an array in float32, and views of it
-    for n in nodes if match.op != "cross_entropy" else ():  # a copy of logits would cost more than their gradient's rounding
+    # What is an array in float32, and views of it. A loss and a metric often read the same logits: that is put up with.
+    wide: set[int] = set()
+    for n in nodes if match.op != "cross_entropy" else ():
         e = p.env[n.outputs[0]]
         if n.outputs[0] in results or not (widened(e) or e.op in _VIEWS and wide.intersection(n.inputs)):
             continue

@@ -46,6 +46,15 @@ def paired(n: int) -> str:
     return f"{count(n, 'pair')} of sites that share their tables {'runs as one launch' if n == 1 else 'run as one launch each'}."
 
 
+def apart(op: str, beside: str, why: str) -> str:
+    """What a plan notes of a site that could have been one call with what stands beside it."""
+    return f"A site of {op} runs apart from {beside}: {why}"
+
+
+LINEAR, SHARING = "the linear layer that reads it", "the one that shares its tables"
+"""What may stand beside a site."""
+
+
 def _table(sites: Iterable[Site]) -> list[str]:
     groups: dict[tuple, list[Site]] = {}
     for s in sites:

@@ -236,3 +236,30 @@ def test_memory_that_is_written_is_read_as_the_code_reads_it(fn, count, own):
     torch.testing.assert_close(fast(q, k, v, mine), program(q, k, v, its), rtol=1e-5, atol=1e-6)
     assert torch.equal(mine, its)
     assert [s.op for p in fast._backend.plans for s in p.sites] == ["attention"] * count
+
+
+def turned(u):
+    angles = torch.arange(T)[:, None, None] * 1e-5 * torch.ones(H // 2)
+    (a, b), cos, sin = u.chunk(2, -1), angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def normed(u):
+    return u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("f", [turned, normed])
+@pytest.mark.parametrize(("body", "why"), [
+    (lambda f, x: f(x.float()), ""),
+    (lambda f, x: (lambda u: f(u) - u)(x.float()), "widened to float32"),
+    (lambda f, x: (lambda u: f(u) - u)(x.float().view(2, T, 2, H)), "widened to float32"),
+    (lambda f, x: f(x.to(torch.float8_e4m3fn).float()), "which no kernel does"),
+], ids=["alone", "read elsewhere", "a view read elsewhere", "rounded to 8 bits"])  # fmt: skip
+def test_casts_that_kernels_cannot_honour(f, body, why):
+    class Program(torch.nn.Module):
+        def forward(self, x):
+            return body(f, x)
+
+    x = torch.randn(2, T, 2, H, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plan = kpt_torch.plan(Program(), x)
+    assert bool(plan.sites) == (not why) and (not why or any(why in s.reason for s in plan.skipped)), plan.explain()
