@@ -244,7 +244,7 @@ def _sums_of_queries(specs: dict[str, Spec], params: dict[str, Any]) -> Sequence
     from pallas_kernels.attention.hopper_forward import forward_tiles
 
     (b, t, n, head), head_v = specs["q"].shape, specs["v"].shape[3]
-    tile = forward_tiles(head, head_v).queries
+    tile = forward_tiles(head, head_v, t).queries
     return (Spec((b, n, -(-t // tile) * tile), "float32"),)
 
 

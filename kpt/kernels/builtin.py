@@ -7,6 +7,7 @@ from typing import Any
 from kpt import ops
 from kpt.kernels.spec import KernelSpec
 from kpt.ops.base import Cost, Specs
+from kpt.ops.mask import Mask, Window
 
 EVERYWHERE = ("cpu", "cuda", "rocm", "tpu", "xpu")
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -63,8 +64,22 @@ def _hopper_wide(op: str) -> KernelSpec:
     return dataclasses.replace(spec, name=f"{op}.pallas_gpu_wide", accepts=f"pallas_kernels.{op}.gpu:refusal_shared")
 
 
-def _hopper_attention(name: str, accepts: str, efficiency: float, version: int = 1) -> KernelSpec:
-    """Attention with head dims up to 128, or above: two, for one figure of efficiency does not suit both."""
+def _beside_cudnn(specs: Specs, params: Mapping[str, Any]) -> Cost:
+    """The op's cost, a tenth more where cuDNN's kernel is faster in both passes.
+
+    On an H200 that was so of head dim 128 from 16,384 keys on that a query sees by causality and windows: 0.93 to 0.96, where the forward
+    pass alone was 1.05 to 1.09 times as fast as cuDNN's. Elsewhere both passes were 1.00 to 1.39
+    (docs/benchmarks/hopper-attention-estimates-h200.json).
+    """
+    cost, mask = ops.op("attention").cost(specs, **params), params.get("mask") or Mask()
+    windows = [term.left + 1 for term in mask.terms if isinstance(term, Window) and term.left is not None]
+    if 96 < specs["q"].shape[3] <= 128 and min([specs["k"].shape[1], *windows]) > 12_288:
+        return dataclasses.replace(cost, flops=1.1 * cost.flops, bytes=1.1 * cost.bytes)
+    return cost
+
+
+def _hopper_attention(name: str, accepts: str, version: int) -> KernelSpec:
+    """Attention with head dims up to 128, or above: two, for they are other kernels."""
     spec = _hopper(
         "attention",
         HALVES,
@@ -72,7 +87,8 @@ def _hopper_attention(name: str, accepts: str, efficiency: float, version: int =
         jax="0.11.2",
         masks=frozenset({"causal", "window", "segments", "lengths"}),
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
-        efficiency=efficiency,
+        efficiency=0.62,
+        cost=_beside_cudnn,
     )
     return dataclasses.replace(spec, name=name, accepts=f"pallas_kernels.attention.gpu:{accepts}")
 
@@ -213,12 +229,10 @@ def _with_a_launch(specs: Specs, params: Mapping[str, Any]) -> Cost:
 KERNELS: tuple[KernelSpec, ...] = (
     # Its blocks suit the caches of a CPU: 18 TFLOP/s on an H100, a third of plain code's.
     _xla("attention", version=2, masks=EVERY_MASK, additive=True, efficiency_on={"cuda": 0.02}),
-    # Beside cuDNN, which is taken where it can compute a call, neither is faster at all lengths. What cuDNN cannot, such as documents that
-    # are packed together, was 35 times as fast as plain code on an H100, both passes (docs/benchmarks/hopper-attention.json).
-    _hopper_attention("attention.pallas_gpu", "refusal", 0.55, version=3),
-    # Causal at head dim 256 it was 1.20 times as fast as cuDNN's in both passes on an H200. Narrower heads are padded to 256, and
-    # none was timed: it is left to a measurement too, where cuDNN can compute a call.
-    _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", 0.55, version=2),
+    # What cuDNN cannot compute, such as documents that are packed together, was 35 times as fast as plain code on an H100, both passes
+    # (docs/benchmarks/hopper-attention.json).
+    _hopper_attention("attention.pallas_gpu", "refusal", version=4),
+    _hopper_attention("attention.pallas_gpu_wide", "refusal_wide", version=3),
     _cudnn("attention.cudnn", (*AMPERE, *FROM_HOPPER), "refused_to_128"),
     _cudnn("attention.cudnn_wide", FROM_HOPPER, "refused_to_256"),
     # On a CPU its forward pass is no faster than plain code's: XLA compiles both to the same. A loss with gradients was 1.14 and 1.32 times
@@ -237,8 +251,11 @@ KERNELS: tuple[KernelSpec, ...] = (
     # (docs/benchmarks/hopper-rope.json).
     _hopper("rope", NARROW_FLOATS, version=2, jax="0.11.2", params={"interleaved": (False,)}),
     # Neighbours plain code turns at 58%.
-    dataclasses.replace(_hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (True,)}, efficiency=0.8),
-                        name="rope.pallas_gpu_interleaved", cost=_with_a_launch),
+    dataclasses.replace(
+        _hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (True,)}, efficiency=0.8),
+        name="rope.pallas_gpu_interleaved",
+        cost=_with_a_launch,
+    ),
     _xla("cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _hopper("cross_entropy", NARROW_FLOATS, params={"invalid": INVALID_LABELS}, efficiency=0.9),
     # Its products are of float32, 204 ms for plain code's 42 on an H100: chosen where the logits would not fit in memory.
@@ -316,14 +333,12 @@ KERNELS: tuple[KernelSpec, ...] = (
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
     ),
     *_jax_triton("glu", "linear", accepts="refuse_glu", level="balanced", params={"activation": ACTIVATIONS}),
-    *_jax_triton(
-        "linear_act", "linear", turing=False, accepts="refuse_linear_act", level="balanced", params={"activation": ACTIVATIONS}
-    ),
-    # The kernel for Hopper above, through `plgpu.as_torch_kernel`. cuDNN is faster in both passes: no estimate chooses it.
+    *_jax_triton("linear_act", "linear", turing=False, accepts="refuse_linear_act", level="balanced", params={"activation": ACTIVATIONS}),
+    # The kernel for Hopper above, through `plgpu.as_torch_kernel`. Not timed beside PyTorch's cuDNN as it is: no estimate chooses it.
     KernelSpec(
         name="attention.mosaic",
         op="attention",
-        version=3,
+        version=4,
         provider="mosaic",
         framework="torch",
         platforms=("cuda",),

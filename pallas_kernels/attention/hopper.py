@@ -32,6 +32,10 @@ L2_BYTES = 8 * 2**20
 """Of what is read again and again and is worked on at a time, in an L2 of 50 MiB."""
 MOST_PLANNED = 1 << 16
 """Items that are given out by their costs; beyond, in turn."""
+UNEVEN = 1.01
+"""How much more than its share a multiprocessor may have, for the L2's sake."""
+ADDING, LAUNCH = 3.3, 4
+"""What it costs to add parts of sums up, in steps: a number by its share of a step's work, 8 bytes at 3 TB/s, and a constant."""
 HIDDEN_KEY = -(2**31)
 """The number of a key that no query sees."""
 
@@ -238,10 +242,10 @@ def _place_in_block() -> tuple[Any, Any]:
 
 
 def write(x: jax.Array, ref: Any, rows: Any) -> None:
-    """Writes the first `rows` of 64 rows of 16-bit numbers to device memory from registers: no shared memory is taken, and nothing waits.
+    """Writes the first `rows` of 64 rows to device memory from registers: no shared memory is taken, and nothing waits.
 
-    A thread has two columns of each eight. Neighbours exchange those of every second eight, so that each has four, and writes 8 bytes of
-    32 that are beside each other.
+    A thread has two columns of each eight, of float32 8 bytes of 32 that are beside each other. Of 16 bits neighbours exchange those of
+    every second eight, so that each has four, and as many bytes.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.Layout.WG_SPLAT))
@@ -250,14 +254,17 @@ def write(x: jax.Array, ref: Any, rows: Any) -> None:
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith
 
-        i32 = ir.IntegerType.get_signless(32)
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
 
         def number(x: int) -> Any:
             return utils.c(x, i32)
 
+        narrow = utils.bitwidth(x.mlir_dtype) == 16
         first_row, quarter = _place_in_block()
         odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(quarter, number(1)), number(0))
-        column = arith.addi(arith.select(odd, number(8), number(0)), arith.muli(arith.divui(quarter, number(2)), number(4)))
+        column = arith.muli(quarter, number(2))
+        if narrow:
+            column = arith.addi(arith.select(odd, number(8), number(0)), arith.muli(arith.divui(quarter, number(2)), number(4)))
         (stride, _), _ = ref.type.get_strides_and_offset()
         registers = x.registers.reshape(-1, 2)
         for half in range(2):
@@ -265,54 +272,114 @@ def write(x: jax.Array, ref: Any, rows: Any) -> None:
             inside = arith.cmpi(arith.CmpIPredicate.slt, row, rows.registers[()])
             element = arith.addi(arith.muli(row, number(stride)), column)
             start = utils.getelementptr(utils.memref_ptr(ref), [element], x.mlir_dtype)
-            for group in range(0, len(registers), 2):
-                mine, next_ = (utils.bitcast(register, i32) for register in registers[group : group + 2, half])
-                got = utils.shfl_bfly(arith.select(odd, mine, next_), 1)
+            for group in range(0, len(registers), 1 + narrow):
                 place = utils.getelementptr(start, [8 * group], x.mlir_dtype)
-                words = arith.select(odd, got, mine), arith.select(odd, next_, got)
-                utils.inline_ptx("st.global.v2.b32 [$0], {$1, $2};", place, *words, predicate=inside, has_side_effects=True)
+                if narrow:
+                    mine, next_ = (utils.bitcast(register, i32) for register in registers[group : group + 2, half])
+                    got = utils.shfl_bfly(arith.select(odd, mine, next_), 1)
+                    words = arith.select(odd, got, mine), arith.select(odd, next_, got)
+                    utils.inline_ptx("st.global.v2.b32 [$0], {$1, $2};", place, *words, predicate=inside, has_side_effects=True)
+                else:
+                    both = utils.bitcast(registers[group, half], i64)
+                    utils.inline_ptx("st.global.b64 [$0], $1;", place, both, predicate=inside, has_side_effects=True)
 
     emit(x, ref, jnp.asarray(rows, jnp.int32))
 
 
-def plan(tiles: int, outer: int, inner: int, bytes_of_outer: int, costs: np.ndarray) -> np.ndarray:
-    """Work for each multiprocessor, as `shares` gives it: items are tiles of `inner` heads that read the same, `outer` times.
+def plan(tiles: int, outer: int, inner: int, bytes_of_outer: int, costs: np.ndarray) -> tuple[np.ndarray, float]:
+    """Which multiprocessor makes what: items are tiles of `inner` heads that read the same, `outer` times.
 
     As many of the outer ones as the L2 holds are made at a time, and of those the tiles that cost most come first, so that what is
-    left for the end is short.
+    left for the end is short. Where even so one has more than `UNEVEN` says, twice as many are made at a time, and twice again.
 
     Args:
       costs: of each tile, with something for its beginning and end.
 
     Returns:
-      Items `(outer * inner + inner's) * tiles + tile`.
+      A row for each multiprocessor, of how many items and which, `(outer * inner + inner's) * tiles + tile`; and the cost of what that
+      one has who has most.
     """
-    together = max(1, L2_BYTES // bytes_of_outer)
     longest_first = np.argsort(-costs, kind="stable")
-    items = []
-    for start in range(0, outer, together):
-        heads = np.arange(start * inner, min(start + together, outer) * inner)
-        items.append((heads[None] * tiles + longest_first[:, None]).reshape(-1))
-    every = np.concatenate(items)
-    return shares(every, costs[every % tiles], min(MULTIPROCESSORS, len(every)))
-
-
-def shares(items: np.ndarray, costs: np.ndarray, workers: int) -> np.ndarray:
-    """Items by worker, `[workers, 1 + most]`: how many, and which. In their order, each goes to who has the least to do so far."""
-    if len(items) > MOST_PLANNED:
-        owners = np.arange(len(items)) % workers
-    else:
-        load = [(0, worker) for worker in range(workers)]
-        owners = np.empty(len(items), np.int64)
-        for i, cost in enumerate(costs.tolist()):
-            done, owners[i] = load[0]
-            heapq.heapreplace(load, (done + cost, int(owners[i])))
+    workers = min(MULTIPROCESSORS, tiles * outer * inner)
+    even = np.sum(costs) * outer * inner / workers
+    together = max(1, L2_BYTES // bytes_of_outer)
+    found = []
+    while True:
+        starts = range(0, outer, together)
+        heads = [np.arange(start * inner, min(start + together, outer) * inner) for start in starts]
+        items = np.concatenate([(of[None] * tiles + longest_first[:, None]).reshape(-1) for of in heads])
+        owners, most = shares(costs[items % tiles], workers)
+        found.append((most, together, items, owners))
+        if most <= UNEVEN * even or together >= outer or len(items) > MOST_PLANNED:
+            break
+        together *= 2
+    most, _, items, owners = min(found, key=lambda f: f[:2])
     counts = np.bincount(owners, minlength=workers)
     table = np.zeros((workers, 1 + counts.max()), np.int32)
     table[:, 0] = counts
     for worker in range(workers):
         table[worker, 1 : 1 + counts[worker]] = items[owners == worker]
-    return table
+    return table, most
+
+
+def shares(costs: np.ndarray, workers: int) -> tuple[np.ndarray, float]:
+    """The worker of each item, and the cost of what that one has who has most. In their order, each goes to who has least so far."""
+    if len(costs) > MOST_PLANNED:
+        owners = np.arange(len(costs)) % workers
+    else:
+        load = [(0, worker) for worker in range(workers)]
+        owners = np.empty(len(costs), np.int64)
+        for i, cost in enumerate(costs.tolist()):
+            done, owners[i] = load[0]
+            heapq.heapreplace(load, (done + cost, int(owners[i])))
+    return owners, float(np.bincount(owners, costs).max())
+
+
+def plan_of_keys(
+    static: Static, q: jax.Array, v: jax.Array, numbers: Numbers | None, keys: int, queries: int, tile_cost: int
+) -> tuple[int, Any]:
+    """In how many parts the query heads of a key head are taken where dk and dv are summed, and the plan.
+
+    A tile of keys is as much work as its head has query heads, and few tiles of much work cannot be shared out. A part of the heads is
+    an item of its own, whose sums are added to those of the other parts later.
+
+    Args:
+      numbers: in tiles. keys, queries: of a tile, and of a step. tile_cost: what an item costs besides its steps, in steps.
+
+    Returns:
+      The parts, and items as of `plan` or `plan_by_data`, where head `kv_head * parts + part` is for a part.
+    """
+    (b, t, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
+    group, tiles = n // kv_heads, pl.cdiv(length, keys)
+    steps = np.broadcast_to(span_of_queries(static, np.arange(tiles) * keys, keys, queries).steps, tiles)
+    found = []
+    for parts in (p for p in range(1, group + 1) if group % p == 0):
+        heads = group // parts
+        table, most = plan(tiles, b * kv_heads * parts, 1, 2 * t * heads * (head + head_v), heads * steps + tile_cost)
+        adding = LAUNCH + parts * ADDING * b * kv_heads * length / (keys * queries)
+        found.append((most + (adding if parts > 1 else 0), parts, table))
+        if most * MULTIPROCESSORS <= UNEVEN * b * kv_heads * np.sum(group * steps + tile_cost):
+            break
+    _, parts, table = min(found, key=lambda f: f[:2])
+    if numbers is None:
+        return parts, table
+    return parts, plan_by_data(spans_by_data(static, *numbers, queries, keys, of_keys=True), kv_heads * parts, tiles)
+
+
+def sums_of_parts(like: jax.Array, parts: int) -> jax.ShapeDtypeStruct:
+    """Where the kernel for dk or dv writes: results, or float32 sums of each part."""
+    return jax.ShapeDtypeStruct(like.shape, like.dtype) if parts == 1 else jax.ShapeDtypeStruct((parts, *like.shape), jnp.float32)
+
+
+def place_of_sums(parts: int, batch: Any, part: Any, rows: Any) -> tuple[Any, ...]:
+    """Of `sums_of_parts`, where those of some keys are; `part` counts through the parts of all heads."""
+    of_head = batch, rows, part // parts
+    return of_head if parts == 1 else (lax.rem(part, parts), *of_head)
+
+
+def added(sums: jax.Array, like: jax.Array, share: jax.Array | float = 0.0) -> jax.Array:
+    """What `sums_of_parts` is of, and `share`."""
+    return (sums.sum(0) + share).astype(like.dtype)
 
 
 def plan_by_data(spans: jax.Array, heads: int, tiles: int) -> jax.Array:

@@ -24,7 +24,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.attention.calls import ROWS, Static
@@ -37,16 +36,17 @@ from pallas_kernels.attention.hopper import (
     Numbers,
     Span,
     Work,
+    added,
     fed_by,
     feeders,
     in_groups,
     masked,
     numbers_in_tiles,
-    plan,
-    plan_by_data,
+    place_of_sums,
+    plan_of_keys,
     read,
     span_of_queries,
-    spans_by_data,
+    sums_of_parts,
     write,
 )
 from pallas_kernels.hopper_gemm import SHARED_BYTES
@@ -106,17 +106,17 @@ def gradients_of_keys(
     Returns:
       `[B, S, K, H]` and `[B, S, K, Hv]`.
     """
-    (b, t, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
+    (*_, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
     steps_ = steps_of_queries(head, head_v)
     rows, stages = steps_.queries, steps_.stages
-    group, key_tiles = n // kv_heads, pl.cdiv(length, TILE)
+    key_tiles = pl.cdiv(length, TILE)
     apart = numbers is None and rows < TILE and static.masks(TILE)
-    if numbers is None:
-        spans = span_of_queries(static, np.arange(key_tiles) * TILE, TILE, rows)
-        table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
-    else:
+    if numbers is not None:
         numbers = numbers_in_tiles(numbers, q, k, rows, TILE)
-        table = plan_by_data(spans_by_data(static, *numbers, rows, TILE, of_keys=True), kv_heads, key_tiles)
+    parts, table = plan_of_keys(static, q, v, numbers, TILE, rows, TILE_COST)
+    group, share = n // kv_heads // parts, blind
+    if parts > 1:
+        blind = None  # is added where parts are
     blocks, width = table.shape
     shape = (ROWS, rows)
     writers = feeders()
@@ -133,12 +133,12 @@ def gradients_of_keys(
         dk_ref, dv_ref, k_tile, v_tile, q_ring, g_ring, lse_ring, delta_ring, tile_full, q_full, g_full, *refs = refs
         numbers_ring: Any = refs[0] if refs else None
         warpgroup = lax.axis_index("warpgroup")
-        work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
+        work = Work(table_ref, lax.axis_index("block"), width, kv_heads * parts, key_tiles)
         item = functools.partial(work.item, fields=1 if numbers is None else 5)
 
-        def located(batch: Any, kv_head: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
+        def located(batch: Any, part: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
             key = tile * TILE
-            return batch, kv_head, key, Span(*behind) if behind else span_of_queries(static, key, TILE, rows)
+            return batch, part, key, Span(*behind) if behind else span_of_queries(static, key, TILE, rows)
 
         def following(span: Span, head_of: Any, step: Any) -> tuple[Any, Any]:
             """The next step: through the queries of a head, then those of the next."""
@@ -158,7 +158,7 @@ def gradients_of_keys(
                     plgpu.copy_gmem_to_smem(q_numbers_ref.at[batch, at], numbers_ring.at[slot], q_full.at[slot])
 
             def feed(i: Any, before: Any) -> Any:
-                batch, kv_head, key, span = located(*item(i))
+                batch, part, key, span = located(*item(i))
                 steps = group * span.steps
 
                 @fed_by(writers)
@@ -177,12 +177,12 @@ def gradients_of_keys(
                             for half in range(WARPGROUPS):
                                 at, place = pl.ds(key + half * ROWS, ROWS), pl.ds(half * ROWS, ROWS)
                                 free_tile.wait(half)
-                                plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile.at[place], tile_full.at[half])
-                                plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile.at[place], tile_full.at[half])
+                                plgpu.copy_gmem_to_smem(k_ref.at[batch, at, part // parts], k_tile.at[place], tile_full.at[half])
+                                plgpu.copy_gmem_to_smem(v_ref.at[batch, at, part // parts], v_tile.at[place], tile_full.at[half])
 
                         return following(span, head_of, step)
 
-                    lax.fori_loop(0, steps, step_of, (kv_head * group, span.first))
+                    lax.fori_loop(0, steps, step_of, (part * group, span.first))
 
                 return before + steps
 
@@ -208,7 +208,7 @@ def gradients_of_keys(
 
             def differentiate(i: Any, carry: Any) -> Any:
                 before, of_table = carry
-                batch, kv_head, first_key, span = located(*of_table)
+                batch, part, first_key, span = located(*of_table)
                 steps, key = group * span.steps, first_key + warpgroup * ROWS
                 mine = span_of_queries(static, key, ROWS, rows).within(span) if apart else span
                 if numbers is not None:
@@ -296,11 +296,10 @@ def gradients_of_keys(
                 dk, dv = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32), plgpu.ACC((ROWS, head_v), jnp.float32))
                 free_tile.free(warpgroup)
                 of_table = item(jnp.minimum(i + 1, count - 1))
-                here = batch, pl.ds(key, ROWS), kv_head
+                here = place_of_sums(parts, batch, part, pl.ds(key, ROWS))
                 write((dk * static.scale).astype(dk_ref.dtype), dk_ref.at[here], length - key)
                 if blind_ref is not None:
-                    share = read(blind_ref.at[batch, kv_head], OF_COLUMNS)
-                    dv = dv + lax.broadcast_in_dim(share, dv.shape, [1])
+                    dv = dv + lax.broadcast_in_dim(read(blind_ref.at[batch, part // parts], OF_COLUMNS), dv.shape, [1])
                 write(dv.astype(dv_ref.dtype), dv_ref.at[here], length - key)
                 return before + steps, of_table
 
@@ -316,7 +315,7 @@ def gradients_of_keys(
 
     launch = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        out_type=[sums_of_parts(k, parts), sums_of_parts(v, parts)],
         scratch_types=[
             shared(TILE, head),
             shared(TILE, head_v),
@@ -336,4 +335,7 @@ def gradients_of_keys(
         kernel_name="attention_dk_dv",
         compiler_params=PARAMS,
     )
-    return launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
+    dk, dv = launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
+    if parts == 1:
+        return dk, dv
+    return added(dk, k), added(dv, v, 0.0 if share is None else share[:, None])

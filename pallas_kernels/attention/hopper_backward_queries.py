@@ -97,7 +97,7 @@ def gradient_of_queries(
     of_rows = of_rows if sums else padded(of_rows, 2, TILE)
     if numbers is None:
         spans = span_of_keys(static, np.arange(row_tiles) * TILE, TILE, keys)
-        table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
+        table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)[0]
     else:
         numbers = numbers_in_tiles(numbers, q, k, TILE, keys)
         table = plan_by_data(spans_by_data(static, *numbers, TILE, keys, of_keys=False), n, row_tiles)

@@ -16,7 +16,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.attention.calls import ROWS, Static
@@ -29,17 +28,18 @@ from pallas_kernels.attention.hopper import (
     Numbers,
     Span,
     Work,
+    added,
     bar,
     fed_by,
     feeders,
     in_groups,
     masked,
     numbers_in_tiles,
-    plan,
-    plan_by_data,
+    place_of_sums,
+    plan_of_keys,
     read,
     span_of_queries,
-    spans_by_data,
+    sums_of_parts,
     write,
 )
 from pallas_kernels.attention.hopper_backward import FEEDING, MULTIPLYING, READERS, TILE_COST, WARPGROUPS
@@ -77,16 +77,16 @@ def gradients_of_keys(
     blind: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """dk and dv; arguments and results as those of `hopper_backward.gradients_of_keys`, q and v of one head dim."""
-    (b, t, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
+    (*_, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
     if head != head_v or shared_bytes(head) > SHARED_BYTES:
         raise AssertionError(f"head dims {head} and {head_v} are refused")
-    group, key_tiles = n // kv_heads, pl.cdiv(length, ROWS)
-    if numbers is None:
-        spans = span_of_queries(static, np.arange(key_tiles) * ROWS, ROWS, QUERIES)
-        table: Any = plan(key_tiles, b * kv_heads, 1, 2 * t * group * (head + head_v), group * spans.steps + TILE_COST)
-    else:
+    key_tiles = pl.cdiv(length, ROWS)
+    if numbers is not None:
         numbers = numbers_in_tiles(numbers, q, k, QUERIES, ROWS)
-        table = plan_by_data(spans_by_data(static, *numbers, QUERIES, ROWS, of_keys=True), kv_heads, key_tiles)
+    parts, table = plan_of_keys(static, q, v, numbers, ROWS, QUERIES, TILE_COST)
+    group, share = n // kv_heads // parts, blind
+    if parts > 1:
+        blind = None  # is added where parts are
     blocks, width = table.shape
     shape = (ROWS, QUERIES)
     writers = feeders()
@@ -106,26 +106,26 @@ def gradients_of_keys(
         numbers_ring: Any = refs[0] if refs else None
         queries, cotangents = Ring(q_ring, q_full, free_queries), Ring(g_ring, g_full, free_cotangents)
         warpgroup = lax.axis_index("warpgroup")
-        work = Work(table_ref, lax.axis_index("block"), width, kv_heads, key_tiles)
+        work = Work(table_ref, lax.axis_index("block"), width, kv_heads * parts, key_tiles)
         item = functools.partial(work.item, fields=1 if numbers is None else 5)
 
-        def located(batch: Any, kv_head: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
+        def located(batch: Any, part: Any, tile: Any, behind: Any) -> tuple[Any, Any, Any, Span]:
             key = tile * ROWS
-            return batch, kv_head, key, Span(*behind) if behind else span_of_queries(static, key, ROWS, QUERIES)
+            return batch, part, key, Span(*behind) if behind else span_of_queries(static, key, ROWS, QUERIES)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(FEEDING, action="decrease")
 
             def feed(i: Any, before: Any) -> Any:
-                batch, kv_head, key, span = located(*item(i))
+                batch, part, key, span = located(*item(i))
                 steps = group * span.steps
 
                 @fed_by(writers)
                 def _() -> None:
                     @pl.loop(0, steps)
                     def _(j: Any) -> None:
-                        slot, head_of = lax.rem(before + j, STAGES), kv_head * group + j // span.steps
+                        slot, head_of = lax.rem(before + j, STAGES), part * group + j // span.steps
                         at = pl.ds((span.first + lax.rem(j, span.steps)) * QUERIES, QUERIES)
                         free_queries.wait(slot)
                         plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head_of], q_ring.at[slot], q_full.at[slot])
@@ -140,8 +140,8 @@ def gradients_of_keys(
                         def _() -> None:
                             free_tile.wait()
                             at = pl.ds(key, ROWS)
-                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, kv_head], k_tile, tile_full)
-                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, kv_head], v_tile, tile_full)
+                            plgpu.copy_gmem_to_smem(k_ref.at[batch, at, part // parts], k_tile, tile_full)
+                            plgpu.copy_gmem_to_smem(v_ref.at[batch, at, part // parts], v_tile, tile_full)
 
                 return before + steps
 
@@ -158,7 +158,7 @@ def gradients_of_keys(
             Args:
               tile: keys or values.
               factor: `factor(batch, key, span)(product, step, slot, place)`, the left factor; reads the rows that came with `scored`.
-              finish: `finish(sums, batch, kv_head)`, what is written.
+              finish: `finish(sums, batch, part)`, what is written.
             """
             plgpu.set_max_registers(MULTIPLYING, action="increase")
             for slot in range(STAGES):
@@ -168,7 +168,7 @@ def gradients_of_keys(
 
             def differentiate(i: Any, carry: Any) -> Any:
                 before, of_table = carry
-                batch, kv_head, key, span = located(*of_table)
+                batch, part, key, span = located(*of_table)
                 steps, factor_of = group * span.steps, factor(batch, key, span)
 
                 def slot_of(j: Any) -> Any:
@@ -217,8 +217,8 @@ def gradients_of_keys(
 
                 sums = pl.run_scoped(all_steps, plgpu.ACC((ROWS, head), jnp.float32))
                 of_table = item(jnp.minimum(i + 1, count - 1))
-                made = finish(sums, batch, kv_head).astype(out_ref.dtype)
-                write(made, out_ref.at[batch, pl.ds(key, ROWS), kv_head], length - key)
+                made = finish(sums, batch, part).astype(out_ref.dtype)
+                write(made, out_ref.at[place_of_sums(parts, batch, part, pl.ds(key, ROWS))], length - key)
                 return before + steps, of_table
 
             count = work.count
@@ -248,10 +248,10 @@ def gradients_of_keys(
 
                 return factor
 
-            def finish(dv: jax.Array, batch: Any, kv_head: Any) -> jax.Array:
+            def finish(dv: jax.Array, batch: Any, part: Any) -> jax.Array:
                 if blind_ref is None:
                     return dv
-                return dv + lax.broadcast_in_dim(read(blind_ref.at[batch, kv_head], OF_COLUMNS), dv.shape, [1])
+                return dv + lax.broadcast_in_dim(read(blind_ref.at[batch, part // parts], OF_COLUMNS), dv.shape, [1])
 
             sum_up(k_tile, queries, cotangents, weights, dv_ref, finish)
 
@@ -270,7 +270,7 @@ def gradients_of_keys(
 
                 return factor
 
-            sum_up(v_tile, cotangents, queries, gradients, dk_ref, lambda dk, batch, kv_head: dk * static.scale)
+            sum_up(v_tile, cotangents, queries, gradients, dk_ref, lambda dk, batch, part: dk * static.scale)
 
     def shared(*shape: int) -> Any:
         return in_groups(shape, q.dtype)
@@ -280,7 +280,7 @@ def gradients_of_keys(
 
     launch = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        out_type=[sums_of_parts(k, parts), sums_of_parts(v, parts)],
         scratch_types=[
             shared(ROWS, head),
             shared(ROWS, head),
@@ -301,4 +301,7 @@ def gradients_of_keys(
         kernel_name="attention_dk_dv_wide",
         compiler_params=PARAMS,
     )
-    return launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
+    dk, dv = launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
+    if parts == 1:
+        return dk, dv
+    return added(dk, k), added(dv, v, 0.0 if share is None else share[:, None])

@@ -68,9 +68,9 @@ class Forward:
         return 2 * (ring + self.warpgroups * BUFFERS * ROWS * group_of(head_v)) + 2048
 
 
-def forward_tiles(head: int, head_v: int) -> Forward:
+def forward_tiles(head: int, head_v: int, queries: int) -> Forward:
     """What is fastest of what fits shared memory and registers."""
-    if max(head, head_v) <= 64:
+    if max(head, head_v) <= 64 and queries > 1024:  # up to there smaller tiles are faster, of which less is past the end and hidden
         return Forward(warpgroups=3)
     for tiles in (Forward(), Forward(queries_ahead=1), Forward(keys=64), Forward(keys=64, queries_ahead=1)):
         if tiles.shared_bytes(head, head_v) <= SHARED_BYTES and (head_v <= 128 or tiles.keys == 64):
@@ -98,11 +98,11 @@ def forward(
       `[B, T, N, Hv]` and `[B, N, T']`, T' a multiple of the rows of a tile; +inf where no key is seen.
     """
     (b, t, n, head), (_, s, kv_heads, head_v) = q.shape, v.shape
-    tiles = tiles or forward_tiles(head, head_v)
+    tiles = tiles or forward_tiles(head, head_v, t)
     group, row_tiles = n // kv_heads, pl.cdiv(t, tiles.queries)
     if numbers is None:
         spans = span_of_keys(static, np.arange(row_tiles) * tiles.queries, tiles.queries, tiles.keys)
-        table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)
+        table: Any = plan(row_tiles, b * kv_heads, group, 2 * s * (head + head_v), spans.steps + TILE_COST)[0]
     else:
         numbers = numbers_in_tiles(numbers, q, k, tiles.queries, tiles.keys)
         table = plan_by_data(spans_by_data(static, *numbers, tiles.queries, tiles.keys, of_keys=False), n, row_tiles)

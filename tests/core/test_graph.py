@@ -1,7 +1,5 @@
 """The neutral graph and its normaliser, without a framework."""
 
-
-
 from __future__ import annotations
 
 import json
