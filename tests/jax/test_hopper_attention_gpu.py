@@ -29,7 +29,7 @@ SHAPES = {
     "short": {"t": 5, "h": 48},
     "as long as a tile": {"t": 128, "h": 64},
     "groups as one": {"b": 16, "t": 500, "n": 16, "k": 8},
-    "groups in parts": {"b": 1, "t": 1000, "n": 24, "k": 2},
+    "groups in parts": {"b": 1, "t": 500, "n": 12, "k": 2},
     "256, groups in parts": {"b": 1, "t": 500, "n": 6, "k": 1, "h": 256},
     "256": {"t": 640, "h": 256},
     "odd, to 256": {"t": 1003, "h": 136, "hv": 208, "dtype": "float16"},
