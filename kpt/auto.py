@@ -231,7 +231,6 @@ def session(fn_or_model: Any, inputs: tuple, keywords: Mapping[str, Any], level:
 
 def as_written(plan: Plan, reason: str) -> Plan:
     """The plan that leaves every site as it is."""
-
     def written(s: Site) -> Site:
         others = {k: why for k, why in s.alternatives.items() if k != ORIGINAL}  # it is the choice now
         return dataclasses.replace(s, kernel=ORIGINAL, version=None, reason=reason, alternatives=others)

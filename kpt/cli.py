@@ -291,7 +291,10 @@ def kernels_list(
             return
         _print_table(
             ("kernel", "version", "framework", "platforms", "dtypes", "from level"),
-            [(k.name, str(k.version), k.framework, ", ".join(k.platforms), ", ".join(k.dtypes), k.level) for k in kernels],
+            [
+                (k.name, str(k.version), k.framework, ", ".join(k.platforms), ", ".join(k.dtypes), k.level)
+                for k in kernels
+            ],
         )
 
 
@@ -407,7 +410,9 @@ def _advice(hardware: HardwareProfile, versions: dict[str, str]) -> list[str]:
     return lines
 
 
-def _print_profile(profile: HardwareProfile, as_json: bool, console: Console | None = None, brief: bool = False) -> None:
+def _print_profile(
+    profile: HardwareProfile, as_json: bool, console: Console | None = None, brief: bool = False
+) -> None:
     if as_json:
         _print_json(dataclasses.asdict(profile))
         return

@@ -97,7 +97,9 @@ def front_end(module: str, name: str) -> Callable[..., Any]:
         if package not in ("jax", "jaxlib", "flax", "optax", "torch"):
             raise
         name, extra = ("PyTorch", "torch") if module.startswith("kpt_torch") else ("JAX", "jax")
-        raise MissingDependencyError(f"The {name} front end was asked for", f"{package} is not installed", install(extra)) from None
+        raise MissingDependencyError(
+            f"The {name} front end was asked for", f"{package} is not installed", install(extra)
+        ) from None
 
 
 def print_json(value: Any) -> None:

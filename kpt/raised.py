@@ -15,7 +15,7 @@ _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}"
 
 
 def told(error: BaseException) -> str:
-    """ "KeyError: 'scale' (train.py:12, in step)"; without a place where no frame is the user's."""
+    """"KeyError: 'scale' (train.py:12, in step)"; without a place where no frame is the user's."""
     words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     where = place(error)
     return words if where is None else f"{words} ({where})"

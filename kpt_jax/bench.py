@@ -222,7 +222,9 @@ def _compiled(fn: Callable[..., Any], args: Sequence[Any]) -> Any:
     return jax.jit(fn).lower(*args).compile()
 
 
-def measure(name: str, shape: tuple[int, ...], dtype: str, backward: bool, top: Ceilings, *, peers: bool, seconds: float) -> list[Row]:
+def measure(
+    name: str, shape: tuple[int, ...], dtype: str, backward: bool, top: Ceilings, *, peers: bool, seconds: float
+) -> list[Row]:
     """Every contender at one shape."""
     bench = BENCHES[name]
     specs, small = bench.specs(dtype, *shape), bench.specs(dtype, *bench.small(*shape))

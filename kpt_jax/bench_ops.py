@@ -266,8 +266,8 @@ BENCHES: dict[str, Bench] = {
         peers={
             "tokamax chunked_xla": (
                 "tokamax",
-                lambda m: (
-                    lambda x, w, labels: m.linear_softmax_cross_entropy_loss(x, labels, w, reduction="none", implementation="chunked_xla")
+                lambda m: lambda x, w, labels: m.linear_softmax_cross_entropy_loss(
+                    x, labels, w, reduction="none", implementation="chunked_xla"
                 ),
             )
         },

@@ -100,8 +100,6 @@ def _evaluate(*xs: Any, forward: Flat, **_: Any) -> list[Any]:
 
 _site_tangents.def_impl(_evaluate)
 _site_tangents.def_abstract_eval(lambda *_, out_avals, **__: list(out_avals))
-
-
 @functools.partial(mlir.register_lowering, _site_tangents)
 def _lowered(ctx: Any, *xs: Any, forward: Flat, **_: Any) -> Any:
     """What is traced here is beyond any mesh of which types speak: they would hold for the arguments and for nothing else."""
@@ -117,7 +115,8 @@ def _lowered(ctx: Any, *xs: Any, forward: Flat, **_: Any) -> Any:
 def _transposed(cotangents: Sequence[Any], *xs: Any, count: int, backward: Flat, out_avals: Any, **_: Any) -> list[Any]:
     constants = xs[: len(xs) - count]
     given = [
-        _compat.placed(jnp.zeros(a.shape, a.dtype), a) if type(ct) is ad.Zero else ct for ct, a in zip(cotangents, out_avals, strict=True)
+        _compat.placed(jnp.zeros(a.shape, a.dtype), a) if type(ct) is ad.Zero else ct
+        for ct, a in zip(cotangents, out_avals, strict=True)
     ]
     found = backward(*constants, *given)
     moved = zip(found, xs[len(xs) - count :], strict=True)  # jax 0.7 loses under vmap how a gradient lies
@@ -142,7 +141,10 @@ def _batched(
     axis: Any, xs: Sequence[Any], dims: Sequence[Any], *, count: int, forward: Flat, backward: Flat, out_avals: Any
 ) -> tuple[Any, Any]:
     first = len(xs) - count
-    linear = [_compat.repeated(axis, x) if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(xs[first:], dims[first:], strict=True)]
+    linear = [
+        _compat.repeated(axis, x) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(xs[first:], dims[first:], strict=True)
+    ]
 
     def mapped(fn: Flat) -> Flat:
         def call(*given: Any) -> list[Any]:

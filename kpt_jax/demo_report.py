@@ -149,7 +149,8 @@ def report(demo: Demo, hardware: HardwareProfile) -> Report:
         bar_chart(
             [Bar(v.name, v.temporary_bytes, mebibytes(v.temporary_bytes), s) for v, s in _styled(demo)],
             title="Temporary memory of a compiled training step",
-            description=f"As written {mebibytes(before.temporary_bytes)}, through kpt {mebibytes(after.temporary_bytes)}.",
+            description=f"As written {mebibytes(before.temporary_bytes)}, "
+            f"through kpt {mebibytes(after.temporary_bytes)}.",
         ),
         "What a compiled training step needs besides parameters, optimizer state and data, by XLA's memory analysis.",
     )
@@ -158,7 +159,8 @@ def report(demo: Demo, hardware: HardwareProfile) -> Report:
         bar_chart(
             [Bar(v.name, v.step_seconds, milliseconds(v.step_seconds), s, *v.quartiles) for v, s in _styled(demo)],
             title="Time of a training step",
-            description=f"Median as written {milliseconds(before.step_seconds)}, through kpt {milliseconds(after.step_seconds)}.",
+            description=f"Median as written {milliseconds(before.step_seconds)}, through kpt "
+            f"{milliseconds(after.step_seconds)}.",
         ),
         f"Median of {demo.steps} steps each, taken in turn in one process; the whisker spans the quartiles.",
         Table(("", "as written", "through kpt", "change"), summary(demo), frozenset({1, 2, 3})),

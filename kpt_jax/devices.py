@@ -29,7 +29,7 @@ def device_of(arrays: Iterable[Any] = ()) -> Any:
 
 
 def name_of(device: Any) -> str:
-    """ "gpu:1": by which another process on this host finds a device."""
+    """"gpu:1": by which another process on this host finds a device."""
     number = getattr(device, "local_hardware_id", None)
     return str(device.platform) if number is None else f"{device.platform}:{number}"
 

@@ -21,11 +21,8 @@ _OPS: dict[str, Callable[..., Any]] = {
     "lt": jnp.less, "real": jnp.real, "imag": jnp.imag, "select": jnp.where, "clamp": jax.lax.clamp,
 }  # fmt: skip
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"reduce_sum": jnp.sum, "reduce_or": jnp.any}
-EMITTABLE = (
-    frozenset(_OPS)
-    | frozenset(_REDUCTIONS)
-    | frozenset("full const iota reshape transpose broadcast slice convert concatenate value out".split())
-)
+EMITTABLE = frozenset(_OPS) | frozenset(_REDUCTIONS) | frozenset(
+    "full const iota reshape transpose broadcast slice convert concatenate value out".split())
 
 
 def emit(e: Expr, exprs: Exprs, known: Callable[[Expr], Any | None], memo: dict[int, Any]) -> Any:

@@ -34,7 +34,9 @@ class Timed:
     trained: bool
 
 
-def measure(programs: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], seconds: float = SECONDS) -> dict[str, Timing]:
+def measure(
+    programs: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], seconds: float = SECONDS
+) -> dict[str, Timing]:
     """Times functions of the same arrays, jitted ones as they are, in turn (`kpt.tuning.rounds`)."""
     jitted: dict[str, Any] = {n: f if _compat.is_jitted(f) else jax.jit(f) for n, f in programs.items()}
     compiled = {n: f.lower(*inputs).compile() for n, f in jitted.items()}

@@ -501,7 +501,9 @@ def _readable(plan: Any) -> None:
                         "Make a plan with kpt_jax.plan")  # fmt: skip
 
 
-def optimize(fn: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", plan: Plan | None = None) -> Any:
+def optimize(
+    fn: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", plan: Plan | None = None
+) -> Any:
     """Rewrites a JAX function, or a Flax module, so that better kernels compute what they can.
 
     The result is used exactly like the original: under `jit`, `grad`, `vmap`, `scan`, `remat`, with

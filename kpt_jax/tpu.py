@@ -307,11 +307,7 @@ def _key(program: Program, on: Generation, libtpu: str, schedules: bool, sources
     """Of all that decides what the compiler makes of a program of kpt's own."""
     flags = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     return schedule_cache.key(
-        program=dataclasses.asdict(program),
-        generation=on.name,
-        libtpu=libtpu,
-        sources=list(sources),
-        schedules=schedules,
+        program=dataclasses.asdict(program), generation=on.name, libtpu=libtpu, sources=list(sources), schedules=schedules,
         versions={n: metadata.version(n) for n in ("jax", "jaxlib", "tokamax") if unmet(n) is None},
         flags={n: v for n, v in os.environ.items() if n in flags or (n.startswith("JAX_") and n != "JAX_PLATFORMS")},
     )

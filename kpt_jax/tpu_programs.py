@@ -186,7 +186,9 @@ def _flash(m: Any, params: Mapping[str, Any], block_q: int, block_k: int) -> Cal
     def attention(q: Any, k: Any, v: Any, q_segment_ids: Any = None, kv_segment_ids: Any = None) -> Any:
         q, k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2).swapaxes(1, 2) for a in (q, k, v))
         ids = None if q_segment_ids is None else m.SegmentIds(q_segment_ids, kv_segment_ids)
-        out = m.flash_attention(q, k, v, segment_ids=ids, causal=Causal() in mask.terms, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes)
+        out = m.flash_attention(
+            q, k, v, segment_ids=ids, causal=Causal() in mask.terms, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes
+        )
         return out.swapaxes(1, 2)
 
     return attention
@@ -275,7 +277,9 @@ def _tokamax_loss(m: Any, params: Mapping[str, Any]) -> Call:
 _HEADS = {"block_q": (512, 1024), "block_kv": (1024,), "compute": (512, 1024)}
 PEERS: dict[str, dict[str, Peer]] = {
     "attention": {
-        "jax flash": Peer("jax.experimental.pallas.ops.tpu.flash_attention", _flash, {"block_q": (512, 1024), "block_k": (512, 1024)}),
+        "jax flash": Peer(
+            "jax.experimental.pallas.ops.tpu.flash_attention", _flash, {"block_q": (512, 1024), "block_k": (512, 1024)}
+        ),
         "jax splash": Peer(
             "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel", _splash, {**_HEADS, "fused": (True,)}
         ),

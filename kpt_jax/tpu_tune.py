@@ -212,7 +212,9 @@ def tune(
 
     evaluate = (lambda c: by_clock(programs(c))) if here else by_schedule
     try:
-        best, cost, first, tried, failed, finished = search(start, evaluate, extents=extents(bench, dims), multiple=multiple, more=more)
+        best, cost, first, tried, failed, finished = search(
+            start, evaluate, extents=extents(bench, dims), multiple=multiple, more=more
+        )
     except KptError as none:
         raise KptError(none.asked, f"{none.possible}{f': {said[-1]}' if said else ''}", none.advice) from None
     method = "clock" if here else "schedule"

@@ -133,7 +133,6 @@ class Reference:
     @functools.cached_property
     def cancelling(self) -> Mapping[str, float]:
         """Of the gradients that are rounding alone, the size of what cancels in them."""
-
         def gradients() -> dict[str, ErrorMetrics]:
             return {n: m for n, m in self._distances(self._nearby(epsilon(self.dtype))).items() if n.startswith("d")}
 
@@ -141,7 +140,6 @@ class Reference:
 
     def _nearby(self, step: float | None) -> dict[str, Any]:
         """What the original makes of inputs that were moved by so much; None: by their last bits."""
-
         def moved(x: Any) -> Any:
             return ROOM.nudged(x, next(self.seeds), epsilon(jax.typeof(x).dtype.name) if step is None else step)
 

@@ -158,12 +158,8 @@ def _bytes(op: str, arrays: Arrays, out: Spec, both: bool) -> int:
 
 def _error(op: str, fn: Callable[..., Any], dtype: str, shape: Sequence[int]) -> float:
     """Largest certified error relative to float64, at fewer rows."""
-    small = {
-        "rope": (1, 64, *shape[2:]),
-        "linear_cross_entropy": (512, 256, 16384),
-        "glu": (64, 512, 1024),
-        "attention": (1, 300, 2, shape[-1]),
-    }.get(op, (64, *shape[1:]))
+    small = {"rope": (1, 64, *shape[2:]), "linear_cross_entropy": (512, 256, 16384), "glu": (64, 512, 1024),
+             "attention": (1, 300, 2, shape[-1])}.get(op, (64, *shape[1:]))
     run, run_vjp = calls(kpt.ops.op(op).differentiable, "cuda")
     with standing_for(specs_of(op, shape, dtype)):
         got = validate(fn, kpt.ops.op(op), specs_of(op, small, dtype), PARAMS.get(op, {}), run=run, run_vjp=run_vjp, seeds=[0])

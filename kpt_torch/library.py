@@ -54,14 +54,8 @@ def spec_of(tensor: torch.Tensor) -> Spec:
 
 
 def kernel(
-    op: str | Op,
-    provider: str,
-    forward: Forward,
-    backward: Backward | None = None,
-    kept: Kept = lambda specs, params: (),
-    early: Early | None = None,
-    reads: Sequence[int] = (),
-    fresh: bool = False,
+    op: str | Op, provider: str, forward: Forward, backward: Backward | None = None, kept: Kept = lambda specs, params: (),
+    early: Early | None = None, reads: Sequence[int] = (), fresh: bool = False,
 ) -> Callable[..., Any]:
     """A provider of `op`: a function of its arrays and parameters by keyword, behind the custom op `kpt::<op>_<provider>`.
 
@@ -215,14 +209,7 @@ def _is_memory(t: torch.Tensor) -> bool:
 
 
 def _differentiable(
-    definition: Any,
-    op: Op,
-    names: Sequence[str],
-    tensors: str,
-    backward: Backward,
-    early: bool,
-    reads: Sequence[int],
-    fresh: bool,
+    definition: Any, op: Op, names: Sequence[str], tensors: str, backward: Backward, early: bool, reads: Sequence[int], fresh: bool,
     read: Callable[[str], dict[str, Any]],
 ) -> tuple[Callable[..., None], Callable[..., Any]]:
     """Gives the custom op its derivative; returns what keeps for it, `keep(ctx, inputs, output)`, and `pull(ctx, cotangents)`."""

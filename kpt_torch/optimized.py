@@ -28,7 +28,9 @@ from kpt_torch.backend import Backend, profile
 from kpt_torch.quiet import FRESH, in_a_line
 
 
-def optimize(module: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", plan: Plan | None = None) -> Any:
+def optimize(
+    module: Any, level: str | None = None, hardware: str | HardwareProfile = "auto", plan: Plan | None = None
+) -> Any:
     """Rewrites a PyTorch module, or a function of tensors, so that better kernels compute what they can.
 
     The result is used exactly like the original: it is an instance of the module's class that shares its parameters, buffers,

@@ -126,9 +126,8 @@ class Front:
                 moving = [i for i, o in enumerate(outs) if o.requires_grad]
                 grads: Sequence[Any] = [None] * len(wrt)
                 if moving and wrt:
-                    grads = torch.autograd.grad(
-                        [outs[i] for i in moving], [given[v] for v in wrt], [cotangents[i].clone() for i in moving], allow_unused=True
-                    )
+                    grads = torch.autograd.grad([outs[i] for i in moving], [given[v] for v in wrt],
+                                                [cotangents[i].clone() for i in moving], allow_unused=True)
                 shown = [torch.zeros_like(given[v]) if g is None else g for v, g in zip(wrt, grads, strict=True)]
                 return [o.detach().clone() for o in outs], [g.clone() for g in shown]  # code may return the same memory again
 

@@ -47,7 +47,9 @@ def test_the_readme_has_code_that_runs():
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_the_code_of_a_page_runs(page, tmp_path):
-    code = f"exec(compile(open({str(tmp_path / 'page.py')!r}).read(), {str(page)!r}, 'exec'), {{'__name__': '__main__'}})"
+    code = (
+        f"exec(compile(open({str(tmp_path / 'page.py')!r}).read(), {str(page)!r}, 'exec'), {{'__name__': '__main__'}})"
+    )
     (tmp_path / "page.py").write_text(program(page), encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg", "KPT_CACHE_DIR": str(tmp_path / "cache")}

@@ -55,9 +55,7 @@ def halved(x):
 
 def differing(name, change):
     """The GPT with one tapped value changed in PyTorch."""
-    return dataclasses.replace(
-        gpt.TWIN, torch=lambda w, batch, tap: gpt.torch_loss(w, batch, lambda n, v: tap(n, change(v) if n == name else v))
-    )
+    return dataclasses.replace(gpt.TWIN, torch=lambda w, batch, tap: gpt.torch_loss(w, batch, lambda n, v: tap(n, change(v) if n == name else v)))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,6 @@ def test_the_first_difference_is_named(twin, stage, name):
 
 def test_a_gradient_that_is_rounding_alone_is_no_difference():
     """What softmax does not see has a gradient of 0, of which each framework leaves another rounding."""
-
     def weights(seed):
         drawn = np.random.default_rng(seed).normal(size=(16, 16)).astype("float32") / 4
         return {"key": drawn, "key.bias": np.zeros(16, "float32")}
@@ -105,7 +102,6 @@ def test_a_gradient_that_is_rounding_alone_is_no_difference():
 
 def test_a_small_gradient_is_held_to_itself():
     """However large another one is."""
-
     def loss(sign):
         return lambda w, batch, tap: 1e-7 * (sign(w["small"]) * batch["x"]).sum() + (w["large"] * batch["x"]).sum()
 

@@ -30,7 +30,9 @@ def attribute(reference: str) -> Any:
     """What "module:name" or "module:name.attribute" names."""
     module, _, path = reference.partition(":")
     if not module or not path:
-        raise ConfigError(f"{reference!r} was given", "It is not of the form MODULE:FUNCTION", "Write it like train:loss")
+        raise ConfigError(
+            f"{reference!r} was given", "It is not of the form MODULE:FUNCTION", "Write it like train:loss"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -70,7 +70,9 @@ def _scaled(ax: Axes, r: Ref) -> tuple[float, Ref] | None:
     return (ca, b) if ca is not None and r.expr.op == "mul" else None
 
 
-def factors(ax: Axes, ref: Ref, stop: Callable[[Ref], bool] = lambda r: False) -> tuple[float, list[tuple[Fraction, Ref]]]:
+def factors(
+    ax: Axes, ref: Ref, stop: Callable[[Ref], bool] = lambda r: False
+) -> tuple[float, list[tuple[Fraction, Ref]]]:
     """`ref` as constant * product of factor ** power."""
     const = 1.0
     out: list[tuple[Fraction, Ref]] = []
@@ -337,7 +339,8 @@ def gate(source: Expr, up: Expr, e: Expr, exprs: Exprs) -> str | None:
         one, *others = (evaluate(f, exprs, {id(probes[0]): _ALL, id(probes[1]): np.full_like(_ALL, u)}) for u in (1.0, -0.5, 3.0))
         near = slice(len(_POINTS))
         linear = one is not None and all(
-            other is not None and np.allclose(other[near], u * one[near], 1e-9, 1e-9) for u, other in zip((-0.5, 3.0), others, strict=True)
+            other is not None and np.allclose(other[near], u * one[near], 1e-9, 1e-9)
+            for u, other in zip((-0.5, 3.0), others, strict=True)
         )
         exprs.activations[id(f)] = _named(one, probes, f) if linear else None
     return exprs.activations[id(f)]

@@ -199,7 +199,9 @@ def _nonlinear(e: Expr, depth: int = 0) -> bool:
     return depth < 12 and e.op in ELEMENTWISE and any(_nonlinear(a, depth + 1) for a in e.args)
 
 
-def _projection_arrays(p: Program, ax: Axes, pr: Projection, rows: tuple[int, ...], names: tuple[str, str]) -> dict[str, Expr] | None:
+def _projection_arrays(
+    p: Program, ax: Axes, pr: Projection, rows: tuple[int, ...], names: tuple[str, str]
+) -> dict[str, Expr] | None:
     w = ax.arrange(pr.w, (pr.contracted, pr.columns), p.exprs)
     if w is None:
         return None

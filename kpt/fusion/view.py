@@ -167,7 +167,9 @@ class Axes:
         right = rhs or self.root(e.args[1])
         known, other = (left, right) if lhs else (right, left)
         other_dims = list(other.dims)
-        pairs = list(zip(e["lhs_contract"], e["rhs_contract"], strict=True)) + list(zip(e["lhs_batch"], e["rhs_batch"], strict=True))
+        pairs = list(zip(e["lhs_contract"], e["rhs_contract"], strict=True)) + list(
+            zip(e["lhs_batch"], e["rhs_batch"], strict=True)
+        )
         for a, b in pairs:
             if lhs:
                 other_dims[b] = known.dims[a]

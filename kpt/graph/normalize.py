@@ -179,7 +179,9 @@ def static_slice(e: Expr, x: Exprs) -> Expr | None:
     if not all(a.op == "full" for a in e.args[1:]):
         return None
     src = e.args[0]
-    start = tuple(min(max(int(a["value"]), 0), n - m) for a, n, m in zip(e.args[1:], src.shape, e.shape, strict=True))
+    start = tuple(
+        min(max(int(a["value"]), 0), n - m) for a, n, m in zip(e.args[1:], src.shape, e.shape, strict=True)
+    )
     limit = tuple(s + m for s, m in zip(start, e.shape, strict=True))
     return simplify(x.slice(src, start, limit, (1,) * len(start)), x)
 

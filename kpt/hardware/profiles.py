@@ -246,8 +246,7 @@ def hardware_profile(name: str) -> HardwareProfile:
         near = list(dict.fromkeys(ALIASES.get(n, n) for n in near))
         raise HardwareError(
             f"Hardware {name!r} was asked for",
-            f"Near it {'is' if len(near) == 1 else 'are'} {', '.join(map(_as_typed, near))}"
-            if near
+            f"Near it {'is' if len(near) == 1 else 'are'} {', '.join(map(_as_typed, near))}" if near
             else f"Known are {', '.join(map(_as_typed, PROFILES))}",
             "Pass one of kpt.hardware.PROFILES (`kpt hardware list`), or describe yours with HardwareProfile.from_json",
         )

@@ -7,7 +7,7 @@ from typing import Any
 from kpt import ops
 from kpt.kernels.spec import KernelSpec
 from kpt.ops.base import Cost, Specs
-from kpt.ops.mask import Mask, Window
+from kpt.ops.mask import Causal, Mask, Window
 
 EVERYWHERE = ("cpu", "cuda", "rocm", "tpu", "xpu")
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -65,15 +65,17 @@ def _hopper_wide(op: str) -> KernelSpec:
 
 
 def _beside_cudnn(specs: Specs, params: Mapping[str, Any]) -> Cost:
-    """The op's cost, a tenth more where cuDNN's kernel is faster in both passes.
+    """The op's cost, a tenth more where cuDNN's kernel is faster in both passes, or no more than may be: those are left to a measurement.
 
-    On an H200 that was so of head dim 128 from 16,384 keys on that a query sees by causality and windows: 0.93 to 0.96, where the forward
-    pass alone was 1.05 to 1.09 times as fast as cuDNN's. Elsewhere both passes were 1.00 to 1.39
-    (docs/benchmarks/hopper-attention-estimates-h200.json).
+    On an H200, with causality and as many queries as keys, both passes were 1.00 to 1.39 times as fast as cuDNN's, and from 14,336 keys on
+    that a query may see 0.93 to 0.99 with head dim 128, 1.03 to 1.23 with others (docs/benchmarks/hopper-attention-estimates-h200.json).
+    Slower were lengths that 8 does not divide, for which arrays are copied (0.93), and what hides nothing.
     """
     cost, mask = ops.op("attention").cost(specs, **params), params.get("mask") or Mask()
+    queries, keys, head = specs["q"].shape[1], specs["k"].shape[1], specs["q"].shape[3]
     windows = [term.left + 1 for term in mask.terms if isinstance(term, Window) and term.left is not None]
-    if 96 < specs["q"].shape[3] <= 128 and min([specs["k"].shape[1], *windows]) > 12_288:
+    timed = queries == keys and queries >= 128 and queries % 8 == 0 and any(isinstance(term, Causal | Window) for term in mask.terms)
+    if not timed or (96 < head <= 128 and min([keys, *windows]) > 12_288):
         return dataclasses.replace(cost, flops=1.1 * cost.flops, bytes=1.1 * cost.bytes)
     return cost
 
@@ -251,11 +253,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     # (docs/benchmarks/hopper-rope.json).
     _hopper("rope", NARROW_FLOATS, version=2, jax="0.11.2", params={"interleaved": (False,)}),
     # Neighbours plain code turns at 58%.
-    dataclasses.replace(
-        _hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (True,)}, efficiency=0.8),
-        name="rope.pallas_gpu_interleaved",
-        cost=_with_a_launch,
-    ),
+    dataclasses.replace(_hopper("rope", NARROW_FLOATS, jax="0.11.2", params={"interleaved": (True,)}, efficiency=0.8),
+                        name="rope.pallas_gpu_interleaved", cost=_with_a_launch),
     _xla("cross_entropy", version=3, params={"invalid": INVALID_LABELS}),
     _hopper("cross_entropy", NARROW_FLOATS, params={"invalid": INVALID_LABELS}, efficiency=0.9),
     # Its products are of float32, 204 ms for plain code's 42 on an H100: chosen where the logits would not fit in memory.
@@ -333,7 +332,9 @@ KERNELS: tuple[KernelSpec, ...] = (
         arrays=frozenset({"q", "k", "v", "q_segment_ids", "kv_segment_ids", "kv_lengths"}),
     ),
     *_jax_triton("glu", "linear", accepts="refuse_glu", level="balanced", params={"activation": ACTIVATIONS}),
-    *_jax_triton("linear_act", "linear", turing=False, accepts="refuse_linear_act", level="balanced", params={"activation": ACTIVATIONS}),
+    *_jax_triton(
+        "linear_act", "linear", turing=False, accepts="refuse_linear_act", level="balanced", params={"activation": ACTIVATIONS}
+    ),
     # The kernel for Hopper above, through `plgpu.as_torch_kernel`. Not timed beside PyTorch's cuDNN as it is: no estimate chooses it.
     KernelSpec(
         name="attention.mosaic",

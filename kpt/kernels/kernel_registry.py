@@ -79,7 +79,9 @@ class KernelRegistry:
         if kernel.version < known.version:
             possible, advice = f"It is there as version {known.version}", "Register the newer version only"
         elif kernel.signature != known.signature:
-            possible = f"Version {known.version} is there and takes something else (op, arrays, parameters, masks, dtypes)"
+            possible = (
+                f"Version {known.version} is there and takes something else (op, arrays, parameters, masks, dtypes)"
+            )
             advice = f"Raise the version to {known.version + 1}: plans rely on a version meaning one signature"
         else:
             possible, advice = "It is there already", "Register a kernel once, or give it another name"
@@ -121,7 +123,9 @@ class KernelRegistry:
         """
         spec = self.get(kernel) if isinstance(kernel, str) else kernel
         if spec.provider == ORIGINAL:
-            raise KernelError("The user's own code was loaded as a kernel", "It has no loader", "Leave the site as it is")
+            raise KernelError(
+                "The user's own code was loaded as a kernel", "It has no loader", "Leave the site as it is"
+            )
         function = resolve(spec.loader)
         return _checked(function, spec.op) if spec.framework == "jax" and _op(spec.op) is not None else function
 
@@ -220,7 +224,9 @@ class KernelRegistry:
         spec = self.get(kernel) if isinstance(kernel, str) else kernel
         meaning = op or _op(spec.op)
         if meaning is None:
-            raise KernelError(f"Kernel {spec.name!r} was to be validated", f"Op {spec.op!r} is unknown", "Pass op=Op(...)")
+            raise KernelError(
+                f"Kernel {spec.name!r} was to be validated", f"Op {spec.op!r} is unknown", "Pass op=Op(...)"
+            )
         function = self.load(spec)
         return validate(function, meaning, specs, params, run=run, run_vjp=run_vjp, seeds=seeds, dtype=dtype)
 
@@ -249,7 +255,9 @@ def _refusal(kernel: KernelSpec, *call: Any) -> str | None:
         return f"its conditions could not be checked ({type(e).__name__}: {e})"
 
 
-def _fastest_measured(able: list[KernelSpec], measurements: Mapping[str, Measurement]) -> tuple[KernelSpec, str, dict[str, float | None]]:
+def _fastest_measured(
+    able: list[KernelSpec], measurements: Mapping[str, Measurement]
+) -> tuple[KernelSpec, str, dict[str, float | None]]:
     pairs = {name: m if isinstance(m, tuple) else (m, 0.0) for name, m in measurements.items()}
     times: dict[str, float | None] = {k.name: pairs[k.name][0] for k in able if k.name in pairs}
     own, noise = pairs[ORIGINAL]
@@ -266,7 +274,9 @@ def _fastest_measured(able: list[KernelSpec], measurements: Mapping[str, Measure
     return choice, why, times
 
 
-def _fastest_of(rivals: list[KernelSpec], measurements: Mapping[str, Measurement]) -> tuple[KernelSpec, str, dict[str, float | None]]:
+def _fastest_of(
+    rivals: list[KernelSpec], measurements: Mapping[str, Measurement]
+) -> tuple[KernelSpec, str, dict[str, float | None]]:
     """Among kernels that were measured against each other, with no measurement of the user's own code."""
     times: dict[str, float | None] = {}
     for k in rivals:
@@ -277,7 +287,9 @@ def _fastest_of(rivals: list[KernelSpec], measurements: Mapping[str, Measurement
     return first, f"measured {seconds(times[first.name] or 0.0)}{against}", times
 
 
-def _fastest_estimated(able: list[KernelSpec], times: Mapping[str, float | None], hardware: Any) -> tuple[KernelSpec, str]:
+def _fastest_estimated(
+    able: list[KernelSpec], times: Mapping[str, float | None], hardware: Any
+) -> tuple[KernelSpec, str]:
     own, kernels = able[0], able[1:]
     if not kernels:
         return own, "no kernel accepts this call"

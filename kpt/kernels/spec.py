@@ -126,7 +126,9 @@ def resolve(reference: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
-        raise KernelError(f"{reference!r} was to be loaded", f"{type(e).__name__}: {e}", "Install or repair the package it is in") from e
+        raise KernelError(
+            f"{reference!r} was to be loaded", f"{type(e).__name__}: {e}", "Install or repair the package it is in"
+        ) from e
 
 
 def unmet(requirement: str) -> str | None:

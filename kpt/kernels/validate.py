@@ -75,7 +75,9 @@ def validate(
             actual |= {n: np.asarray(found[n]) for n in differentiable if n in found}
         lengths = {n: _reduction_length(op, specs, params, np.size(v)) for n, v in exact.items()}
         where = f"random sample, seed {seed}"
-        one = certify(actual, exact, held_to, lengths, gradients=differentiable, sensitivity=moved, terms=terms, where=where)
+        one = certify(
+            actual, exact, held_to, lengths, gradients=differentiable, sensitivity=moved, terms=terms, where=where
+        )
         certificate = certificate.merge(one) if certificate else one
     if certificate is None:
         raise ValidationError(f"{op.name} was validated without a sample", advice="Pass at least one seed")

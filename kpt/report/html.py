@@ -81,7 +81,9 @@ def groups(sites: Sequence[Site]) -> list[Group]:
         return max((e for e in errors if e is not None), default=None)
 
     return [
-        Group(g[0], tuple(s.path for s in g if s.path), worst([s.error for s in g]), worst([s.error_gradient for s in g]))
+        Group(
+            g[0], tuple(s.path for s in g if s.path), worst([s.error for s in g]), worst([s.error_gradient for s in g])
+        )
         for g in members.values()
     ]
 

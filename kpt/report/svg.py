@@ -156,7 +156,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def _decades(low: float, high: float) -> list[float]:
     first, last = math.floor(low), math.ceil(high)
     step = max(1, math.ceil((last - first) / 6))
-    return [float(i) for i in range(first, last + step, step)] if last > first else [first - 1.0, first + 0.0, first + 1.0]
+    return (
+        [float(i) for i in range(first, last + step, step)] if last > first else [first - 1.0, first + 0.0, first + 1.0]
+    )
 
 
 def _number(value: float, scale: Sequence[float]) -> str:

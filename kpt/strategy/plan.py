@@ -118,7 +118,10 @@ class Plan:
         does = {
             "level": self.level,
             "framework": self.framework,
-            "sites": [[s.op, s.kernel, s.version, s.path, s.fingerprint, wire.encode(s.params), wire.encode(s.specs)] for s in self.sites],
+            "sites": [
+                [s.op, s.kernel, s.version, s.path, s.fingerprint, wire.encode(s.params), wire.encode(s.specs)]
+                for s in self.sites
+            ],
         }
         return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()[:16]
 

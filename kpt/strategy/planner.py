@@ -59,7 +59,8 @@ class FrontEnd(Protocol):
     settings: tuple[Setting, ...]
 
     @property
-    def arrays(self) -> Arrays: ...
+    def arrays(self) -> Arrays:
+        ...
 
     def backend(self) -> str:
         """What proofs are made on: a proof made on a CPU is none for a GPU."""
@@ -325,7 +326,9 @@ class Planner:
         with self.front.proving():
             return self._prove(program, match, kernel, fn, site, leaves)
 
-    def _prove(self, program: Program, match: Match, kernel: KernelSpec, fn: Kernel, site: Site, leaves: Leaves) -> tuple[Site, str | None]:
+    def _prove(
+        self, program: Program, match: Match, kernel: KernelSpec, fn: Kernel, site: Site, leaves: Leaves
+    ) -> tuple[Site, str | None]:
         needed = original_bytes(program, match)
         compared = needed <= self._certify_bytes()
         if not compared and (why := self.front.uncertifiable(program, match)) is not None:
@@ -339,7 +342,9 @@ class Planner:
             key = drawn if example is None else (*drawn, digest(example, self.front.arrays))
             certificate = _CERTIFICATES.get(key)
             if certificate is None:
-                certificate = self.front.certify(program, match, fn, example) if compared else self._against_reference(match, kernel, fn)
+                certificate = (
+                    self.front.certify(program, match, fn, example) if compared else self._against_reference(match, kernel, fn)
+                )
                 _CERTIFICATES[key] = certificate
                 if certificate.passed:  # on random inputs, too
                     _CERTIFICATES.setdefault(drawn, certificate)

@@ -98,7 +98,8 @@ class Certificate:
         """
         if (self.dtype, self.against) != (other.dtype, other.against):
             raise ValidationError(
-                f"A certificate for {self.dtype} against {self.against} was merged with one for {other.dtype} against {other.against}",
+                f"A certificate for {self.dtype} against {self.against} was merged with one for "
+                f"{other.dtype} against {other.against}",
                 advice="Keep them apart",
             )
         return dataclasses.replace(self, checks=self.checks + other.checks)
@@ -268,7 +269,9 @@ def _check(
     return Check(name, gradient, where, found, allowed_l2, allowed_max, problem, scale if math.isfinite(scale) else 0.0)
 
 
-def _nearest(actual: np.ndarray, reference: np.ndarray, terms: np.ndarray | float, bound: Tolerance) -> tuple[float, float]:
+def _nearest(
+    actual: np.ndarray, reference: np.ndarray, terms: np.ndarray | float, bound: Tolerance
+) -> tuple[float, float]:
     """Error and term of the element whose error exceeds what its own term allows by most."""
     with np.errstate(all="ignore"):
         error = np.abs(np.asarray(actual, np.float64) - np.asarray(reference, np.float64)).ravel()

@@ -41,7 +41,10 @@ def sensitivity[Name](
     moved = {name: np.zeros(np.shape(v)) for name, v in base.items()}
     with np.errstate(all="ignore"):
         for _ in range(draws(base)):
-            shifted = {name: nudged(a, rng, step) if is_float(a) else a for name, a in arrays.items()}
+            shifted = {
+                name: nudged(a, rng, step) if is_float(a) else a
+                for name, a in arrays.items()
+            }
             for name, value in function(shifted).items():
                 distance = np.abs(np.asarray(value, np.float64) - np.asarray(base[name], np.float64)) / step
                 moved[name] = np.fmax(moved[name], distance)  # an infinity minus itself is no movement

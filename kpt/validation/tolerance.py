@@ -106,7 +106,9 @@ def tolerance(dtype: str, reduction_length: int, *, gradient: bool = False, chai
     """
     eps = epsilon(dtype)
     if reduction_length < 0:
-        raise ValidationError(f"A tolerance was asked for reduction length {reduction_length}", advice="Pass the number of terms summed")
+        raise ValidationError(
+            f"A tolerance was asked for reduction length {reduction_length}", advice="Pass the number of terms summed"
+        )
     accumulator = min(eps, _EPS["float32"][0])
     storage = math.sqrt(max(1, chain)) * eps if eps > accumulator else 0.0
     twice = 2.0 if gradient else 1.0

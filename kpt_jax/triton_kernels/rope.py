@@ -30,7 +30,9 @@ class _Static:
     x_dtype: str
 
 
-def rope(*, x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None) -> jax.Array:
+def rope(
+    *, x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None
+) -> jax.Array:
     """`x cos + rotate(x) sin` on the first `R` of the head dim (arXiv:2104.09864); the rest passes through.
 
     Args:

@@ -338,3 +338,5 @@ linear_cross_entropy = library.kernel(
     "linear_cross_entropy", "torch", _lce_forward, _lce_backward,
     kept=lambda specs, params: (Spec(specs["labels"].shape, _acc(specs["x"].dtype)),) * 2,
 )  # fmt: skip
+
+

@@ -45,12 +45,7 @@ def put_product(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, activatio
 
 
 def put_gradients(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    dy: torch.Tensor,
-    dgate: torch.Tensor,
-    dup: torch.Tensor,
-    activation: str,
+    gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor, activation: str,
     y: torch.Tensor | None = None,
 ) -> None:
     """Writes the gradients of both factors, which may be where the factors are; all arrays are contiguous.

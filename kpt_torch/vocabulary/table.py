@@ -50,7 +50,6 @@ def is_float(dtype: str) -> bool:
 
 def common(*args: Any) -> str:
     """The dtype that torch computes an elementwise op of these in."""
-
     def like(a: Any) -> Any:
         return torch.empty((1,) * (1 if a.ndim else 0), dtype=torch_dtype(a.dtype), device="meta") if is_value(a) else a
 

@@ -22,7 +22,7 @@ ROWS = 64
 HEADS = (64, 96, 128, 256)
 """Head dims that there are kernels for; others are padded with zeros."""
 LONGEST_TILE = 128
-"""Queries or keys of one, of arrays that are no longer."""
+"""Queries or keys of one: shorter arrays are padded to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +83,6 @@ def refused_on_one_hopper(specs: Specs, params: Mapping[str, Any]) -> str | None
     if by_cudnn and refused_by_cudnn(specs, params) is None:
         if head not in HEADS:
             return f"pads head dims to {' or '.join(map(str, HEADS))}, and cuDNN takes {head} as it is"
-        if any(length % 8 or length < LONGEST_TILE for length in (q.shape[1], k.shape[1])):
-            least = f"copies arrays to lengths of {LONGEST_TILE} at least that 8 divides"
-            return f"{least}, and cuDNN takes {q.shape[1]} and {k.shape[1]} as they are"
         if not mask.terms:
             return "multiplies seven times in both passes, and cuDNN is faster where nothing is hidden"
     return None

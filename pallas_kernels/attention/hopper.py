@@ -35,7 +35,12 @@ MOST_PLANNED = 1 << 16
 UNEVEN = 1.01
 """How much more than its share a multiprocessor may have, for the L2's sake."""
 ADDING, LAUNCH = 3.3, 4
-"""What it costs to add parts of sums up, in steps: a number by its share of a step's work, 8 bytes at 3 TB/s, and a constant."""
+"""What adding parts of sums costs, in steps of a multiprocessor: the first for each number of a part's sums by those of a step's scores,
+where 8 bytes at 3 TB/s stand beside 4 (H + Hv) operations at 5 TFLOP/s; the second at all."""
+MOST_SUMS = 256 * 2**20
+"""Bytes of them."""
+WORTH = 0.97
+"""What is left of the time, at most, where there are more parts than one."""
 HIDDEN_KEY = -(2**31)
 """The number of a key that no query sees."""
 
@@ -341,7 +346,8 @@ def plan_of_keys(
     """In how many parts the query heads of a key head are taken where dk and dv are summed, and the plan.
 
     A tile of keys is as much work as its head has query heads, and few tiles of much work cannot be shared out. A part of the heads is
-    an item of its own, whose sums are added to those of the other parts later.
+    an item of its own, whose sums are added to those of the other parts later. What data hide is not known here: then there are parts
+    only where half of the multiprocessors would have nothing.
 
     Args:
       numbers: in tiles. keys, queries: of a tile, and of a step. tile_cost: what an item costs besides its steps, in steps.
@@ -351,19 +357,24 @@ def plan_of_keys(
     """
     (b, t, n, head), (_, length, kv_heads, head_v) = q.shape, v.shape
     group, tiles = n // kv_heads, pl.cdiv(length, keys)
+    items, sums = b * kv_heads * tiles, b * kv_heads * length
+    divisors = [p for p in range(1, group + 1) if group % p == 0]
+    divisors = [p for p in divisors if p == 1 or (4 * p * sums * (head + head_v) <= MOST_SUMS and p * items <= MOST_PLANNED)]
+    if numbers is not None:
+        few = 2 * items <= MULTIPROCESSORS
+        parts = next((p for p in divisors if p * items >= MULTIPROCESSORS), divisors[-1]) if few else 1
+        return parts, plan_by_data(spans_by_data(static, *numbers, queries, keys, of_keys=True), kv_heads * parts, tiles)
     steps = np.broadcast_to(span_of_queries(static, np.arange(tiles) * keys, keys, queries).steps, tiles)
-    found = []
-    for parts in (p for p in range(1, group + 1) if group % p == 0):
-        heads = group // parts
-        table, most = plan(tiles, b * kv_heads * parts, 1, 2 * t * heads * (head + head_v), heads * steps + tile_cost)
-        adding = LAUNCH + parts * ADDING * b * kv_heads * length / (keys * queries)
-        found.append((most + (adding if parts > 1 else 0), parts, table))
+    best, parts, table = math.inf, 1, np.empty(0)
+    for p in divisors:
+        heads = group // p
+        candidate, most = plan(tiles, b * kv_heads * p, 1, 2 * t * heads * (head + head_v), heads * steps + tile_cost)
+        cost = most if p == 1 else most + LAUNCH + p * ADDING * sums / (keys * queries)
+        if cost < WORTH * best:
+            best, parts, table = cost, p, candidate
         if most * MULTIPROCESSORS <= UNEVEN * b * kv_heads * np.sum(group * steps + tile_cost):
             break
-    _, parts, table = min(found, key=lambda f: f[:2])
-    if numbers is None:
-        return parts, table
-    return parts, plan_by_data(spans_by_data(static, *numbers, queries, keys, of_keys=True), kv_heads * parts, tiles)
+    return parts, table
 
 
 def sums_of_parts(like: jax.Array, parts: int) -> jax.ShapeDtypeStruct:
@@ -377,9 +388,10 @@ def place_of_sums(parts: int, batch: Any, part: Any, rows: Any) -> tuple[Any, ..
     return of_head if parts == 1 else (lax.rem(part, parts), *of_head)
 
 
-def added(sums: jax.Array, like: jax.Array, share: jax.Array | float = 0.0) -> jax.Array:
-    """What `sums_of_parts` is of, and `share`."""
-    return (sums.sum(0) + share).astype(like.dtype)
+def added(sums: jax.Array, like: jax.Array, share: jax.Array | None = None) -> jax.Array:
+    """What `sums_of_parts` is of, and `share`, `[B, K, H]`, for every key."""
+    whole = sums.sum(0)
+    return (whole if share is None else whole + share[:, None]).astype(like.dtype)
 
 
 def plan_by_data(spans: jax.Array, heads: int, tiles: int) -> jax.Array:

@@ -304,4 +304,4 @@ def gradients_of_keys(
     dk, dv = launch(q, k, v, g, lse, delta, jnp.asarray(table.reshape(-1)), *(numbers or ()), *([] if blind is None else [blind]))
     if parts == 1:
         return dk, dv
-    return added(dk, k), added(dv, v, 0.0 if share is None else share[:, None])
+    return added(dk, k), added(dv, v, share)

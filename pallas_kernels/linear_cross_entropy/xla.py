@@ -75,7 +75,9 @@ def linear_cross_entropy(
     return _loss(static, x, w, b, labels, weights)
 
 
-def check_arrays(x: jax.Array, w: jax.Array, labels: jax.Array, b: jax.Array | None, weights: jax.Array | None, invalid: str) -> jax.Array:
+def check_arrays(
+    x: jax.Array, w: jax.Array, labels: jax.Array, b: jax.Array | None, weights: jax.Array | None, invalid: str
+) -> jax.Array:
     """The labels, as `check` gives them. Raises `OpError` unless the shapes fit and `invalid` is known."""
     asked = f"linear_cross_entropy of x{list(x.shape)} w{list(w.shape)}" + ("" if b is None else f" b{list(b.shape)}")
     if w.ndim != 2 or x.ndim < 1 or x.shape[-1] != w.shape[0] or (b is not None and b.shape != w.shape[1:]):

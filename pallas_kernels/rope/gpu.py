@@ -103,7 +103,9 @@ def tile(h: int, r: int, interleaved: bool, dtypes: Sequence[Any]) -> Tile | Non
     return Tile(positions, vector, widths) if fits and not any(w % vector for w in widths) else None
 
 
-def rope(*, x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None) -> jax.Array:
+def rope(
+    *, x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None
+) -> jax.Array:
     """`x cos + rotate(x) sin` on the first `R` of the head dim (Su et al. 2021, arXiv:2104.09864); the rest passes through.
 
     Args:

@@ -9,7 +9,9 @@ from pallas_kernels.activations import wide
 from pallas_kernels.manual_axes import in_shard_map, vary_alike
 
 
-def rope(*, x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None) -> jax.Array:
+def rope(
+    *, x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False, out_dtype: str | None = None
+) -> jax.Array:
     """`x cos + rotate(x) sin` on the first `R` of the head dim (Su et al. 2021, arXiv:2104.09864); the rest passes through.
 
     Args:

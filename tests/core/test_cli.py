@@ -266,16 +266,13 @@ def test_a_branch_on_a_traced_value_cannot_be_planned(module):
     for command in (("plan", "alone:branches"), ("tune", "--program", "alone:branches")):
         result = call(*command, "--args-from", "alone:array")
         assert result.exit_code == REFUSED, result.output
-        for words in (
-            "boolean conversion of traced array",
-            "alone.py:6, in branches",
-            "jax.lax.cond or jax.numpy.where",
-            "static_argnames",
-        ):
+        for words in ("boolean conversion of traced array", "alone.py:6, in branches", "jax.lax.cond or jax.numpy.where", "static_argnames"):
             assert words in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("hardware", "show"), ("demo", "--steps", "0"), ("nonsense",), ("plan", "a:b", "--no")])
+@pytest.mark.parametrize(
+    "arguments", [("hardware", "show"), ("demo", "--steps", "0"), ("nonsense",), ("plan", "a:b", "--no")]
+)
 def test_wrong_usage_exits_with_2(arguments):
     assert call(*arguments).exit_code == REFUSED
 
@@ -347,7 +344,9 @@ def test_doctor_has_a_line_for_what_kernels_need(monkeypatch):
 
 @pytest.mark.parametrize(("coincide", "code"), [(True, OK), (False, NO)])
 def test_demo_exits_with_1_when_the_curves_part(monkeypatch, tmp_path, coincide, code):
-    monkeypatch.setattr("kpt.cli._front_end", lambda *_: lambda steps, out, console: {"steps": steps, "coincide": coincide})
+    monkeypatch.setattr(
+        "kpt.cli._front_end", lambda *_: lambda steps, out, console: {"steps": steps, "coincide": coincide}
+    )
     result = call("demo", "--steps", "3", "--out", str(tmp_path / "r.html"), "--json")
     assert result.exit_code == code
     assert json.loads(result.stdout) == {"steps": 3, "coincide": coincide}

@@ -184,11 +184,7 @@ def test_what_is_read_and_its_transpose_elsewhere_are_one_leaf():
     x, w, y, act, turned = f(4, 8), f(6, 8), f(4, 6), f(4, 6), f(8, 6)
     g.inputs, g.outputs = (x, w), (act, turned)
     contract = {"lhs_contract": (1,), "rhs_contract": (1,), "lhs_batch": (), "rhs_batch": (), "precision": ""}
-    g.nodes = [
-        Node("transpose", (w,), (turned,), {"perm": (1, 0)}),
-        Node("dot_general", (x, w), (y,), contract),
-        Node("tanh", (y,), (act,)),
-    ]
+    g.nodes = [Node("transpose", (w,), (turned,), {"perm": (1, 0)}), Node("dot_general", (x, w), (y,), contract), Node("tanh", (y,), (act,))]
     program, (match,), _ = default_fusion().find(g)
     assert match.op == "linear_act" and leaf_values(program, match) == (x, w)
 
@@ -200,7 +196,6 @@ def test_a_declined_match_leaves_the_reason():
 
 def test_a_pattern_that_raises_costs_its_finds_only():
     """A bug in one pattern must not take the user's program down."""
-
     def broken(program):
         yield from ()
         raise IndexError("off by one")

@@ -1,5 +1,7 @@
 """The neutral graph and its normaliser, without a framework."""
 
+
+
 from __future__ import annotations
 
 import json

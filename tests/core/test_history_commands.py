@@ -52,9 +52,7 @@ def slower(cache):
     return add("loss <1>", 0.09, 0) + add("rms_norm 8x16 float32: plain", 0.0, 1)
 
 
-@pytest.mark.parametrize(
-    "command", [("history",), ("compare",), ("regress",), ("tune",), ("tune", "export"), ("tune", "import")], ids=" ".join
-)
+@pytest.mark.parametrize("command", [("history",), ("compare",), ("regress",), ("tune",), ("tune", "export"), ("tune", "import")], ids=" ".join)
 def test_every_command_explains_itself_with_an_example(command):
     told = call(*command, "--help")
     assert told.exit_code == OK and "Usage:" in told.stdout
@@ -94,10 +92,7 @@ def test_compare_judges_each_series(slower):
     said = call("compare", "v1", "v2")
     assert said.exit_code == OK
     told = json.loads(call("compare", "v1", "v2", "--json").stdout)
-    assert {s["name"]: s["time"]["verdict"] for s in told["series"]} == {
-        "loss <1>": "moderate",
-        "rms_norm 8x16 float32: plain": "unchanged",
-    }
+    assert {s["name"]: s["time"]["verdict"] for s in told["series"]} == {"loss <1>": "moderate", "rms_norm 8x16 float32: plain": "unchanged"}
     assert re.search(r"loss <1> +forward +time +moderate +\+\d\.\d% \[\+\d\.\d%, \+\d+\.\d%\] +20 / 5", said.stdout), said.stdout
 
 
@@ -107,10 +102,7 @@ def test_memory_has_a_row_where_it_is_known(slower, command):
     History().put(*(Run("unknown", (1.0,), label=label) for label in ["v1"] * 8 + ["v2"] * 5))
     said = call(*command)
     rows = re.findall(r"^(.+?)  +forward +(time|memory) +(.+?)  ", said.stdout, re.MULTILINE)
-    assert sorted(r for r in rows if r[1] == "memory") == [
-        ("loss <1>", "memory", "unchanged"),
-        ("rms_norm 8x16 float32: plain", "memory", "unchanged"),
-    ]
+    assert sorted(r for r in rows if r[1] == "memory") == [("loss <1>", "memory", "unchanged"), ("rms_norm 8x16 float32: plain", "memory", "unchanged")]
     assert len([r for r in rows if r[1] == "time"]) == 3, said.stdout
 
 
@@ -138,9 +130,7 @@ def test_regress_tells_where_the_level_changed(cache):
     made = histories(NOISES["quiet"], 1, 50, 0.2, 20, np.random.default_rng(0))[0].tolist()
     History().put(*(Run("loss", tuple(r), commit=f"{i:012x}") for i, r in enumerate(made)))
     said = call("regress")
-    assert said.exit_code == OK and re.search(r"loss: the level changed at run \w{12} \(.*commit 0000000000(1d|1e|1f)\)", said.stdout), (
-        said.stdout
-    )
+    assert said.exit_code == OK and re.search(r"loss: the level changed at run \w{12} \(.*commit 0000000000(1d|1e|1f)\)", said.stdout), said.stdout
 
 
 @pytest.mark.parametrize(

@@ -84,13 +84,7 @@ EXPLAINED = [
     (Module(), (X,), {}, "torch", "Pass tensors: torch.as_tensor(numpy.array(array))."),
     (Module(), (X,), {"hardwear": "cpu"}, "torch", "hardwear may be hardware, misspelt."),
     (keyed, (X, X, X), {}, "jax", "Pass the arguments of one typical call: x, key."),
-    (
-        functools.partial(lambda w, x, *, scale, train=True: x @ w, scale=X),
-        (X,),
-        {},
-        "jax",
-        "Pass the arguments of one typical call: w, x, scale=..., train=True.",
-    ),
+    (functools.partial(lambda w, x, *, scale, train=True: x @ w, scale=X), (X,), {}, "jax", "Pass the arguments of one typical call: w, x, scale=..., train=True."),
 ]
 
 
@@ -103,10 +97,7 @@ def test_inputs_that_do_not_fit_are_explained(program, inputs, keywords, framewo
 
 
 def test_tensors_are_no_constants_of_a_jax_program():
-    with (
-        pytest.raises(InputError, match=r"\(dict, torch.Tensor\)\. .*constant.*jax\.numpy\.asarray"),
-        explained(one, ({}, Tensor()), {}, "jax"),
-    ):
+    with pytest.raises(InputError, match=r"\(dict, torch.Tensor\)\. .*constant.*jax\.numpy\.asarray"), explained(one, ({}, Tensor()), {}, "jax"):
         raise AssertionError("it is not run")
 
 

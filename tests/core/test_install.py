@@ -31,7 +31,5 @@ def test_no_page_installs_it_from_an_index():
 
 def test_the_extras_that_pages_name_are_there():
     named = re.compile(r"""-e \\?['"]\.\[([\w,-]+)\]|\binstall\(["']([\w-]+)["']\)|kpt-kernels\[([\w,-]+)\] @ git""")
-    found = {
-        extra for p in PAGES for groups in named.findall(p.read_text(encoding="utf-8")) for g in groups for extra in g.split(",") if extra
-    }
+    found = {extra for p in PAGES for groups in named.findall(p.read_text(encoding="utf-8")) for g in groups for extra in g.split(",") if extra}
     assert {"jax", "torch", "tpu", "xla", "jax-triton"} <= found <= set(EXTRAS)

@@ -51,19 +51,10 @@ def test_what_loses_is_left_out_and_what_wins_or_is_equal_stays(monkeypatch):
     left, notes, clock = run(["bad", "good", "equal", "worse"], monkeypatch)
     assert set(left) == {"bad0", "bad1", "worse0", "worse1"}
     for note, faster, kernel in zip(notes, ("2[3-7]", "(9|10)[0-9]"), ("bad", "worse"), strict=True):
-        assert re.fullmatch(
-            rf"rms_norm \(2 sites\): left as written, the program is {faster}\.\d% faster without {kernel} \(± \d\.\d% standard error\)\.",
-            note,
-        )
+        assert re.fullmatch(rf"rms_norm \(2 sites\): left as written, the program is {faster}\.\d% faster without {kernel} \(± \d\.\d% standard error\)\.", note)
     assert "faster without worse (" in left["worse1"]
     # Each is tried in a program without what was left out before it.
-    assert clock.made == [
-        {"bad", "good", "equal", "worse"},
-        {"good", "equal", "worse"},
-        {"equal", "worse"},
-        {"good", "worse"},
-        {"good", "equal"},
-    ]
+    assert clock.made == [{"bad", "good", "equal", "worse"}, {"good", "equal", "worse"}, {"equal", "worse"}, {"good", "worse"}, {"good", "equal"}]
 
 
 def test_one_kind_is_for_the_whole_program_to_decide(monkeypatch):

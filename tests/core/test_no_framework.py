@@ -46,12 +46,12 @@ def test_no_line_imports_a_framework(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_no_line_knows_what_is_inside_a_framework(file):
     """Its private modules are a front end's business."""
-    texts = {
-        n.value for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    }
+    texts = {n.value for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
     assert not {t for t in texts if t.startswith(tuple(f"{name}._" for name in FRAMEWORKS))}
 
 
-@pytest.mark.parametrize("line", ["import jax", "import numpy, jax.numpy as jnp", "from torch import nn", "def f():\n  import jax"])
+@pytest.mark.parametrize(
+    "line", ["import jax", "import numpy, jax.numpy as jnp", "from torch import nn", "def f():\n  import jax"]
+)
 def test_the_search_finds_what_it_looks_for(line):
     assert FRAMEWORKS & set(imports(line))

@@ -196,9 +196,7 @@ def test_what_is_refused(pipeline, tmp_path):
 def test_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = tmp_path / "kpt.toml"
-    config.write_text(
-        f'[pipeline]\nfunction = "{PROGRAM}:loss"\ninputs = "{PROGRAM}:batch"\nstore = "runs"\nbudget = 0\nname = "my loss"\n'
-    )
+    config.write_text(f'[pipeline]\nfunction = "{PROGRAM}:loss"\ninputs = "{PROGRAM}:batch"\nstore = "runs"\nbudget = 0\nname = "my loss"\n')
     run = CliRunner().invoke(cli.app, ["pipeline", "run", str(config), "--json"])
     assert run.exit_code == 0, run.output
     told = json.loads(run.stdout)
@@ -236,9 +234,7 @@ def test_an_nnx_module_is_saved_by_orbax(tmp_path):
     from orbax import checkpoint
 
     module = nnx.Sequential(nnx.RMSNorm(32, rngs=nnx.Rngs(0)), nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
-    made = kpt.ProductionPipeline(
-        module, (np.ones((4, 32), np.float32),), store=tmp_path, checkpoint_dir=tmp_path / "saved", budget=0
-    ).run()
+    made = kpt.ProductionPipeline(module, (np.ones((4, 32), np.float32),), store=tmp_path, checkpoint_dir=tmp_path / "saved", budget=0).run()
     found = checkpoint.StandardCheckpointer().restore(made.checkpoint)
     expected = nnx.to_pure_dict(nnx.state(module))
     np.testing.assert_array_equal(found["layers"]["1"]["kernel"], expected["layers"][1]["kernel"])

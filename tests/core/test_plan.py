@@ -18,7 +18,9 @@ from kpt.ops.mask import Causal, Mask, Window
 from kpt.strategy import LEVELS, Plan, Site, choose
 from kpt.validation import certify
 
-CHIP = types.SimpleNamespace(name="test CPU", platform="cpu", architecture="x86-64", peak_flops={"float32": 1e11}, memory_bandwidth=2e10)
+CHIP = types.SimpleNamespace(
+    name="test CPU", platform="cpu", architecture="x86-64", peak_flops={"float32": 1e11}, memory_bandwidth=2e10
+)
 X = Spec((2, 64, 4, 32), "float32")
 CERTIFICATE = certify({"y": np.array([1.0, np.inf])}, {"y": np.array([1.0, 2.0])}, "float32", 4).to_json()
 
@@ -37,10 +39,7 @@ ATTENTION = Site(
     specs={"q": X, "k": X, "v": X},
     fingerprint="9f2c",
     certificate=CERTIFICATE,
-    alternatives={
-        "attention.tpu": OtherHardware("runs on tpu, and test CPU is cpu"),
-        "attention.slow": "runs on one core, and test CPU is cpu",
-    },
+    alternatives={"attention.tpu": OtherHardware("runs on tpu, and test CPU is cpu"), "attention.slow": "runs on one core, and test CPU is cpu"},
 )
 DROPPED = Site(
     op="rms_norm",
@@ -144,7 +143,9 @@ def test_what_is_no_plan_is_a_plan_error_with_advice(text, words):
     assert caught.value.advice or caught.value.possible
 
 
-@pytest.mark.parametrize(("text", "name"), [(edited(colour="red"), "colour"), (site_with(colour="red"), "sites.colour")])
+@pytest.mark.parametrize(
+    ("text", "name"), [(edited(colour="red"), "colour"), (site_with(colour="red"), "sites.colour")]
+)
 def test_unknown_fields_are_left_out_with_a_note(text, name):
     assert any(name in note for note in Plan.from_json(text).notes)
 
@@ -287,13 +288,8 @@ CHOICES = [
     ("glu", [], {}, None, "No kernel for glu in jax is registered"),
     ("glu", [spec("glu.theirs", framework="torch")], {}, None, "No kernel for glu in jax is registered"),
     ("glu", [spec("glu.gpu", platforms=("cuda",))], {}, None, r"accepts this call \(1 for other hardware\)\.$"),
-    (
-        "glu",
-        [spec("glu.gpu", platforms=("cuda",)), spec("glu.tpu", platforms=("tpu",)), spec("glu.xla"), spec("glu.theirs", framework="torch")],
-        {"measurements": {"original": 1.0, "glu.xla": 2.0}},
-        None,
-        r"\(glu.xla measured 2 s against 1 s for the choice; 2 for other hardware\)\.$",
-    ),
+    ("glu", [spec("glu.gpu", platforms=("cuda",)), spec("glu.tpu", platforms=("tpu",)), spec("glu.xla"), spec("glu.theirs", framework="torch")],
+     {"measurements": {"original": 1.0, "glu.xla": 2.0}}, None, r"\(glu.xla measured 2 s against 1 s for the choice; 2 for other hardware\)\.$"),
     ("glu", [spec("glu.fp8", level="aggressive")], {}, None, "pass level='aggressive'"),
     ("glu", [spec("glu.xla")], {"measurements": {"original": 1.0, "glu.xla": 2.0}}, None, "glu.xla measured 2 s"),
     (

@@ -416,7 +416,9 @@ CANCELLING = [
 
 
 @pytest.mark.parametrize(("name", "array", "forward", "backward", "outputs", "sample", "shape"), CANCELLING)
-def test_validate_forgives_what_cancels_in_float32_and_nothing_larger(monkeypatch, name, array, forward, backward, outputs, sample, shape):
+def test_validate_forgives_what_cancels_in_float32_and_nothing_larger(
+    monkeypatch, name, array, forward, backward, outputs, sample, shape
+):
     op = op_of(name, array, forward, backward, outputs, sample)
     monkeypatch.setattr(sys.modules[__name__], "double", forward, raising=False)
 
@@ -432,9 +434,7 @@ def test_validate_forgives_what_cancels_in_float32_and_nothing_larger(monkeypatc
     assert not certificate(1e-3).passed
 
 
-@pytest.mark.parametrize(
-    ("framework", "dims", "measured"), [("jax", (4096, 1024), (1.14 * 1.32) ** 0.5), ("torch", (4096, 1024), 1.19 * (1 + 0.059))]
-)
+@pytest.mark.parametrize(("framework", "dims", "measured"), [("jax", (4096, 1024), (1.14 * 1.32) ** 0.5), ("torch", (4096, 1024), 1.19 * (1 + 0.059))])
 def test_no_more_is_estimated_of_rms_norm_on_a_cpu_than_was_measured(framework, dims, measured):
     """With gradients (docs/benchmarks/README.md): JAX in two runs, PyTorch within the noise of one."""
     found = registry.select("rms_norm", hardware_profile("cpu"), "float32", {"x": dims, "weight": dims[-1:]}, framework=framework)

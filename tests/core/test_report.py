@@ -79,7 +79,9 @@ def test_bars_are_in_proportion_and_inside():
     assert all(0 <= float(t.get("x")) <= WIDTH for t in svg.iter(f"{NS}text"))
 
 
-@pytest.mark.parametrize("chart", [line_chart([], **WORDS), bar_chart([Bar("a", 0.0, "0", "after")], title="t", description="d")])
+@pytest.mark.parametrize(
+    "chart", [line_chart([], **WORDS), bar_chart([Bar("a", 0.0, "0", "after")], title="t", description="d")]
+)
 def test_nothing_to_show_is_still_a_chart(chart):
     assert ET.fromstring(chart).tag == f"{NS}svg"
 
@@ -114,7 +116,9 @@ def report(passed=True, plan=PLAN):
     chart = line_chart([Line("a", [1, 2], [1.0, 2.0], "before")], **WORDS)
     table = Table(("step", "loss"), [("1", "<0.5>")], frozenset({1}))
     figures = (Figure("The same training", chart, "A caption.", table, (("before", "as written"),)),)
-    return Report("A title", "A verdict.", passed, (("2.0×", "faster step"),), (("Hardware", "a & b"),), figures, plan, "kpt demo")
+    return Report(
+        "A title", "A verdict.", passed, (("2.0×", "faster step"),), (("Hardware", "a & b"),), figures, plan, "kpt demo"
+    )
 
 
 class Page(html.parser.HTMLParser):
@@ -204,9 +208,7 @@ def test_a_place_that_may_not_be_written_is_told_before_the_work(tmp_path, monke
         writable(tmp_path / "mine.html")
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [(".", "is a folder"), ("none/report.html", "There is no folder .*none"), ("x" * 300, "too long")]
-)
+@pytest.mark.parametrize(("name", "says"), [(".", "is a folder"), ("none/report.html", "There is no folder .*none"), ("x" * 300, "too long")])
 def test_where_no_file_can_be_there_is_no_report_and_no_new_folder(tmp_path, name, says):
     with pytest.raises(ConfigError, match=says):
         write(report(), tmp_path / name)
@@ -222,10 +224,7 @@ def test_a_chart_as_a_file_brings_its_style_and_the_names_of_its_lines(tmp_path)
     assert [e.text for e in svg.iter(f"{NS}text")][-2:] == ["a < b", WORDS["title"]]
 
 
-@pytest.mark.parametrize(
-    "name, says",
-    [("chart.gif", "SVG, PNG or PDF"), ("chart", "SVG, PNG or PDF"), ("none/chart.svg", "no folder"), ("none/chart.png", "no folder")],
-)
+@pytest.mark.parametrize("name, says", [("chart.gif", "SVG, PNG or PDF"), ("chart", "SVG, PNG or PDF"), ("none/chart.svg", "no folder"), ("none/chart.png", "no folder")])
 def test_a_chart_that_cannot_be_written_is_refused(tmp_path, name, says):
     with pytest.raises(KptError, match=says):
         drawable(tmp_path / name)

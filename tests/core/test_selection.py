@@ -21,23 +21,8 @@ def ran(tmp_path):
     def run(marks: str, *options: str) -> tuple[list[int], str]:
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  slow\n  sampled\n")
         (tmp_path / "test_it.py").write_text(f"import pytest\n\n{marks}\n@pytest.mark.parametrize('i', range(7))\ndef test(i):\n    pass\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "tests.conftest",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "-v",
-            "-rs",
-            *options,
-        ]
-        done = subprocess.run(
-            [*command, "--rootdir", tmp_path, "-c", tmp_path / "pytest.ini", tmp_path], cwd=ROOT, capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-v", "-rs", *options]
+        done = subprocess.run([*command, "--rootdir", tmp_path, "-c", tmp_path / "pytest.ini", tmp_path], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode in (0, 5), done.stdout + done.stderr
         return [int(i) for i in re.findall(r"::test\[(\d)\] PASSED", done.stdout)], done.stdout
 

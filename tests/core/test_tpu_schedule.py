@@ -94,9 +94,7 @@ def test_a_wait_lasts_until_its_transfer_is_done():
 
 
 def test_a_branch_on_data_counts_what_it_may_skip():
-    run = simulate(
-        parse(PROGRAM.replace("scmp.eq.s32.totalorder %s2_s0, 2", "scmp.eq.s32.totalorder %s99_s9, 2"), utilization()), bytes_per_cycle=1e9
-    )
+    run = simulate(parse(PROGRAM.replace("scmp.eq.s32.totalorder %s2_s0, 2", "scmp.eq.s32.totalorder %s99_s9, 2"), utilization()), bytes_per_cycle=1e9)
     assert run.issued[10] == 5 and run.unknown == 5
 
 
@@ -160,13 +158,7 @@ def test_a_schedule():
 def test_levels_of_loops_join_what_runs_equally_often():
     made = schedule("kernel.1", generation("v5e"), PROGRAM, utilization())
     # The loop of five steps, around what the third of them skips.
-    assert [(level.start, level.bundles, level.issued) for level in made.loops] == [
-        (0, 1, 1),
-        (1, 9, 5),
-        (10, 2, 4),
-        (12, 8, 5),
-        (20, 1, 1),
-    ]
+    assert [(level.start, level.bundles, level.issued) for level in made.loops] == [(0, 1, 1), (1, 9, 5), (10, 2, 4), (12, 8, 5), (20, 1, 1)]
     loads = sum(level.occupancy["load"] * level.bundles * level.issued for level in made.loops)
     assert loads == pytest.approx(sum(s.occupancy["load"] * s.bundles * s.issued for s in made.stretches))
 
@@ -184,12 +176,7 @@ def test_a_core_that_is_sent_to_the_end_shares_nothing():
     body = re.sub(r"^( *)(?:0x)?([0-9a-f]+)( .*?:)", lambda m: f"{m[1]}{int(m[2], 16) + 5:#x}{m[3]}", PROGRAM, flags=re.MULTILINE)
     whole = body.replace("     0x5   :", "     0   :  { " + entry.removesuffix("  ;;  ") + " }\n" + slots + "     0x5   :")
     made = schedule("k", generation("v5p"), whole, utilization(26, loads=(15, 16)))
-    split = schedule(
-        "k",
-        generation("v5p"),
-        PROGRAM.replace("%s1_s0 = smov 0 ", "%s1_s0 = smov 0  ;;  %s70_s9 = sld [smem:[#allocation0]] "),
-        utilization(),
-    )
+    split = schedule("k", generation("v5p"), PROGRAM.replace("%s1_s0 = smov 0 ", "%s1_s0 = smov 0  ;;  %s70_s9 = sld [smem:[#allocation0]] "), utilization())
     assert (made.cores, split.cores) == (1, 2) and made.read == split.read
     assert made.stalled < split.stalled  # it has the HBM for itself
 
@@ -217,9 +204,7 @@ def test_a_store_that_a_predicate_decides(decides, skips, unknown):
 def test_waits_that_the_mxus_fill_are_no_stalls():
     """2,000 products in a step of four cycles each, more than the waits last: the MXUs are busy all the time."""
     products = "  ;;  ".join(f"%{900 + i} = vmatmul.mubr.bf16.gmra.mxu0 %v1_v1" for i in range(2000))
-    made = schedule(
-        "k", generation("v5e"), PROGRAM.replace("{ %30 = dma.done.wait", f"{{ {products}  ;;  %30 = dma.done.wait"), utilization()
-    )
+    made = schedule("k", generation("v5e"), PROGRAM.replace("{ %30 = dma.done.wait", f"{{ {products}  ;;  %30 = dma.done.wait"), utilization())
     few = schedule("k", generation("v5e"), PROGRAM, utilization())
     assert few.bound == "DMA latency" and few.stalled > 0.2 * few.cycles
     assert made.bound == "MXU" and made.occupancy["MXU"] == 1 and made.stalled == 0
@@ -240,9 +225,7 @@ def test_a_generation_has_the_names_of_its_profile(name):
 def test_an_mxu_is_never_more_than_busy():
     """Three products of four cycles each keep it busy for twelve bundles, of those that are issued as often."""
     products = "  ;;  ".join(f"%{90 + i} = vmatmul.mubr.bf16.gmra.mxu0 %v1_v1" for i in range(3))
-    made = schedule(
-        "k", generation("v5e"), PROGRAM.replace("{ %30 = dma.done.wait", f"{{ {products}  ;;  %30 = dma.done.wait"), utilization()
-    )
+    made = schedule("k", generation("v5e"), PROGRAM.replace("{ %30 = dma.done.wait", f"{{ {products}  ;;  %30 = dma.done.wait"), utilization())
     busy = {s.start: s.occupancy["MXU"] for s in made.stretches}
     assert [busy[b] for b in range(1, 12)] == [0, 0, *[1] * 7, 0, 0]
     assert all(share <= 1 for s in made.stretches for share in s.occupancy.values())
@@ -259,12 +242,7 @@ def test_a_plot_says_what_it_shows(tmp_path, name, starts):
     if name.endswith("svg"):
         shown = {element.text for element in ET.fromstring(written).iter("{http://www.w3.org/2000/svg}text")}
         fullest = sorted(made.occupancy, key=lambda unit: -made.occupancy[unit])
-        assert (
-            set(fullest[:3]) <= shown
-            and fullest[3] not in shown
-            and any("kernel.1 on TPU v5e" in text for text in shown)
-            and any("%" in text for text in shown)
-        )
+        assert set(fullest[:3]) <= shown and fullest[3] not in shown and any("kernel.1 on TPU v5e" in text for text in shown) and any("%" in text for text in shown)
 
 
 def test_a_transfer_that_depends_on_data_is_counted_as_unknown():
@@ -304,9 +282,7 @@ def test_a_branch_on_data_behind_one_that_is_taken_is_nothing():
 
 
 def test_a_comparison_that_is_not_issued_is_false():
-    program = PROGRAM.replace(
-        "%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%p8_p8 = pmov 0  ;;  %p1_p1 = scmp.eq.s32.totalorder (%p8_p8), %s2_s0, 2"
-    )
+    program = PROGRAM.replace("%p1_p1 = scmp.eq.s32.totalorder %s2_s0, 2", "%p8_p8 = pmov 0  ;;  %p1_p1 = scmp.eq.s32.totalorder (%p8_p8), %s2_s0, 2")
     run = simulate(parse(program, utilization()), bytes_per_cycle=1e9)
     assert run.issued[10] == 5 and run.unknown == 0
 

@@ -178,9 +178,7 @@ def site(**changes):
 
 
 def plan(*sites, **changes):
-    made = Plan(
-        "loss", "balanced", "cpu", "jax", {"jax": "0.11.2"}, tuple(s for s in sites if s.version), tuple(s for s in sites if not s.version)
-    )
+    made = Plan("loss", "balanced", "cpu", "jax", {"jax": "0.11.2"}, tuple(s for s in sites if s.version), tuple(s for s in sites if not s.version))
     return dataclasses.replace(made, **changes)
 
 
@@ -289,19 +287,9 @@ def series(count, slower=0.0, last=0, name="loss", seed=0, **fields):
 
 
 def test_regressions_are_judged_for_each_series_apart():
-    made = (
-        series(30, 0.1, 5, "slow")
-        + series(30, name="same", seed=1)
-        + series(6, 0.5, 3, "new", seed=2)
-        + series(30, name="slow", machine="there", seed=3)
-    )
+    made = series(30, 0.1, 5, "slow") + series(30, name="same", seed=1) + series(6, 0.5, 3, "new", seed=2) + series(30, name="slow", machine="there", seed=3)
     found = {(c.name, c.after[0].machine): c.time.verdict for c in regressions(made)}
-    assert found == {
-        ("slow", "here"): "moderate",
-        ("same", "here"): "unchanged",
-        ("new", "here"): "not enough data",
-        ("slow", "there"): "unchanged",
-    }
+    assert found == {("slow", "here"): "moderate", ("same", "here"): "unchanged", ("new", "here"): "not enough data", ("slow", "there"): "unchanged"}
 
 
 def test_a_change_that_was_accepted_is_the_new_baseline_and_is_told():

@@ -261,11 +261,7 @@ def test_in_what_a_program_differentiates_backward_passes_are_timed_and_nothing_
     met = []
     tuned(plan, done=lambda trial, outcome: met.append(trial.passes))
     place, kernels = planner.place_of(CPU, ("jax", "jaxlib")), registry.kernels()
-    assert (
-        met == [FORWARD]
-        and trials.known(Measurements(), place, kernels, X, {})
-        and not trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
-    )
+    assert met == [FORWARD] and trials.known(Measurements(), place, kernels, X, {}) and not trials.known(Measurements(), place, kernels, X, {}, (BOTH,))
     both = dataclasses.replace(plan, sites=(*plan.sites, inside))
     tuned(both, done=lambda trial, outcome: met.append(trial.passes))
     assert met == [FORWARD, BOTH], "what is inside and outside is timed once"
@@ -285,20 +281,10 @@ def test_what_an_estimate_left_is_timed_last_and_taken_where_it_is_below_the_roo
     before, why, others = planner.choose("rms_norm", X, {}, **call)
     assert before is None and "no kernel is estimated to be faster" in why and set(others) == set(registry._kernels)
     left = Site("rms_norm", ORIGINAL, None, "", "model.py:1", why, params={"eps": 1e-6}, specs=trial(rows=64).specs)
-    plan = dataclasses.replace(
-        a_plan(8), skipped=(left, dataclasses.replace(left, fingerprint="its proof failed"), dataclasses.replace(left, specs={}))
-    )
+    plan = dataclasses.replace(a_plan(8), skipped=(left, dataclasses.replace(left, fingerprint="its proof failed"), dataclasses.replace(left, specs={})))
     assert to_time(plan) == [*plan.sites, left]
     order = []
-    found = tune(
-        to_time(plan),
-        CPU,
-        RUNNER,
-        level="balanced",
-        trained=False,
-        budget=60.0,
-        done=lambda trial, outcome: order.append(trial.specs["x"].shape[0]),
-    )
+    found = tune(to_time(plan), CPU, RUNNER, level="balanced", trained=False, budget=60.0, done=lambda trial, outcome: order.append(trial.specs["x"].shape[0]))
     assert (found.measured, order) == (2, [8, 64])  # the larger call is the one without a kernel
     own = estimate(original("rms_norm", "jax"), ops.op("rms_norm").cost, X, {}, CPU, "float32")
     for factor, name in ((0.9, "rms_norm.fast"), (1.1, None)):

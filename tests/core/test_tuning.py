@@ -214,9 +214,7 @@ def test_a_file_of_the_first_version_keeps_its_rows(table, monkeypatch):
     row = of(block_q=64)
     figures = (row.seconds, row.low, row.high, row.samples, row.measured, row.kpt, "", 1)
     Store(table.store.path, first).write(
-        lambda c: c.execute(
-            f"INSERT INTO measurement VALUES ({', '.join('?' * 18)})", (*dataclasses.astuple(KEY), '{"block_q": 64}', *figures)
-        )
+        lambda c: c.execute(f"INSERT INTO measurement VALUES ({', '.join('?' * 18)})", (*dataclasses.astuple(KEY), '{"block_q": 64}', *figures))
     )
     assert table.all() == [row] and not table.all()[0].call
 

@@ -236,13 +236,7 @@ def test_a_gradient_that_is_rounding_alone_is_held_to_the_largest_and_a_small_on
     def normal(size):
         return (size * rng.standard_normal(64)).astype("float32")
 
-    original = {
-        "dlarge": normal(1.0),
-        "dsmall": normal(size),
-        "dbias": normal(noise),
-        "dzero": np.zeros(64, "float32"),
-        "dempty": normal(1.0)[:0],
-    }
+    original = {"dlarge": normal(1.0), "dsmall": normal(size), "dbias": normal(noise), "dzero": np.zeros(64, "float32"), "dempty": normal(1.0)[:0]}
 
     def nearby():
         moved = {n: g * (1 + 10 * normal(tolerance(dtype, 0).rtol_l2)[: g.size]) for n, g in original.items()} | {"dbias": normal(noise)}
@@ -267,9 +261,7 @@ def test_what_is_made_of_rounding_alone_may_move_as_with_the_last_bits_eightfold
     bound = tolerance("float32", 64)
     moved = metrics(nearby, base)
     made = with_last_bits((0.0, 0.0), moved, bound)
-    assert bound.allowed_l2(made[0], 1 << 60) == pytest.approx(8 * moved.abs_l2) and bound.allowed_max(made[1]) == pytest.approx(
-        8 * moved.max_abs
-    )
+    assert bound.allowed_l2(made[0], 1 << 60) == pytest.approx(8 * moved.abs_l2) and bound.allowed_max(made[1]) == pytest.approx(8 * moved.max_abs)
     assert with_last_bits((1e9, 1e9), moved, bound) == (1e9, 1e9)
 
     def passed(actual, sensitivity):

@@ -13,7 +13,9 @@ import kpt
 from kpt.kernels.validate import validate
 from kpt.ops import Op, Spec, op
 
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+EIGHT_DEVICES = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 """XLA_FLAGS of a process with eight devices. What is tested there is where arrays lie, not what LLVM makes of eight times the code."""
 
 
@@ -21,9 +23,7 @@ def rest_slow(cases: Iterable[Any], *quick: Any) -> list[Any]:
     """Cases of a test, of which all but some are among the slow tests."""
     found = list(cases)
     assert set(quick) <= set(found), set(quick) - set(found)
-    return [
-        case if case in quick else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow) for case in found
-    ]
+    return [case if case in quick else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow) for case in found]
 
 
 def specs_of(dtype: str, **arrays: Any) -> dict[str, Spec]:

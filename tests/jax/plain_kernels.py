@@ -121,7 +121,9 @@ def linear_cross_entropy(x, w, b=None, *, labels, weights=None, **params):
     return loss if weights is None else loss * weights
 
 
-KERNELS = {f.__name__: f for f in (attention, linear_act, glu, rms_norm, layer_norm, rope, cross_entropy, linear_cross_entropy)}
+KERNELS = {
+    f.__name__: f for f in (attention, linear_act, glu, rms_norm, layer_norm, rope, cross_entropy, linear_cross_entropy)
+}
 
 
 @dataclasses.dataclass

@@ -34,10 +34,7 @@ def measured(name, shape, backward=False):
 
 def test_every_contender_is_a_row_with_figures_or_a_reason():
     rows = {r.contender: r for r in measured("rms_norm", (32, 1024), backward=True)}
-    assert {
-        "plain",
-        *(f"rms_norm.{k}" for k in ("xla", "pallas_gpu", "pallas_gpu_wide", "pallas_tpu", "jax_triton", "jax_triton_turing")),
-    } == set(rows)
+    assert {"plain", *(f"rms_norm.{k}" for k in ("xla", "pallas_gpu", "pallas_gpu_wide", "pallas_tpu", "jax_triton", "jax_triton_turing"))} == set(rows)
     assert rows["rms_norm.pallas_gpu"].problem.startswith("refused: runs on cuda")
     assert rows["rms_norm.pallas_tpu"].problem.startswith("refused: runs on tpu")
     for r in (rows["plain"], rows["rms_norm.xla"]):
@@ -74,9 +71,7 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch):
 @pytest.mark.parametrize("name", BENCHES)
 def test_plain_code_computes_the_op(name):
     b = BENCHES[name]
-    shape = {"attention": (1, 64, 4, 2, 16), "rope": (1, 32, 2, 16), "ragged_matmul": (64, 32, 48, 4)}.get(
-        b.op, (32, 128, 64)[: len(b.dims.split())]
-    )
+    shape = {"attention": (1, 64, 4, 2, 16), "rope": (1, 32, 2, 16), "ragged_matmul": (64, 32, 48, 4)}.get(b.op, (32, 128, 64)[: len(b.dims.split())])
     assert bench.certified(b, b.plain, *[b.specs("float32", *shape)] * 2)[1] is None
     assert len(shape) == len(b.shapes[0]) == len(b.cpu_shapes[0]) == len(b.dims.split())
 
@@ -99,15 +94,9 @@ def test_inputs_rotate_past_the_cache():
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [
-        (["softmax"], "Known are"),
-        (["rms_norm", "--shapes", "64"], "ROWSxWIDTH"),
-        (["rms_norm", "--shapes", "axb"], "numbers"),
-        (["glu", "--shapes", "0x128x512"], "Arrays without elements"),
-        (["attention", "--shapes", "1x0x2x2x8"], "Arrays without elements"),
-        (["glu", "--shapes", "64x32x64", "--dtype", "float64"], "JAX_ENABLE_X64=1"),
-        (["glu", "--plot", "chart.gif"], "SVG, PNG or PDF"),
-    ],
+    [(["softmax"], "Known are"), (["rms_norm", "--shapes", "64"], "ROWSxWIDTH"), (["rms_norm", "--shapes", "axb"], "numbers"),
+     (["glu", "--shapes", "0x128x512"], "Arrays without elements"), (["attention", "--shapes", "1x0x2x2x8"], "Arrays without elements"),
+     (["glu", "--shapes", "64x32x64", "--dtype", "float64"], "JAX_ENABLE_X64=1"), (["glu", "--plot", "chart.gif"], "SVG, PNG or PDF")],
 )
 def test_a_request_that_is_not_understood(arguments, said):
     result = CliRunner().invoke(app, ["bench", *arguments])

@@ -66,7 +66,9 @@ def test_curves_coincide_within_the_tolerance_at_every_step(before, after, coinc
     assert ("do not coincide" in demo_report.verdict(made)) is not coincide
 
 
-@pytest.mark.parametrize(("seconds", "word"), [((0.2, 0.1), "2.00× faster"), ((0.1, 0.2), "2.00× slower"), ((0.1, 0.1), "1.00× faster")])
+@pytest.mark.parametrize(
+    ("seconds", "word"), [((0.2, 0.1), "2.00× faster"), ((0.1, 0.2), "2.00× slower"), ((0.1, 0.1), "1.00× faster")]
+)
 def test_a_slower_step_is_called_slower(seconds, word):
     before, after = (Variant("", lambda: None, (None, None), 100, 1.0, [3.0], [s]) for s in seconds)
     made = Demo(SMALL, 1, 1, Plan("loss", "balanced", "cpu", "jax"), 0.0, before, after, b"")

@@ -195,11 +195,11 @@ def test_a_plan_gives_every_item_to_one_worker(tiles, outer, inner, weight):
 
 @pytest.mark.parametrize("mask", [CAUSAL, WINDOW, Mask()], ids=["causal", "window", "all"])
 @pytest.mark.parametrize(("b", "t", "n", "k", "h"), [(1, 4096, 32, 8, 128), (4, 4096, 32, 8, 128), (2, 4096, 16, 1, 128), (8, 1024, 64, 8, 128),
-                                                     (1, 12288, 16, 16, 128), (4, 4096, 16, 16, 128), (2, 4096, 8, 1, 256)])  # fmt: skip
+                                                     (1, 131072, 32, 2, 128), (1, 12288, 16, 16, 128), (4, 4096, 16, 16, 128), (2, 4096, 8, 1, 256)])  # fmt: skip
 def test_work_on_keys_is_shared_out_evenly(mask, b, t, n, k, h):
     """Of few key heads of many queries one multiprocessor had up to four times its share."""
     from pallas_kernels.attention.calls import ROWS, Static
-    from pallas_kernels.attention.hopper import plan_of_keys, span_of_queries
+    from pallas_kernels.attention.hopper import MOST_SUMS, plan_of_keys, span_of_queries
     from pallas_kernels.attention.hopper_backward import TILE, TILE_COST, steps_of_queries
 
     keys, rows = (ROWS, ROWS) if h > 128 else (TILE, steps_of_queries(h, h).queries)
@@ -212,6 +212,21 @@ def test_work_on_keys_is_shared_out_evenly(mask, b, t, n, k, h):
     steps = np.broadcast_to(span_of_queries(static, np.arange(tiles) * keys, keys, rows).steps, tiles)
     loads = np.array([np.sum(heads * steps[mine % tiles] + TILE_COST) for mine in items])
     assert loads.max() <= 1.08 * loads.sum() / 132
+    assert parts == 1 or parts * k * b * t * 2 * h * 4 <= MOST_SUMS
+
+
+def test_data_says_what_is_work_and_so_parts_are_for_idle_multiprocessors_alone():
+    from pallas_kernels.attention.calls import Static
+    from pallas_kernels.attention.hopper import numbers_in_tiles, plan_of_keys
+
+    def parts(b, t, n, k):
+        q, v = (jax.ShapeDtypeStruct((b, t, heads, 128), "bfloat16") for heads in (n, k))
+        numbers = numbers_in_tiles((jax.numpy.zeros((b, t), "int32"),) * 2, q, v, 64, 128)
+        found, table = plan_of_keys(Static(DOCUMENTS, 1.0, None, t, t), q, v, numbers, 128, 64, 2)
+        assert table[:, 0].sum() == found * b * k * t // 128
+        return found
+
+    assert [parts(2, 4096, 16, 1), parts(1, 2048, 32, 8), parts(1, 1024, 8, 4)] == [4, 1, 2]
 
 
 @pytest.mark.parametrize(("n", "k", "parts"), [(16, 1, 4), (4, 4, 1)])
@@ -436,8 +451,10 @@ def test_refused_where_xla_may_partition(monkeypatch):
         (WINDOW, {"t": 32768}, "attention.pallas_gpu"),
         (CAUSAL, {"t": 4090}, "attention.cudnn"),
         (CAUSAL, {"t": 96}, "attention.cudnn"),
+        (CAUSAL, {"t": 4096, "s": 8192}, "attention.cudnn"),
         (Mask(), {}, "attention.cudnn"),
         (Mask((Causal(), Lengths()), fill=-1e30), {}, "attention.pallas_gpu"),
+        (Mask((Lengths(),), fill=-1e30), {}, "attention.cudnn"),
         (DOCUMENTS, {"h": 256}, "attention.pallas_gpu_wide"),
         (DOCUMENTS, {}, "attention.pallas_gpu"),
         (DOCUMENTS, {"h": 96}, "attention.pallas_gpu"),

@@ -106,10 +106,7 @@ def in_chunks(monkeypatch):
     monkeypatch.setattr(gpu, "add_product", lambda total, a, b: total + (a.T @ b).astype(total.dtype))
 
 
-@pytest.mark.parametrize(
-    "case",
-    rest_slow(CASES, "linear_act gelu", "linear_act, several tiles", "glu", "glu_linear, tiles", "matmul", "linear_cross_entropy, all"),
-)
+@pytest.mark.parametrize("case", rest_slow(CASES, "linear_act gelu", "linear_act, several tiles", "glu", "glu_linear, tiles", "matmul", "linear_cross_entropy, all"))
 def test_agrees_with_float64(case, interpreted, request, monkeypatch):
     if "chunks" in case:
         request.getfixturevalue("in_chunks")

@@ -50,7 +50,8 @@ CASES = {
     "rms_norm, several rows to a block": ("rms_norm", rows("float16", 5, 1800), {}),
     "rms_norm, residual, three axes": ("rms_norm", specs_of("bfloat16", x=(2, 2, 640), residual=(2, 2, 640)), {"out_dtype": "float32"}),
     "rms_norm, a cluster": ("rms_norm", rows(n=5, width=2048), {}),
-    "layer_norm, a cluster, no piece divides": ("layer_norm", rows("bfloat16", 5, 4104, ("weight", "bias"), residual=(5, 4104)), {}),
+    "layer_norm, a cluster, no piece divides": (
+        "layer_norm", rows("bfloat16", 5, 4104, ("weight", "bias"), residual=(5, 4104)), {}),
     "cross_entropy": ("cross_entropy", losses(), {}),
     "cross_entropy, all parameters": (
         "cross_entropy",
@@ -64,32 +65,28 @@ CASES = {
     "rope, neighbours, a part of the head": ("rope", turned(t=130, n=3, h=40, r=16), {"interleaved": True}),
     "rope, as many positions as a tile": ("rope", turned("float16", b=1, t=128, n=1, h=16), {}),
 }
-LARGE = (
-    {
-        f"{name} {width} {dtype}": (name, rows(dtype, 300, width, names, **({"residual": (300, width)} if width != 4096 else {})), {})
-        for name, names, width, dtype in (
-            ("layer_norm", ("weight", "bias"), 4096, "bfloat16"),
-            ("layer_norm", ("weight",), 2880, "bfloat16"),
-            ("rms_norm", ("weight",), 8192, "bfloat16"),
-            ("rms_norm", (), 5120, "float32"),
-            ("layer_norm", ("weight", "bias"), 16384, "bfloat16"),
-            ("layer_norm", ("weight", "bias"), 65536, "bfloat16"),
-            ("rms_norm", ("weight",), 20000, "float32"),
-        )
-    }
-    | {f"cross_entropy {n}": ("cross_entropy", losses("bfloat16", 8192, n), {}) for n in (128256, 50257)}
-    | {
-        f"rope {h}, {r} turn, {dtype}, interleaved {interleaved}": ("rope", turned(dtype, 4, 4096, n, h, r), {"interleaved": interleaved})
-        for dtype, n, h, r, interleaved in (
-            ("bfloat16", 32, 128, 128, False),
-            ("bfloat16", 32, 128, 128, True),
-            ("float32", 5, 96, 96, False),
-            ("float16", 28, 80, 32, False),
-            ("bfloat16", 16, 256, 64, True),
-            ("float32", 1, 64, 64, True),
-        )
-    }
-)
+LARGE = {
+    f"{name} {width} {dtype}": (name, rows(dtype, 300, width, names, **({"residual": (300, width)} if width != 4096 else {})), {})
+    for name, names, width, dtype in (
+        ("layer_norm", ("weight", "bias"), 4096, "bfloat16"),
+        ("layer_norm", ("weight",), 2880, "bfloat16"),
+        ("rms_norm", ("weight",), 8192, "bfloat16"),
+        ("rms_norm", (), 5120, "float32"),
+        ("layer_norm", ("weight", "bias"), 16384, "bfloat16"),
+        ("layer_norm", ("weight", "bias"), 65536, "bfloat16"),
+        ("rms_norm", ("weight",), 20000, "float32"),
+    )
+} | {f"cross_entropy {n}": ("cross_entropy", losses("bfloat16", 8192, n), {}) for n in (128256, 50257)} | {
+    f"rope {h}, {r} turn, {dtype}, interleaved {interleaved}": ("rope", turned(dtype, 4, 4096, n, h, r), {"interleaved": interleaved})
+    for dtype, n, h, r, interleaved in (
+        ("bfloat16", 32, 128, 128, False),
+        ("bfloat16", 32, 128, 128, True),
+        ("float32", 5, 96, 96, False),
+        ("float16", 28, 80, 32, False),
+        ("bfloat16", 16, 256, 64, True),
+        ("float32", 1, 64, 64, True),
+    )
+}
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ def attended(dtype="bfloat16", t=256, s=256, h=64, **more):
 
 FIXED = {
     f"layer_norm {width} {dtype}": ("layer_norm.pallas_gpu", rows(dtype, n, width, "weight", "bias"), {})
-    for n, width, dtype in ((300, 4096, "bfloat16"), (300, 8192, "float16"), (30, 16384, "bfloat16"), (30, 12345, "float32"))
+    for n, width, dtype in (
+        (300, 4096, "bfloat16"), (300, 8192, "float16"), (30, 16384, "bfloat16"), (30, 12345, "float32"))
 } | {
     "rms_norm 2880": ("rms_norm.pallas_gpu", rows("bfloat16", 300, 2880, "weight"), {"weight_offset": 1.0}),
     "rms_norm 16384": ("rms_norm.pallas_gpu", rows("float16", 30, 16384, "weight"), {}),

@@ -143,10 +143,7 @@ def test_launches_compile(case, architecture, launches, tmp_path):
         assert spills(compiled(one, architecture), tmp_path) <= SPILLED.get((architecture, case), 0), one["kernel"]
 
 
-@pytest.mark.parametrize(
-    "case,kernel",
-    [("rms_norm", "forward_whole"), ("rms_norm", "backward_whole"), ("glu", "forward_blocks"), ("cross_entropy", "forward_rows")],
-)
+@pytest.mark.parametrize("case,kernel", [("rms_norm", "forward_whole"), ("rms_norm", "backward_whole"), ("glu", "forward_blocks"), ("cross_entropy", "forward_rows")])
 def test_rows_are_read_16_bytes_at_a_time(case, kernel, launches):
     (made,) = (m for m in launches(case, "sm80") if m["kernel"].fn.__name__ == kernel)
     code = compiled(made, "sm80").asm["ptx"]
@@ -182,9 +179,7 @@ for kernel in kpt.registry.kernels():
         kpt.registry.load(kernel)
 print("kpt_jax.triton_kernels.attention" in sys.modules, "torch" in sys.modules)
 """
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     assert found.stdout.split() == ["True", "False"], found.stdout + found.stderr
 
 
@@ -196,17 +191,13 @@ def here(name: str, hardware: str = "a100", framework: str = "jax", **changed: S
     kernel = kpt.registry.get(name)
     specs, params = specs_for(kernel.op)
     specs = specs | changed
-    return refusal(
-        kernel, kernel.op, kpt.hardware_profile(hardware), next(iter(specs.values())).dtype, specs, params, "balanced", framework
-    )
+    return refusal(kernel, kernel.op, kpt.hardware_profile(hardware), next(iter(specs.values())).dtype, specs, params, "balanced", framework)
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch):
     """As if jax-triton and its triton were installed."""
-    monkeypatch.setattr(
-        "kpt.kernels.spec._installed", lambda package: {"jax-triton": "0.4.1", "triton": "3.7.0"}.get(package, jax.__version__)
-    )
+    monkeypatch.setattr("kpt.kernels.spec._installed", lambda package: {"jax-triton": "0.4.1", "triton": "3.7.0"}.get(package, jax.__version__))
     if "jax_triton" not in sys.modules:
         monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(triton_call=None))
 

@@ -1,5 +1,7 @@
 """Matching never raises, whatever the program, and takes time in proportion to its size."""
 
+
+
 from __future__ import annotations
 
 import time
@@ -52,9 +54,7 @@ def test_random_programs_match_without_a_fault_and_run_the_same(size, block_of_s
         if not found.sites:
             continue
         for a, b in zip(fast(*args), fn(*args), strict=True):
-            np.testing.assert_allclose(
-                a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b), initial=1, where=jnp.isfinite(b))), err_msg=str(seed)
-            )
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b), initial=1, where=jnp.isfinite(b))), err_msg=str(seed))
 
 
 ODD = {
@@ -94,7 +94,6 @@ def test_a_faulty_pattern_is_logged_and_costs_nothing_else(caplog):
 
 def test_time_is_linear_in_the_size_of_the_program():
     """Sixteen times the layers take at most three times sixteen times as long (a quadratic matcher takes 256)."""
-
     def seconds(layers):
         def fn(x, g):
             for _ in range(layers):

@@ -270,9 +270,7 @@ def test_what_is_also_returned_unrounded_is_not_rounded(returned):
         np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize(
-    "f", [lambda u: rope(u, *FEW), lambda u: _halves(u, *FEW), lambda u: _neighbours(u, *FEW), lambda u: rms_norm(u, 1.0)]
-)
+@pytest.mark.parametrize("f", [lambda u: rope(u, *FEW), lambda u: _halves(u, *FEW), lambda u: _neighbours(u, *FEW), lambda u: rms_norm(u, 1.0)])
 def test_what_is_widened_and_read_elsewhere_is_left(f):
     """Two roundings are no rounding of a sum: of what nearly cancels they leave nothing."""
 

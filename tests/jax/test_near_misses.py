@@ -421,7 +421,6 @@ def test_near_miss(miss):
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
 def test_norm_of_what_an_outer_jit_prints_is_unharmed(name, capfd):
     """Effects stay, in order, when a site next to them is replaced."""
-
     def fn(x):
         jax.debug.print("before {}", x.sum())
         y = x * jax.lax.rsqrt(mean_square(x) + 1e-6) if name == "rms_norm" else jax.nn.standardize(x)

@@ -73,12 +73,7 @@ def test_a_call_in_interpret_mode_is_told(interpret, told):
 
 
 def test_compiled_kernels_are_those_of_their_calls():
-    calls = [
-        PallasCall("attention", False, 12),
-        PallasCall("attention_bwd", False, 6),
-        PallasCall("norm", False, 2),
-        PallasCall("norm", False, 3),
-    ]
+    calls = [PallasCall("attention", False, 12), PallasCall("attention_bwd", False, 6), PallasCall("norm", False, 2), PallasCall("norm", False, 3)]
     assert times_of(["jvp_attention_.1", "transpose_jvp_attention_bwd__.1", "norm.1", "norm.2"], calls) == [12, 6, None, None]
     assert times_of(["norm.1", "norm.2"], [PallasCall("norm", False, 2)] * 2) == [2, 2]
     assert times_of(["norm.1"], [PallasCall("norm", False, 2)] * 2) == [None]  # the compiler merged two, or kept one

@@ -417,7 +417,6 @@ def test_a_plan_without_proofs_runs_nothing(kernel, unproved, monkeypatch):
 
 def test_a_small_gradient_of_the_wrong_sign_is_found_beside_a_large_one(kernel, unproved, monkeypatch):
     """By the proof of the whole program, where that of the site did not see it."""
-
     @jax.custom_vjp
     def wrong(x, w_gate, w_up, w_down):
         return down(*projected(x, w_gate, w_up), w_down)

@@ -141,7 +141,6 @@ def test_equal_code_with_another_derivative_rule_is_proved_anew():
 
 def test_an_example_is_part_of_a_proof():
     """Equal code is proved once on random inputs; what one user's data shows says nothing of another's."""
-
     def fn(x, w):
         return jax.nn.gelu(x @ w)
 

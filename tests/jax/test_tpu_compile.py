@@ -328,9 +328,7 @@ def test_an_answer_that_was_not_ended_is_none():
 def test_who_asked_and_is_killed_leaves_nothing_behind(tmp_path):
     told = tmp_path / "told"
     code = f"from kpt_jax.tpu import *; compile_programs([users_program('{HERE}:waits', '{HERE}:small')], [generation('v5e')])"
-    asks = subprocess.Popen(
-        [sys.executable, "-c", "from kpt.tpu import generation; " + code], env=os.environ | {"KPT_TEST_WAITS": str(told)}
-    )
+    asks = subprocess.Popen([sys.executable, "-c", "from kpt.tpu import generation; " + code], env=os.environ | {"KPT_TEST_WAITS": str(told)})
     assert eventually(lambda: told.exists() and told.read_text().count(" "))
     child, folder = told.read_text().split()
     asks.kill()
@@ -420,12 +418,7 @@ def sixty_mebibytes(x):
 def test_a_generation_that_fails_withholds_no_other():
     command = ["tpu", "schedule", f"{HERE}:sixty_mebibytes", "--args-from", f"{HERE}:small", "--gen", "v4,v5e"]
     run = CliRunner().invoke(cli.app, command)
-    assert (
-        run.exit_code == console.REFUSED
-        and "v5e" in run.stdout
-        and "Where the cycles" in run.stdout
-        and "was to be compiled for v4" in run.output
-    )
+    assert run.exit_code == console.REFUSED and "v5e" in run.stdout and "Where the cycles" in run.stdout and "was to be compiled for v4" in run.output
     run = CliRunner().invoke(cli.app, [*command, "--json"])
     made, failed = json.loads(run.stdout)
     assert run.exit_code == console.REFUSED and made["generation"] == "v5e" and failed["generation"] == "v4" and "VMEM" in failed["error"]

@@ -106,9 +106,7 @@ def test_kernels_and_callbacks_of_known_integers_are_not_run():
         looped = jax.lax.scan(lambda c, _: (inner(c), None), jnp.zeros((8, 128), jnp.int32), None, length=2)[0]
         until = jax.lax.while_loop(lambda c: c[0, 0] < 3, inner, looped)
         asked_for = jax.pure_callback(asked, jax.ShapeDtypeStruct((2,), jnp.int32), n)
-        looped_call = jax.lax.scan(
-            lambda c, _: (jax.pure_callback(asked, jax.ShapeDtypeStruct((2,), jnp.int32), c), None), n, None, length=2
-        )[0]
+        looped_call = jax.lax.scan(lambda c, _: (jax.pure_callback(asked, jax.ShapeDtypeStruct((2,), jnp.int32), c), None), n, None, length=2)[0]
         return kernel(asked_for + looped_call + until[0, :2], x)
 
     assert known(fn, N, X)[-1] is None and ran == []

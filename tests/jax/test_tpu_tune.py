@@ -36,11 +36,7 @@ def distance(best, rule=6):
 
     def evaluate(candidates):
         return [
-            rule
-            if c is None
-            else None
-            if max(c.values()) > 512
-            else 1 + sum(abs(c[n].bit_length() - size.bit_length()) for n, size in best.items())
+            rule if c is None else None if max(c.values()) > 512 else 1 + sum(abs(c[n].bit_length() - size.bit_length()) for n, size in best.items())
             for c in candidates
         ]
 

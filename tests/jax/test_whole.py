@@ -22,7 +22,6 @@ def normalised(x, w):
 
 def step(weights, state, x):
     """New weights, new state, a loss: as much as goes in."""
-
     def loss(weights):
         for w in weights:
             x_ = normalised(x, w)
@@ -106,9 +105,7 @@ def test_what_was_compared_goes_and_nothing_comes_to_the_host(monkeypatch):
         alive.append(sum(x.nbytes for x in jax.live_arrays() if x.size == 4096) / size)
         return found
 
-    monkeypatch.setattr(
-        on_device.jax, "device_get", lambda tree: fetched.extend((x.size, x.dtype) for x in jax.tree.leaves(tree)) or get(tree)
-    )
+    monkeypatch.setattr(on_device.jax, "device_get", lambda tree: fetched.extend((x.size, x.dtype) for x in jax.tree.leaves(tree)) or get(tree))
     monkeypatch.setattr(type(ROOM), "metrics", lambda self, *arrays: counted(*arrays))
     gc.collect()
     gc.freeze()  # what other tests left is not looked through again each time

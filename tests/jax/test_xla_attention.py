@@ -86,7 +86,9 @@ def value_and_grads(fn, arrays, **params):
 
 def reference(arrays, **params):
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-        wide = {n: jnp.asarray(x, "float64" if jnp.issubdtype(x.dtype, jnp.floating) else None) for n, x in arrays.items()}
+        wide = {
+            n: jnp.asarray(x, "float64" if jnp.issubdtype(x.dtype, jnp.floating) else None) for n, x in arrays.items()
+        }
         return jax.device_get(jax.jit(lambda arrays: value_and_grads(formula, arrays, **params))(wide))
 
 
@@ -201,7 +203,9 @@ def test_zero_length_dims(dims):
     arrays = inputs(mask, **{"t": 6, "s": 6, **dims})
     got = value_and_grads(xla.attention, arrays, mask=mask)
     assert got["out"].shape == (*arrays["q"].shape[:3], arrays["v"].shape[3])
-    assert {n: g.shape for n, g in got.items() if n != "out"} == {f"d{n}": arrays[n].shape for n in ("q", "k", "v", "bias")}
+    assert {n: g.shape for n, g in got.items() if n != "out"} == {
+        f"d{n}": arrays[n].shape for n in ("q", "k", "v", "bias")
+    }
     assert all(np.isfinite(x).all() for x in got.values())
 
 

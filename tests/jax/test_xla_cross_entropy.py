@@ -43,9 +43,7 @@ def formula(logits, labels, g, label_smoothing=0.0, logits_soft_cap=None, invali
         loss = loss - label_smoothing * z.mean(-1)
     if invalid == "nan":
         loss = np.where(valid, loss, np.nan)
-    d = (share[..., None] * np.exp(z - lse) - (1 - label_smoothing) * onehot - label_smoothing / classes) * np.asarray(g, np.float64)[
-        ..., None
-    ]
+    d = (share[..., None] * np.exp(z - lse) - (1 - label_smoothing) * onehot - label_smoothing / classes) * np.asarray(g, np.float64)[..., None]
     return loss, d if t is None else d * (1 - t * t)
 
 
@@ -123,7 +121,9 @@ def test_linear_cross_entropy(case, shape, chunks, cotangents, monkeypatch):
         return loss, vjp(g)
 
     loss, (dx, dw, db) = both(x, w, b, g)
-    plain = linear_cross_entropy(x=jnp.asarray(x), w=jnp.asarray(w), b=jnp.asarray(b), labels=jnp.asarray(labels), **params)
+    plain = linear_cross_entropy(
+        x=jnp.asarray(x), w=jnp.asarray(w), b=jnp.asarray(b), labels=jnp.asarray(labels), **params
+    )
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
     want_loss, dz = formula(x64 @ w64 + b, labels, g, **params)
     close(loss, want_loss, terms=16)

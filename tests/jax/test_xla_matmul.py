@@ -123,13 +123,8 @@ TRANSFORMS = {
     "remat": lambda f: lambda *a: jnp.stack([jax.checkpoint(f)(*(v[i] for v in a)) for i in range(2)]),
     "vmap": jax.vmap,
     "scan": lambda f: lambda *a: jax.lax.scan(lambda _, one: (None, f(*one)), None, a)[1],
-    "shard_map": lambda f: (
-        lambda *a: jnp.stack(
-            [
-                jax.shard_map(f, mesh=mesh_of_one(), in_specs=(P("data"), P(), P()), out_specs=P("data"))(*(v[i] for v in a))
-                for i in range(2)
-            ]
-        )
+    "shard_map": lambda f: lambda *a: jnp.stack(
+        [jax.shard_map(f, mesh=mesh_of_one(), in_specs=(P("data"), P(), P()), out_specs=P("data"))(*(v[i] for v in a)) for i in range(2)]
     ),
 }
 

@@ -26,9 +26,7 @@ from tests.cases import CASES, Case
 from tests.jax.certified import mesh_of_one
 
 
-def interpreted(
-    *operands: Any, kernel: Any, grid: tuple[int, ...], out_type: list[Any], num_warps: int, num_stages: int | None, **named: Any
-) -> Any:
+def interpreted(*operands: Any, kernel: Any, grid: tuple[int, ...], out_type: list[Any], num_warps: int, num_stages: int | None, **named: Any) -> Any:
     """`jax_triton.triton_call`: arguments of the kernel that are not given are what it writes, one after the other."""
     assert not operands
     arrays = {n: a for n, a in named.items() if isinstance(a, jax.Array)}
@@ -91,9 +89,7 @@ def mapped(case: Case, seed: int) -> str:
 def sharded(case: Case, seed: int) -> str:
     """What is wrong with gradients inside of a `shard_map` that checks over which devices they are summed, or ""."""
     op, fn = kpt.ops.op(case.op), kpt.registry.load(f"{case.op}.jax_triton")
-    shared = {"weight", "bias", "w", "b", "w_gate", "w_up", "b_gate", "b_up"} | (
-        {"cos", "sin"} if "cos" in case.specs and case.specs["cos"].shape[0] == 1 else set()
-    )
+    shared = {"weight", "bias", "w", "b", "w_gate", "w_up", "b_gate", "b_up"} | ({"cos", "sin"} if "cos" in case.specs and case.specs["cos"].shape[0] == 1 else set())
     if any(not s.shape for n, s in case.specs.items() if n not in shared):
         return ""  # nothing to shard
     arrays = {n: jnp.asarray(a) for n, a in op.sample(np.random.default_rng(seed), case.specs, **case.params).items()}
@@ -101,9 +97,7 @@ def sharded(case: Case, seed: int) -> str:
     moving = [n for n in op.differentiable if n in arrays]
 
     def gradients(given: dict[str, Any]) -> Any:
-        return jax.grad(lambda d: sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(fn(**given | d, **case.params))))(
-            {n: given[n] for n in moving}
-        )
+        return jax.grad(lambda d: sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(fn(**given | d, **case.params))))({n: given[n] for n in moving})
 
     inside = jax.shard_map(gradients, mesh=mesh_of_one(), in_specs=(places,), out_specs={n: places[n] for n in moving})
     for n, (a, b) in {n: (g, gradients(arrays)[n]) for n, g in jax.jit(inside)(arrays).items()}.items():

@@ -13,12 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = {
-    "default": None,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-}
+BACKENDS = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 WRONG = 0.02
 
 
@@ -50,9 +45,7 @@ def main():
         arrays = [torch.randn(2, 32, times, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
         for causal in (False, True):
             want = exact(*arrays, causal)
-            for order, layout, masked, name in itertools.product(
-                (("BNTH", "BTNH"), ("BTNH", "BNTH")), ("BTNH", "BNTH"), (False, True), BACKENDS
-            ):
+            for order, layout, masked, name in itertools.product((("BNTH", "BTNH"), ("BTNH", "BNTH")), ("BTNH", "BNTH"), (False, True), BACKENDS):
                 told = []
                 for of_cotangent in order:
                     try:
@@ -60,17 +53,7 @@ def main():
                         told.append(f"dO {of_cotangent}: {' '.join(f'{e:.1e}' for e in found)}{' WRONG' if max(found) > WRONG else ''}")
                     except RuntimeError as problem:
                         told.append(type(problem).__name__)
-                print(
-                    times,
-                    "causal" if causal else "full",
-                    "q",
-                    layout,
-                    "mask" if masked else "no mask",
-                    name,
-                    "|",
-                    "; ".join(told),
-                    flush=True,
-                )
+                print(times, "causal" if causal else "full", "q", layout, "mask" if masked else "no mask", name, "|", "; ".join(told), flush=True)
     print("torch", torch.__version__, "cuDNN", torch.backends.cudnn.version(), torch.cuda.get_device_name())
 
 

@@ -69,9 +69,7 @@ def test_every_op_has_a_call():
 def test_the_function_is_the_op(op):
     for args, kwargs in CALLS[op]:
         fn = FUNCTIONS.get(op) or getattr(torch.Tensor, METHODS[op])
-        for want, got in zip(
-            *(r if isinstance(r, (tuple, list)) else [r] for r in (op(*args, **kwargs), fn(*args, **kwargs))), strict=True
-        ):
+        for want, got in zip(*(r if isinstance(r, (tuple, list)) else [r] for r in (op(*args, **kwargs), fn(*args, **kwargs))), strict=True):
             assert want.dtype == got.dtype and want.stride() == got.stride() and torch.equal(want, got)
             assert (want.data_ptr() == args[0].data_ptr()) == (got.data_ptr() == args[0].data_ptr()) if torch.is_tensor(args[0]) else True
 

@@ -132,9 +132,7 @@ def test_model(name, train):
     state = {n: t.clone() for n, t in model.state_dict().items()}
     fast = kpt_torch.optimize(model)
     want, got = numbers(model, inputs), numbers(fast, inputs)
-    for n in [
-        n for n in want if n.endswith(("key.bias", "key_proj.bias"))
-    ]:  # 0 but for rounding, as softmax does not see what is added to every key
+    for n in [n for n in want if n.endswith(("key.bias", "key_proj.bias"))]:  # 0 but for rounding, as softmax does not see what is added to every key
         assert max(abs(want.pop(n)).max(), abs(got.pop(n)).max()) < 1e-6
     verdict = compare(got, want, "float32", 4096, gradients=[n for n in want if n.startswith("d")])
     assert verdict.passed, verdict.summary()

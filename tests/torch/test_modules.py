@@ -734,7 +734,6 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
 
 def test_a_proof_holds_where_a_query_sees_nothing(monkeypatch):
     """Its scores drown in the fill, which is no excuse: a kernel that goes by them is not used."""
-
     def program(x, pad):
         s = x @ x.mT + torch.where(pad[:, None] & torch.ones(8, 8, dtype=torch.bool).tril(), 0.0, torch.finfo(x.dtype).min)
         return s.softmax(-1) @ x

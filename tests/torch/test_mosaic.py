@@ -42,6 +42,7 @@ ATTENTION = {
     "attention, lengths that no tile divides": ("attention", attended(t=264, s=272, h=128), {"mask": Mask((Causal(8),)), "scale": 0.2}),
     "attention, head dim 96": ("attention", attended(t=200, h=96), {"mask": CAUSAL}),
     "attention, window": ("attention", attended("float16", n=2, k=2), {"mask": Mask((Causal(), Window(40, None)))}),
+    "attention, groups in parts": ("attention", attended(t=264, n=8, k=1, h=128), {"mask": CAUSAL}),
     "attention, cap": ("attention", attended(t=200), {"mask": CAUSAL, "logits_soft_cap": 5.0}),
 }
 
@@ -71,6 +72,10 @@ def weighed(static, q, k, lse=None):
 @pytest.fixture
 def by_formula(monkeypatch):
     """The three kernels of attention as what they compute, in float64."""
+    from pallas_kernels.attention.hopper import plan_of_keys
+    from pallas_kernels.attention.hopper_backward import TILE, TILE_COST, steps_of_queries
+    from pallas_kernels.attention.hopper_forward import forward_tiles
+
     static = None
     real = mosaic._scores
 
@@ -92,7 +97,7 @@ def by_formula(monkeypatch):
         ds = ds * (1 - tanh**2) if static.cap else ds
         dq = torch.einsum("bnts,bsnh->btnh", ds, k.repeat_interleave(group, 2))
         dk = torch.einsum("bnts,btnh->bsnh", ds, q)
-        return dq, *(a.unflatten(2, (k.shape[2], group)).sum(3) for a in (dk, dv))
+        return dq, dk, dv  # of each query head
 
     def kernel(fn, name):
         def call(*given):
@@ -102,7 +107,7 @@ def by_formula(monkeypatch):
                 q, k, v = (a.double() for a in arrays)
                 _, p, lse = weighed(static, q, k)
                 out = torch.einsum("bnts,bsnh->btnh", p, v.repeat_interleave(q.shape[2] // v.shape[2], 2))
-                tile = 192 if q.shape[3] == 64 else 128
+                tile = forward_tiles(q.shape[3], v.shape[3], q.shape[1]).queries
                 return out.to(arrays[0].dtype), behind(lse.float(), -(-q.shape[1] // tile) * tile)
             *others, delta = arrays
             if name == "attention_dq":
@@ -111,9 +116,14 @@ def by_formula(monkeypatch):
                     made = (delta.double() * arrays[3].double()).sum(-1).transpose(1, 2)
                     delta = behind(made.float(), -(-made.shape[2] // 128) * 128)
                 assert delta.shape[2] % 128 == 0
-            dq, dk, dv = (a.to(arrays[0].dtype) for a in gradients(*others, delta))
+            q, _, v = arrays[:3]
+            dq, *of_heads = gradients(*others, delta)
             if name == "attention_dk_dv":
-                return dk, dv
+                steps = steps_of_queries(q.shape[3], v.shape[3]).queries
+                parts = plan_of_keys(static, q, v, None, TILE, steps, TILE_COST)[0]
+                sums = [a.unflatten(2, (v.shape[2], parts, -1)).sum(4).movedim(3, 0) for a in of_heads]
+                return [a.float() for a in sums] if parts > 1 else [a[0].to(q.dtype) for a in sums]
+            dq = dq.to(q.dtype)
             return (dq,) if delta is arrays[5] else (dq, delta)
 
         return call
@@ -237,7 +247,7 @@ def test_refused_where_it_cannot_run(monkeypatch):
     (attended(h=80), {"mask": CAUSAL}, "head"),
     (attended(h=64, hv=128), {"mask": CAUSAL}, "head dims"),
     (attended(t=257), {"mask": CAUSAL, "logits_soft_cap": 3.0}, "8 divides"),
-    (attended(t=128), {"mask": CAUSAL}, "from 192 on"),
+    (attended(t=120), {"mask": CAUSAL}, "from 128 on"),
     (attended(), {"mask": Mask((Causal(-5),))}, "every query sees a key"),
     (attended(), {"mask": Mask((Lengths(),))}, "lengths"),
     (attended(), {"mask": CAUSAL, "scale": -1.0}, "positive scale"),

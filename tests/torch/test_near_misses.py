@@ -225,9 +225,7 @@ def read_through_a_view_made_before_the_write(q, k, v, cache):
     return _attended(q, seen, v[:, :, :6])
 
 
-@pytest.mark.parametrize(
-    ("fn", "count"), [(read_before_and_after_a_write, 1), (read_before_a_write, 0), (read_through_a_view_made_before_the_write, 1)]
-)
+@pytest.mark.parametrize(("fn", "count"), [(read_before_and_after_a_write, 1), (read_before_a_write, 0), (read_through_a_view_made_before_the_write, 1)])
 @pytest.mark.parametrize("own", [False, True], ids=["given", "made here"])
 def test_memory_that_is_written_is_read_as_the_code_reads_it(fn, count, own):
     """As a cache of keys is: what reads it after the last write is a site, and nothing before is."""

@@ -54,11 +54,7 @@ def test_figures_are_those_of_numpy(dtype, special, monkeypatch):
 
 
 def test_nothing_finite_and_nothing_at_all():
-    for a, r in (
-        (torch.full((3,), math.nan), torch.full((3,), math.inf)),
-        (torch.ones(0), torch.ones(0)),
-        (torch.zeros(4), torch.zeros(4)),
-    ):
+    for a, r in ((torch.full((3,), math.nan), torch.full((3,), math.inf)), (torch.ones(0), torch.ones(0)), (torch.zeros(4), torch.zeros(4))):
         close(ROOM.metrics(a, r), metrics(to_numpy(a), to_numpy(r)))
         if a.numel():
             close(on_device.figures(a, r), metrics(to_numpy(a), to_numpy(r)))
@@ -115,11 +111,7 @@ def test_a_digest_of_any_tensor():
 def test_a_draw_is_of_its_seed_mean_and_deviation():
     spec = Spec((64, 500), "bfloat16")
     x = ROOM.normal(7, spec, 1.0, 0.25)
-    assert (
-        x.dtype == torch.bfloat16
-        and torch.equal(x, ROOM.normal(7, spec, 1.0, 0.25))
-        and not torch.equal(x, ROOM.normal(8, spec, 1.0, 0.25))
-    )
+    assert x.dtype == torch.bfloat16 and torch.equal(x, ROOM.normal(7, spec, 1.0, 0.25)) and not torch.equal(x, ROOM.normal(8, spec, 1.0, 0.25))
     assert float(x.float().mean()) == pytest.approx(1, abs=0.01) and float(x.float().std()) == pytest.approx(0.25, rel=0.02)
 
 

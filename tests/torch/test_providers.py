@@ -189,9 +189,7 @@ def test_scores_that_drowned_while_a_graph_is_captured(row, monkeypatch):
 def test_a_soft_cap_is_refused():
     specs = dict.fromkeys(("q", "k", "v"), Spec((1, 8, 2, 16), "float32"))
     spec = kpt.registry.get("attention.sdpa")
-    why = refusal(
-        spec, "attention", kpt.hardware_profile("cpu"), "float32", specs, {"mask": Mask(), "logits_soft_cap": 30.0}, "balanced", "torch"
-    )
+    why = refusal(spec, "attention", kpt.hardware_profile("cpu"), "float32", specs, {"mask": Mask(), "logits_soft_cap": 30.0}, "balanced", "torch")
     assert why is not None and "logits_soft_cap" in why
 
 

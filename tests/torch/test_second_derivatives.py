@@ -136,12 +136,7 @@ def test_a_row_that_sees_nothing_is_refused_in_words():
     attention = kpt.registry.load("attention.sdpa")
     q, k, v = (arrays[n] for n in "qkv")
     with pytest.raises(KernelError, match="gradient of a gradient"):
-        penalty(
-            lambda q, k, v: attention(q=q, k=k, v=v, keep=arrays["keep"], mask=Mask((Explicit(),), -1e30, additive=True)).square().sum(),
-            q,
-            k,
-            v,
-        )
+        penalty(lambda q, k, v: attention(q=q, k=k, v=v, keep=arrays["keep"], mask=Mask((Explicit(),), -1e30, additive=True)).square().sum(), q, k, v)
 
 
 def test_an_op_without_a_formula_is_refused_in_words():

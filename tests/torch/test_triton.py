@@ -25,20 +25,8 @@ AMD = {"gfx90a": "bf16", "gfx942": "bf16", "gfx950": "bf16"}
 TARGETS = NVIDIA | AMD
 NAMES = list(triton_ahead.kernels())
 # One of each family where minutes matter: what holds most, and what is written most differently.
-FEW = (
-    "layer_norm forward 4096",
-    "layer_norm backward 8192",
-    "cross_entropy forward capped, smoothed",
-    "rope interleaved backward",
-    "rope pair",
-    "glu mish backward",
-    "glu mish backward and product",
-    "linear_act gelu_tanh forward turned",
-    "linear_act mish forward",
-    "matmul",
-    "attention forward_blocks 128 masked",
-    "attention keys_backward 128",
-)
+FEW = ("layer_norm forward 4096", "layer_norm backward 8192", "cross_entropy forward capped, smoothed", "rope interleaved backward", "rope pair",
+       "glu mish backward", "glu mish backward and product", "linear_act gelu_tanh forward turned", "linear_act mish forward", "matmul", "attention forward_blocks 128 masked", "attention keys_backward 128")
 
 
 def interpreted(op: str, cases: int, seed: int) -> None:

@@ -136,11 +136,7 @@ def test_a_step_of_training():
             self.up = torch.nn.Linear(64, 64, bias=False)
 
         def forward(self, x):
-            normed = (
-                F.rms_norm(x, (64,), self.weight, 1e-6)
-                if x.device.type == "cpu"
-                else kernel("rms_norm.pallas_tpu")(x=x, weight=self.weight)
-            )
+            normed = F.rms_norm(x, (64,), self.weight, 1e-6) if x.device.type == "cpu" else kernel("rms_norm.pallas_tpu")(x=x, weight=self.weight)
             return self.up(normed).square().mean()
 
     torch.manual_seed(0)
@@ -174,10 +170,7 @@ def test_what_is_traced_and_kept():
 
 
 def test_a_kernel_for_another_chip_is_refused_in_words():
-    with (
-        mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=False)),
-        pytest.raises(KernelError, match="rms_norm.xla"),
-    ):
+    with mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=False)), pytest.raises(KernelError, match="rms_norm.xla"):
         xla.kernel("rms_norm.pallas_tpu")(x=tensor(np.ones((8, 128), np.float32)))
 
 

@@ -67,12 +67,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             constants = {"INTERLEAVED": interleaved, "BACKWARD": backward, "HEADS": heads, "BLOCK": half, "TAIL": tail, "x_dim": 1}
             found[f"rope{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn, ROPE, constants, rope.WARPS
             both = constants | {"OTHER_HEADS": rope.tile(64, 192, 8)[0], "other_dim": 1}
-            found[f"rope pair{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = (
-                rope.turn_both,
-                ROPE,
-                both,
-                rope.WARPS,
-            )
+            found[f"rope pair{' interleaved' if interleaved else ''}{' backward' if backward else ''}"] = rope.turn_both, ROPE, both, rope.WARPS
     scaled = {"BLOCK": linear_cross_entropy.BLOCK}
     found["linear_cross_entropy scale"] = linear_cross_entropy.scale_rows, SCALE, scaled, linear_cross_entropy.WARPS
     for head in (64, 128, 256):
@@ -87,26 +82,12 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         found[f"glu {activation} forward"] = glu.forward_blocks, GLU, constants, glu.WARPS
         found[f"glu {activation} backward"] = glu.backward_blocks, GLU, constants, glu.WARPS
         found[f"glu {activation} backward and product"] = glu.backward_and_product_blocks, GLU, constants, glu.WARPS
-        found[f"linear_act {activation} backward"] = (
-            product.slope_blocks,
-            GLU,
-            {"ACTIVATION": activation, "BLOCK": product.BLOCK},
-            product.WARPS,
-        )
+        found[f"linear_act {activation} backward"] = product.slope_blocks, GLU, {"ACTIVATION": activation, "BLOCK": product.BLOCK}, product.WARPS
         for turned in (False, True):  # as x @ w, and as torch's linear layers turn it
             given = {"ACTIVATION": activation, "BIAS": True, "KEEP": True, "GROUP": product.GROUP, "x_inner": 1}
             name = f"linear_act {activation} forward{' turned' if turned else ''}"
             found[name] = product.product_blocks, PRODUCT, given | {"w_inner" if turned else "w_column": 1}, 0
-    given = {
-        "ACTIVATION": "identity",
-        "BIAS": False,
-        "KEEP": False,
-        "GROUP": product.GROUP,
-        "x_inner": 1,
-        "w_column": 1,
-        "b": None,
-        "z": None,
-    }
+    given = {"ACTIVATION": "identity", "BIAS": False, "KEEP": False, "GROUP": product.GROUP, "x_inner": 1, "w_column": 1, "b": None, "z": None}
     found["matmul"] = product.product_blocks, PRODUCT, given, 0
     return found
 
@@ -126,9 +107,7 @@ def compiled(name: str, target: GPUTarget, architecture: str, dtype: str) -> Any
         options["enable_fp_fusion"] = False
     if types is ATTENTION and "KEYS" in fn.arg_names:
         tiles = attention.TILES["blackwell" if architecture == "sm100" else family(architecture)][constants["HEAD"]]
-        chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(
-            fn.__name__, tiles.busy if constants["CAP"] else tiles.forward
-        )
+        chosen = {"queries_backward": tiles.dq, "keys_backward": tiles.dkv}.get(fn.__name__, tiles.busy if constants["CAP"] else tiles.forward)
         constants = constants | {"QUERIES": chosen.queries, "KEYS": chosen.keys, "STAGES": chosen.stages}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
     if types is PRODUCT:

@@ -155,9 +155,7 @@ def read_by_a_linear_layer(device: str, case: Case, seed: int) -> str:
     if not found.passed:
         return found.summary()
     if seed < 2 and all(0 not in s.shape for s in specs.values()):
-        arrays = {
-            n: from_numpy(a, device).requires_grad_() for n, a in glus.LINEAR.sample(np.random.default_rng(0), specs, **params).items()
-        }
+        arrays = {n: from_numpy(a, device).requires_grad_() for n, a in glus.LINEAR.sample(np.random.default_rng(0), specs, **params).items()}
         given = [arrays.get(n) for n in (*glus.LINEAR.arrays, *glus.LINEAR.optional)]
         for early in ("", "factors"):
             torch.library.opcheck(glus.glu_linear.definition, (*given, _encoded(params | {"early": early})))

@@ -1,5 +1,7 @@
 """A projection followed by an activation, and gated units, as people write them."""
 
+
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,16 +49,10 @@ table.add("reshaped_before_activation", lambda x, w1: jax.nn.gelu((x.reshape(-1,
 table.add("vmapped", lambda x, w1, b1: jax.vmap(jax.vmap(lambda r: jax.nn.relu(w1.T @ r + b1)))(x), act("relu"))
 table.add("vector", lambda g, w1, b1: jax.nn.relu(g @ w1 + b1), site("linear_act", w=(D, F)))
 table.add("mlp", lambda x, w1, b1, w2: jax.nn.gelu(x @ w1 + b1) @ w2, act("gelu_tanh"))
-table.add(
-    "two_layers", lambda x, w1, b1, w2: jnp.tanh(jax.nn.gelu(x @ w1 + b1) @ w2), act("gelu_tanh"), site("linear_act", activation="tanh")
-)
+table.add("two_layers", lambda x, w1, b1, w2: jnp.tanh(jax.nn.gelu(x @ w1 + b1) @ w2), act("gelu_tanh"), site("linear_act", activation="tanh"))
 table.add("bf16", lambda x, w1, b1: jax.nn.gelu(x @ w1 + b1), act("gelu_tanh", out_dtype="bfloat16"), dtype="bfloat16")
-table.add(
-    "bf16_silu_in_f32",
-    lambda x, w1: jax.nn.silu((x @ w1).astype(jnp.float32)).astype(jnp.bfloat16),
-    act("silu", "x w", out_dtype="bfloat16"),
-    dtype="bfloat16",
-)
+table.add("bf16_silu_in_f32", lambda x, w1: jax.nn.silu((x @ w1).astype(jnp.float32)).astype(jnp.bfloat16),
+          act("silu", "x w", out_dtype="bfloat16"), dtype="bfloat16")
 
 linen_dense, nnx_dense = nn.Dense(F), nnx.Linear(D, F, rngs=nnx.Rngs(0))
 table.add("linen_dense", lambda x, w1, b1: nn.relu(linen_dense.apply({"params": {"kernel": w1, "bias": b1}}, x)), act("relu"))
@@ -78,9 +74,8 @@ table.add("one_bias", lambda x, w1, b1, w3: jax.nn.silu(x @ w1 + b1) * (x @ w3),
 table.add("then_down", lambda x, w1, w3, w2: (jax.nn.silu(x @ w1) * (x @ w3)) @ w2, unit("silu"))
 table.add("fused_sliced", lambda x, w13: jax.nn.silu((y := x @ w13)[..., :F]) * y[..., F:], unit("silu"))
 table.add("fused_second_half_gates", lambda x, w13: (y := x @ w13)[..., :F] * jax.nn.silu(y[..., F:]), unit("silu"))
-table.add(
-    "fused_biased", lambda x, w13, b13: jax.nn.silu((y := x @ w13 + b13)[..., :F]) * y[..., F:], unit("silu", "x w_gate w_up b_gate b_up")
-)
+table.add("fused_biased", lambda x, w13, b13: jax.nn.silu((y := x @ w13 + b13)[..., :F]) * y[..., F:],
+          unit("silu", "x w_gate w_up b_gate b_up"))
 table.add("fused_stacked", lambda x, w13: jax.nn.silu((y := (x @ w13).reshape(2, 12, 2, F))[:, :, 0]) * y[:, :, 1], unit("silu"))
 table.add("fused_einsum", lambda x, w13: jax.nn.silu((y := jnp.einsum("btd,dcf->cbtf", x, w13.reshape(D, 2, F)))[0]) * y[1], unit("silu"))
 table.add("jax_nn_glu", lambda x, w13: jax.nn.glu(x @ w13), unit("sigmoid"))
@@ -101,9 +96,6 @@ for short, (name, f) in MINGLED.items():
     table.add(short, lambda x, w1, w3, f=f: f(x @ w1, x @ w3), unit(name))
     table.add(f"{short}_split", lambda x, w13, f=f: f(*jnp.split(x @ w13, 2, -1)), unit(name))
 table.add("a_up_sigmoid_second_half", lambda x, w13: MINGLED["a_up_sigmoid"][1](*jnp.split(x @ w13, 2, -1)[::-1]), unit("silu"))
-table.add(
-    "a_up_sigmoid_biased",
-    lambda x, w1, b1, w3, b3: MINGLED["a_up_sigmoid"][1](x @ w1 + b1, x @ w3 + b3),
-    unit("silu", "x w_gate w_up b_gate b_up"),
-)
+table.add("a_up_sigmoid_biased", lambda x, w1, b1, w3, b3: MINGLED["a_up_sigmoid"][1](x @ w1 + b1, x @ w3 + b3),
+          unit("silu", "x w_gate w_up b_gate b_up"))
 table.add("a_up_sigmoid_bf16", lambda x, w1, w3: MINGLED["a_up_sigmoid"][1](x @ w1, x @ w3), unit("silu"), dtype="bfloat16")

@@ -1,5 +1,7 @@
 """Softmax cross entropy, alone and on a language-model head, as people write it."""
 
+
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -74,35 +76,24 @@ for name, (f, invalid) in SPELLED.items():
     table.add(f"{name}_head", lambda x, head, labels, f=f: f(x @ head, labels).mean(), head(invalid))
 table.add("indexed", lambda logits, labels: indexed(logits, labels), ce("clip", logits=(2 * T, V), labels=(2 * T,)))
 table.add("per_token", lambda logits, labels: integer(logits, labels), ce())
-table.add(
-    "mean_of_picked", lambda logits, labels: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)), ce("drop")
-)
-table.add("masked_mean", lambda x, head, labels, weights: (integer(x @ head, labels) * weights).sum() / weights.sum(), weighted())
-table.add(
-    "masked_where", lambda x, head, labels, weights: jnp.where(weights, integer(x @ head, labels), 0).sum() / weights.sum(), weighted()
-)
+table.add("mean_of_picked", lambda logits, labels: -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)), ce("drop"))
+table.add("masked_mean", lambda x, head, labels, weights: (
+    (integer(x @ head, labels) * weights).sum() / weights.sum()), weighted())
+table.add("masked_where", lambda x, head, labels, weights: jnp.where(weights, integer(x @ head, labels), 0).sum() / weights.sum(), weighted())
 table.add("weighted_mean", lambda x, head, labels, bias: (integer(x @ head, labels) * bias[0, 0, :2]).mean(), weighted())
-table.add(
-    "weighted_after_a_cast",
-    lambda x, head, labels, weights: (weights.astype(x.dtype) * integer((x @ head).astype(jnp.float32), labels)).sum(),
-    weighted(),
-    dtype="bfloat16",
-)
-table.add(
-    "masked_flat",
-    lambda x, head, labels, weights: jnp.where(weights.reshape(-1), integer((x @ head).reshape(-1, V), labels.reshape(-1)), 0).sum(),
-    weighted(x=(2 * T, D), labels=(2 * T,), weights=(2 * T,)),
-)
-table.add("loss_also_returned", lambda x, head, labels, weights: (((each := integer(x @ head, labels)) * weights).sum(), each), head())
+table.add("weighted_after_a_cast", lambda x, head, labels, weights: (
+    weights.astype(x.dtype) * integer((x @ head).astype(jnp.float32), labels)).sum(), weighted(), dtype="bfloat16")
+table.add("masked_flat", lambda x, head, labels, weights: jnp.where(
+    weights.reshape(-1), integer((x @ head).reshape(-1, V), labels.reshape(-1)), 0).sum(),
+          weighted(x=(2 * T, D), labels=(2 * T,), weights=(2 * T,)))
+table.add("loss_also_returned", lambda x, head, labels, weights: (
+    ((each := integer(x @ head, labels)) * weights).sum(), each), head())
 table.add("weighted_by_itself", lambda x, head, labels: ((each := integer(x @ head, labels)) * jnp.exp(-each)).sum(), head())
-table.add(
-    "ignore_index", lambda x, head, labels: jnp.where(labels > 3, integer(x @ head, jnp.where(labels > 3, labels, 0)), 0).sum(), weighted()
-)
+table.add("ignore_index", lambda x, head, labels: jnp.where(
+    labels > 3, integer(x @ head, jnp.where(labels > 3, labels, 0)), 0).sum(), weighted())
 table.add("shifted", lambda x, head, labels: integer((x @ head)[:, :-1], labels[:, 1:]).mean(), head(x=(2, T - 1, D), labels=(2, T - 1)))
 table.add("shifted_x", lambda x, head, labels: integer(x[:, :-1] @ head, labels[:, 1:]).mean(), head(x=(2, T - 1, D), labels=(2, T - 1)))
-table.add(
-    "flattened", lambda x, head, labels: integer((x @ head).reshape(-1, V), labels.reshape(-1)).mean(), head(x=(2 * T, D), labels=(2 * T,))
-)
+table.add("flattened", lambda x, head, labels: integer((x @ head).reshape(-1, V), labels.reshape(-1)).mean(), head(x=(2 * T, D), labels=(2 * T,)))
 table.add("tied", lambda x, table, labels: integer(x @ table.T, labels).mean(), head())
 table.add("tied_einsum", lambda x, table, labels: integer(jnp.einsum("btd,vd->btv", x, table), labels).mean(), head())
 table.add("biased", lambda x, head, bv, labels: integer(x @ head + bv, labels).mean(), head(arrays="x w b labels", b=(V,)))
@@ -111,7 +102,8 @@ table.add("soft_cap_alone", lambda logits, labels: integer(jnp.tanh(logits / 5.0
 table.add("bf16_logits", lambda logits, labels: integer(logits.astype(jnp.float32), labels).mean(), ce(), dtype="bfloat16")
 table.add("bf16_head_f32_loss", lambda x, head, labels: integer((x @ head).astype(jnp.float32), labels).mean(), head(), dtype="bfloat16")
 table.add("logits_also_returned", lambda x, head, labels: (integer(z := x @ head, labels).mean(), z), ce())
-table.add("accuracy_as_well", lambda x, head, labels: (integer(z := x @ head, labels).mean(), (z.argmax(-1) == labels).mean()), ce())
+table.add("accuracy_as_well", lambda x, head, labels: (
+    integer(z := x @ head, labels).mean(), (z.argmax(-1) == labels).mean()), ce())
 
 
 # Label smoothing, and one-hot losses summed over everything at once.
@@ -144,16 +136,10 @@ TOGETHER = {"sum": lambda z, y: -(hot(y) * jax.nn.log_softmax(z)).sum(), "mean":
 for name, f in TOGETHER.items():
     table.add(f"together_{name}", lambda logits, labels, f=f: f(logits, labels), ce("drop"))
     table.add(f"together_{name}_head", lambda x, head, labels, f=f: f(x @ head, labels), head("drop"))
-table.add(
-    "together_weighted",
-    lambda logits, labels, weights: -(hot(labels) * jax.nn.log_softmax(logits) * weights[..., None]).sum() / weights.sum(),
-    ce("drop"),
-)
-table.add(
-    "weighted_by_token",
-    lambda x, head, labels, bias: ((hot(labels) * -jax.nn.log_softmax(x @ head)).sum(-1) * bias[0, :2, :, 0]).sum(),
-    weighted("drop"),
-)
+table.add("together_weighted", lambda logits, labels, weights: -(
+    hot(labels) * jax.nn.log_softmax(logits) * weights[..., None]).sum() / weights.sum(), ce("drop"))
+table.add("weighted_by_token", lambda x, head, labels, bias: ((hot(labels) * -jax.nn.log_softmax(x @ head)).sum(-1) * bias[0, :2, :, 0]).sum(),
+          weighted("drop"))
 table.add("mean_where", lambda logits, labels, weights: jnp.mean(integer(logits, labels), where=weights), ce())
 table.add("labels_outside_onehot", lambda logits, labels: onehot(logits, hot(labels - 8)).sum(), ce("drop"))
 table.add("labels_outside_smoothed", lambda logits, labels: onehot(logits, optax.smooth_labels(hot(labels - 8), 0.1)), ce("drop"))

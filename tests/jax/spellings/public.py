@@ -1,5 +1,7 @@
 """Blocks as well-known public code writes them: its shapes, its masks and its order of operations, not its names."""
 
+
+
 import math
 
 import flax.linen as nn
@@ -186,26 +188,14 @@ tril = np.tril(np.ones((T, T), bool))
 padded = site("attention", scale=R, terms=(Explicit(),), arrays="q k v keep", keep=(2, 1, 1, T))
 table.add("softmax_where_causal", lambda q, k, v: heed(tril, q, k, v), site("attention", scale=R, terms=(Causal(),), arrays="q k v"))
 table.add("softmax_where_padded", lambda q, k, v, hidden: heed(hidden[:, None, None], q, k, v), padded)
-table.add(
-    "softmax_where_padded_causal",
-    lambda q, k, v, hidden: heed(hidden[:, None, None] & tril, q, k, v),
-    site("attention", scale=R, terms=(Causal(), Explicit()), arrays="q k v keep"),
-)
-table.add(
-    "softmax_where_segments",
-    lambda q, k, v, segments: heed(segments[:, None, :, None] == segments[:, None, None], q, k, v),
-    site("attention", scale=R, terms=(Segments(),)),
-)
-table.add(
-    "softmax_where_lengths",
-    lambda q, k, v, lengths: heed(jnp.arange(T) < lengths[:, None, None, None] - 5, q, k, v),
-    site("attention", scale=R, terms=(Lengths(),)),
-)
-table.add(
-    "softmax_where_window",
-    lambda q, k, v: heed(tril & ~np.tril(np.ones((T, T), bool), -4) & (np.arange(T) > 2), q, k, v),
-    site("attention", scale=R, terms=(Explicit(),)),
-)
+table.add("softmax_where_padded_causal", lambda q, k, v, hidden: heed(hidden[:, None, None] & tril, q, k, v),
+          site("attention", scale=R, terms=(Causal(), Explicit()), arrays="q k v keep"))
+table.add("softmax_where_segments", lambda q, k, v, segments: heed(segments[:, None, :, None] == segments[:, None, None], q, k, v),
+          site("attention", scale=R, terms=(Segments(),)))
+table.add("softmax_where_lengths", lambda q, k, v, lengths: heed(jnp.arange(T) < lengths[:, None, None, None] - 5, q, k, v),
+          site("attention", scale=R, terms=(Lengths(),)))
+table.add("softmax_where_window", lambda q, k, v: heed(tril & ~np.tril(np.ones((T, T), bool), -4) & (np.arange(T) > 2), q, k, v),
+          site("attention", scale=R, terms=(Explicit(),)))
 
 
 @table(padded)

@@ -1,5 +1,7 @@
 """Rotary embeddings as people write them."""
 
+
+
 import jax
 import jax.numpy as jnp
 
@@ -24,13 +26,11 @@ def rotate_half_whole(q, angles):
     cos, sin = tables(angles)
     return q * cos + rotate_half(q) * sin
 
-
 @table(half)
 def rotate_half_split(q, angles):
     cos, sin = tables(angles)
     a, b = jnp.split(q, 2, -1)
     return sin * jnp.concatenate((-b, a), axis=-1) + cos * q
-
 
 @table(half)
 def two_halves(q, angles):
@@ -38,19 +38,16 @@ def two_halves(q, angles):
     a, b = jnp.split(q, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-
 @table(half)
 def two_halves_by_slices(q, angles):
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     a, b = q[..., : H // 2], q[..., H // 2 :]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
-
 @table(site("rope", x=(2, T, 1, H), cos=(1, T, H)))
 def one_head(q, angles):
     cos, sin = tables(angles)
     return q[:, :, :1] * cos + rotate_half(q[:, :, :1]) * sin
-
 
 @table(site("rope", x=(2, T, N, H), cos=(1, T, H)))
 def heads_before_time(q, angles):
@@ -58,26 +55,22 @@ def heads_before_time(q, angles):
     q = q.transpose(0, 2, 1, 3)
     return q * cos + rotate_half(q) * sin
 
-
 @table(site("rope", x=(2, T, N, H), cos=(2, T, H)))
 def positions_by_row(q, angles, positions):
     a = (positions[..., None] * angles[0])[:, :, None]
     a = jnp.concatenate([a, a], -1)
     return q * jnp.cos(a) + rotate_half(q) * jnp.sin(a)
 
-
 @table(half, half)
 def queries_and_keys(q, k, angles):
     cos, sin = tables(angles)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-
 
 @table(pairs)
 def pairs_by_strides(q, angles):
     cos, sin = (jnp.repeat(f(angles), 2, -1)[:, None] for f in (jnp.cos, jnp.sin))
     turned = jnp.stack([-q[..., 1::2], q[..., ::2]], -1).reshape(q.shape)
     return q * cos + turned * sin
-
 
 @table(pairs)
 def pairs_by_reshape(q, angles):
@@ -86,13 +79,11 @@ def pairs_by_reshape(q, angles):
     turned = jnp.stack([-p[..., 1], p[..., 0]], -1).reshape(q.shape)
     return q * cos + turned * sin
 
-
 @table(pairs)
 def pairs_combined(q, angles):
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = q[..., ::2], q[..., 1::2]
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(q.shape)
-
 
 @table(pairs)
 def pairs_combined_reshape(q, angles):
@@ -101,20 +92,17 @@ def pairs_combined_reshape(q, angles):
     a, b = p[..., 0], p[..., 1]
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(q.shape)
 
-
 @table(site("rope", interleaved=False, x=(2, T, N, 4), cos=(1, T, 4)))
 def partial(q, angles):
     cos, sin = (t for t in tables(angles[:, :2]))
     turned, rest = q[..., :4], q[..., 4:]
     return jnp.concatenate([turned * cos + rotate_half(turned) * sin, rest], -1)
 
-
 @table(half, dtype="bfloat16")
 def bf16_by_f32(q, angles):
     cos, sin = tables(angles.astype(jnp.float32))
     wide = q.astype(jnp.float32)
     return (wide * cos + rotate_half(wide) * sin).astype(q.dtype)
-
 
 @table(half, site("attention", q=(2, T, N, H)))
 def before_attention(q, k, v, angles):

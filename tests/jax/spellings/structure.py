@@ -1,5 +1,7 @@
 """The same sites inside what programs are made of: jit, scan, while, cond, remat, derivative rules, vmap."""
 
+
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,23 +34,12 @@ table.add("jit_in_jit", lambda x, g: jax.jit(lambda x: jax.jit(attend)(jax.jit(n
 table.add("remat", lambda x, g: jax.checkpoint(block)(x, g), attention, rms)
 table.add("remat_policy", lambda x, g: jax.checkpoint(block, policy=jax.checkpoint_policies.dots_saveable)(x, g), attention, rms)
 table.add("scan_over_layers", lambda x, g, layers: jax.lax.scan(lambda h, w: (block(h, g) @ w, None), x, layers)[0], attention, rms)
-table.add(
-    "scan_of_remat",
-    lambda x, layers: jax.lax.scan(jax.checkpoint(lambda h, w: (jax.nn.relu(attend(h) @ w), None)), x, layers)[0],
-    attention,
-    relu,
-)
-table.add(
-    "scan_mask_from_outside",
-    lambda x, layers: (lambda mask: jax.lax.scan(lambda h, w: (_masked(h, mask) @ w, None), x, layers)[0])(
-        jnp.tril(jnp.ones((T, T), bool))
-    ),
-    attention,
-)
+table.add("scan_of_remat", lambda x, layers: jax.lax.scan(jax.checkpoint(lambda h, w: (jax.nn.relu(attend(h) @ w), None)), x, layers)[0],
+          attention, relu)
+table.add("scan_mask_from_outside", lambda x, layers: (lambda mask: jax.lax.scan(lambda h, w: (_masked(h, mask) @ w, None), x, layers)[0])(
+    jnp.tril(jnp.ones((T, T), bool))), attention)
 table.add("cond", lambda x, g: jax.lax.cond(x.sum() > 0, attend, lambda x: norm(x, g), x), attention, rms)
-table.add(
-    "while", lambda x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, attend(c[1])), (0, x))[1], attention, gradients=False
-)
+table.add("while", lambda x: jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, attend(c[1])), (0, x))[1], attention, gradients=False)
 table.add("fori", lambda x: jax.lax.fori_loop(0, 2, lambda i, h: attend(h), x), attention)
 table.add("map", lambda x, g: jax.lax.map(lambda r: norm(r, g), x), rms)
 table.add("vmap", lambda layers, g: jax.vmap(lambda w: norm(w, g))(layers), rms)

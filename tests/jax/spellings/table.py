@@ -1,5 +1,7 @@
 """The table that spellings are written in: a function, by the names of its arguments, and the sites it must give."""
 
+
+
 from __future__ import annotations
 
 import dataclasses
