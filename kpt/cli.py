@@ -162,9 +162,9 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Where a chart goes: SVG, PNG or PDF, by its name.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure kernels beside the code that they replace.
+    """Measure kernels for JAX beside the code that they replace.
 
-    Every kernel that can run here, plain JAX code and with --peers other libraries' kernels, in one process and in turn,
+    Every kernel for JAX that can run here, plain code and with --peers other libraries' kernels, in one process and in turn,
     on inputs larger than the caches; each is checked against float64 first. On an NVIDIA GPU the times are those of
     the kernels, by CUPTI.
 

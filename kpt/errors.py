@@ -14,7 +14,7 @@ class KptError(Exception):
 
     def __init__(self, asked: str, possible: str = "", advice: str = ""):
         self.asked, self.possible, self.advice = asked, possible, advice
-        super().__init__(". ".join(p.rstrip(".") for p in (asked, possible, advice) if p) + ".")
+        super().__init__(" ".join(p if p.endswith("?") else f"{p.rstrip('.')}." for p in (asked, possible, advice) if p))
 
 
 class OpError(KptError):

@@ -59,14 +59,14 @@ def _table(sites: Iterable[Site]) -> list[str]:
     groups: dict[tuple, list[Site]] = {}
     for s in sites:
         # Layers of a model differ in their number only; one line tells of all of them.
-        key = (s.op, s.kernel, s.version, re.sub(r"\d+", "*", s.path), s.source, s.reason)
+        key = (_named(s), s.kernel, s.version, re.sub(r"\d+", "*", s.path), s.source, s.reason)
         groups.setdefault(key, []).append(s)
     rows = []
     for members in groups.values():
         s = members[0]
         times = f" × {len(members)}" if len(members) > 1 else ""
         kernel = s.kernel if s.version is None else f"{s.kernel} v{s.version}"
-        rows.append((f"{s.op}{times}", kernel, _where(members), members))
+        rows.append((f"{_named(s)}{times}", kernel, _where(members), members))
     first, second = (max(len(r[i]) for r in rows) for i in (0, 1))
     lines = []
     for op, kernel, where, members in rows:
@@ -75,6 +75,11 @@ def _table(sites: Iterable[Site]) -> list[str]:
         if evidence := _evidence(members):
             lines.append(f"      {evidence}")
     return lines
+
+
+def _named(site: Site) -> str:
+    """The op, and that the sum before a norm is part of it, which is as much work again."""
+    return f"{site.op} of a sum" if "residual" in site.specs else site.op
 
 
 def _where(members: list[Site]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import pathlib
 
+from kpt.errors import KptError
+
 ROOT = pathlib.Path(__file__).parents[2]
 # What a sentence of an error may begin with in lower case: names of commands, packages, files and arrays.
 NAMES = {
@@ -20,6 +22,12 @@ def sentences(call: ast.Call):
             first = text.values[0] if isinstance(text, ast.JoinedStr) and text.values else text
             if isinstance(first, ast.Constant) and isinstance(first.value, str):
                 yield first.value
+
+
+def test_a_question_ends_as_one():
+    assert str(KptError("Op 'rms_nrom' was asked for.", "The ops are rms_norm", "Did you mean 'rms_norm'?")) == (
+        "Op 'rms_nrom' was asked for. The ops are rms_norm. Did you mean 'rms_norm'?"
+    )
 
 
 def test_every_sentence_of_an_error_begins_with_a_capital():

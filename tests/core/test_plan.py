@@ -202,6 +202,12 @@ def test_explain_shows_the_worst_error_of_a_group_and_keeps_different_reasons_ap
     assert "layers.7.attn" in text
 
 
+def test_a_norm_of_a_sum_is_named_as_one():
+    norms = [at(DROPPED, i, specs={"x": X} | ({"residual": X} if i else {})) for i in range(3)]
+    text = dataclasses.replace(PLAN, sites=(), skipped=tuple(norms)).explain()
+    assert "  rms_norm               original  layers.0.norm" in text and "  rms_norm of a sum × 2  original  layers.{1..2}.norm" in text
+
+
 def test_an_empty_plan_reads_well():
     text = Plan("f", "balanced", "test CPU", "jax").explain()
     assert "0 sites with a kernel, 0 left as written" in text
