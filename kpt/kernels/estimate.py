@@ -43,9 +43,6 @@ _INTERMEDIATE: Mapping[str, Callable[[Specs], float]] = {
 # (docs/benchmarks/hopper-notes-mem.md): what has no intermediates cannot be beaten by leaving them out.
 _ONE_KERNEL: Mapping[str, frozenset[str]] = {"cuda": frozenset({"rms_norm", "layer_norm", "rope"})}
 
-# Seconds that the smallest kernels take: plain code's rotation of 0.3 MB on an H100 (docs/benchmarks/hopper-notes-mem.md).
-_LEAST: Mapping[str, float] = {"cuda": 1.2e-6}
-
 
 def estimate(
     kernel: KernelSpec,
@@ -58,8 +55,6 @@ def estimate(
     """Seconds that one forward call may take, or None where the hardware's or the op's figures are not known.
 
         (max(flops / peak_flops[dtype], bytes / memory_bandwidth) + intermediates / memory_bandwidth) / efficiency
-
-    On an NVIDIA GPU no less than the smallest kernels take, and twice that where there are intermediates.
 
     Intermediates are those of the user's own code: passes of their own, that no product runs beside; infinite time where
     half of them, an array that is written and read again, exceeds the device's memory. An estimate ranks candidates; it
@@ -84,8 +79,7 @@ def estimate(
         if extra / 2 > (getattr(hardware, "memory_bytes", None) or math.inf):
             return math.inf
     efficiency = kernel.efficiency_on.get(platform, kernel.efficiency)
-    roofline = (max(work.flops / peak, work.bytes / bandwidth) + extra / bandwidth) / efficiency
-    return max(roofline, _LEAST.get(platform, 0.0) * (2 if extra else 1))
+    return (max(work.flops / peak, work.bytes / bandwidth) + extra / bandwidth) / efficiency
 
 
 def seconds(t: float) -> str:

@@ -301,12 +301,7 @@ def _fastest_estimated(
             best,
             f"it accepts this call; neither measured nor estimated, because {hardware.name} has no figures for it",
         )
-    platform = getattr(hardware, "platform", "")
-
-    def rank(k: KernelSpec) -> tuple[float, float, str]:  # all small calls take what a launch takes
-        return estimates[k.name], -k.efficiency_on.get(platform, k.efficiency), k.name
-
-    best = min((k for k in kernels if k.name in estimates), key=rank)
+    best = min((k for k in kernels if k.name in estimates), key=lambda k: (estimates[k.name], k.name))
     if estimates[best.name] >= own_time:
         return own, f"no kernel is estimated to be faster on {hardware.name}; measure to be sure"
     return best, (
