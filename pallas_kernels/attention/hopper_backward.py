@@ -35,20 +35,16 @@ from pallas_kernels.attention.hopper import (
     Buffers,
     Numbers,
     Span,
-    Work,
-    added,
     fed_by,
     feeders,
     in_groups,
     masked,
     numbers_in_tiles,
-    place_of_sums,
-    plan_of_keys,
     read,
     span_of_queries,
-    sums_of_parts,
     write,
 )
+from pallas_kernels.attention.hopper_plan import Work, added, place_of_sums, plan_of_keys, sums_of_parts
 from pallas_kernels.hopper_gemm import SHARED_BYTES
 
 WARPGROUPS = 2

@@ -24,21 +24,19 @@ from pallas_kernels.attention.hopper import (
     Buffers,
     Numbers,
     Span,
-    Work,
     fed_by,
     feeders,
     in_groups,
     masked,
     numbers_in_tiles,
     padded,
-    plan,
-    plan_by_data,
     read,
     span_of_keys,
     spans_by_data,
     write,
 )
 from pallas_kernels.attention.hopper_backward import FEEDING, MULTIPLYING, READERS, TILE, TILE_COST, WARPGROUPS, WIDEST
+from pallas_kernels.attention.hopper_plan import Work, plan, plan_by_data
 from pallas_kernels.hopper_gemm import SHARED_BYTES
 
 

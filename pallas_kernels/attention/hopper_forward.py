@@ -28,7 +28,6 @@ from pallas_kernels.attention.hopper import (
     Buffers,
     Numbers,
     Span,
-    Work,
     bar,
     fed_by,
     feeders,
@@ -36,12 +35,11 @@ from pallas_kernels.attention.hopper import (
     in_groups,
     masked,
     numbers_in_tiles,
-    plan,
-    plan_by_data,
     read,
     span_of_keys,
     spans_by_data,
 )
+from pallas_kernels.attention.hopper_plan import Work, plan, plan_by_data
 from pallas_kernels.hopper_gemm import BUFFERS, SHARED_BYTES
 
 TILE_COST = 1

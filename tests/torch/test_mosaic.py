@@ -72,9 +72,9 @@ def weighed(static, q, k, lse=None):
 @pytest.fixture
 def by_formula(monkeypatch):
     """The three kernels of attention as what they compute, in float64."""
-    from pallas_kernels.attention.hopper import plan_of_keys
     from pallas_kernels.attention.hopper_backward import TILE, TILE_COST, steps_of_queries
     from pallas_kernels.attention.hopper_forward import forward_tiles
+    from pallas_kernels.attention.hopper_plan import plan_of_keys
 
     static = None
     real = mosaic._scores
